@@ -1,0 +1,45 @@
+"""Transactional, commit-ordered Server-Sent Events for Django on PostgreSQL.
+
+The way of an event, and the module of each step:
+
+    send        one INSERT, in the caller's transaction
+    models      the tables; the deferred trigger that fills the outbox at COMMIT
+    sql/        the functions behind it: enqueue (the trigger's), sequence
+    doorbell    wakes the publisher: LISTEN, and when to poll instead
+    publisher   the daemon: leads, sequences, keeps the feeds and the sweep going
+    feed        one proxy's share: reads the stream in order, publishes, acknowledges
+    grip        a GRIP proxy: items, batches, the POST to its control port
+    sse         the wire format
+    recovery    what a client has missed
+    hold        tells the proxy to hold a stream: channels, ids, signed next links
+    views       the endpoint
+    retention   prunes what is past its day
+
+`conf` holds the settings, `checks` validates them, `errors` is what can be raised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import EventStreamError, InvalidEvent
+from .send import NewEvent, asend_event, send_event, send_events
+
+__all__ = [
+    "EventStreamError",
+    "InvalidEvent",
+    "NewEvent",
+    "asend_event",
+    "send_event",
+    "send_events",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # "import pg_eventstream" and then include(pg_eventstream.urls) is how URLconfs are
+    # written; imported lazily, because views need the app registry.
+    if name == "urls":
+        from importlib import import_module
+
+        return import_module(".urls", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,83 @@
+"""Settings: one typed property each, read at call time, validated by `checks`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from django.conf import settings
+from gripcontrol import parse_grip_uri
+
+#: The proxy cuts further channels off without a word (Pushpin: connection_subscription_max).
+MOST_CHANNELS = 20
+
+
+class Conf:
+    @property
+    def database(self) -> str:
+        """The alias of the database that holds the events."""
+        return str(getattr(settings, "EVENTSTREAM_DATABASE", "default"))
+
+    @property
+    def retention(self) -> timedelta:
+        """How long a sequenced event is kept (default 24 hours). A number counts seconds."""
+        value = getattr(settings, "EVENTSTREAM_RETENTION", timedelta(hours=24))
+        return value if isinstance(value, timedelta) else timedelta(seconds=value)
+
+    @property
+    def safety_poll(self) -> float | None:
+        """Seconds between two looks at the database while nothing rings (default 5).
+
+        None switches it off; the doorbell alone wakes the publisher then.
+        """
+        value = getattr(settings, "EVENTSTREAM_SAFETY_POLL", 5.0)
+        return None if value is None else float(value)
+
+    @property
+    def channel_limit(self) -> int:
+        """Channels per stream, at most 20 behind a proxy (default 10)."""
+        return int(getattr(settings, "EVENTSTREAM_CHANNEL_LIMIT", 10))
+
+    @property
+    def next_link_timeout(self) -> int:
+        """Seconds after which the proxy asks the origin whether a quiet stream may go on.
+
+        Permissions are checked again then. Default 600.
+        """
+        return int(getattr(settings, "EVENTSTREAM_NEXT_LINK_TIMEOUT", 600))
+
+    @property
+    def channelmanager_class(self) -> str:
+        """Dotted path of the channel manager."""
+        return str(
+            getattr(
+                settings,
+                "EVENTSTREAM_CHANNELMANAGER_CLASS",
+                "pg_eventstream.channelmanager.DefaultChannelManager",
+            )
+        )
+
+    @property
+    def grip_prefix(self) -> str:
+        """Prepended to every channel name at the proxy, as django-grip does."""
+        return str(getattr(settings, "GRIP_PREFIX", ""))
+
+    @property
+    def grip_proxies(self) -> list[dict[str, Any]]:
+        """The proxies of GRIP_PROXIES and GRIP_URL, each once, as gripcontrol's config.
+
+        Copies: django-grip appends GRIP_URL to the GRIP_PROXIES list itself, again
+        with every signed request (django_grip.py, _get_proxies).
+        """
+        configured = [dict(entry) for entry in getattr(settings, "GRIP_PROXIES", [])]
+        url = getattr(settings, "GRIP_URL", None)
+        if url:
+            configured.append(parse_grip_uri(url))
+        unique: list[dict[str, Any]] = []
+        for entry in configured:
+            if all(entry.get("control_uri") != other.get("control_uri") for other in unique):
+                unique.append(entry)
+        return unique
+
+
+conf = Conf()

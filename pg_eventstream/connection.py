@@ -1,0 +1,69 @@
+"""The publisher's own connections to PostgreSQL, besides Django's.
+
+They live as long as the daemon, hold session locks and LISTEN, so they may not be
+shared, pooled or closed by anyone else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from django.db import connections
+
+# A server that vanishes without a word (power, network) is noticed within some 15
+# seconds, on either side, so that a lock is not held by a leader that is gone.
+_KEEPALIVE: dict[str, Any] = {
+    "keepalives": 1,
+    "keepalives_idle": 5,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+    "connect_timeout": 10,
+}
+_SERVER_KEEPALIVE = (
+    "SELECT set_config('tcp_keepalives_idle', '5', false),"
+    " set_config('tcp_keepalives_interval', '3', false),"
+    " set_config('tcp_keepalives_count', '3', false)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """Where to connect: a Django database alias, or a libpq connection string."""
+
+    alias: str
+    dsn: str | None = None
+
+    def connect(self, role: str) -> psycopg.Connection[tuple[Any, ...]]:
+        """A new autocommit connection, shown as ``pg_eventstream ROLE`` in pg_stat_activity.
+
+        Raises `psycopg.OperationalError` if the server cannot be reached.
+        """
+        if self.dsn is not None:
+            assume_role = None
+            params: dict[str, Any] = {"conninfo": self.dsn}
+        else:
+            wrapper = connections[self.alias]
+            assume_role = wrapper.settings_dict["OPTIONS"].get("assume_role")
+            params = wrapper.get_connection_params()
+            # Django's cursor class and type adapters belong to Django's connections.
+            for name in ("cursor_factory", "context", "prepare_threshold"):
+                params.pop(name, None)
+        params = {**_KEEPALIVE, **params, "application_name": f"pg_eventstream {role}"}
+        connection = psycopg.connect(**params, autocommit=True)
+        connection.execute(_SERVER_KEEPALIVE)
+        if assume_role:
+            connection.execute(
+                psycopg.sql.SQL("SET ROLE {}").format(psycopg.sql.Identifier(assume_role))
+            )
+        return connection
+
+    def __str__(self) -> str:
+        if self.dsn is not None:
+            info = psycopg.conninfo.conninfo_to_dict(self.dsn)
+            return f"{info.get('dbname', '')}@{info.get('host', 'local')}:{info.get('port', 5432)}"
+        settings = connections[self.alias].settings_dict
+        where = f"{settings['HOST'] or 'local'}:{settings['PORT'] or 5432}"
+        return f"{settings['NAME']}@{where} (alias {self.alias!r})"

@@ -1,0 +1,212 @@
+"""One proxy's share of the work: read the stream in order, publish, acknowledge.
+
+Each proxy has its own feed, on its own thread and connection, so that a slow or dead one
+delays nobody else.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from typing import Any
+
+import psycopg
+
+from . import grip
+from .connection import Database
+
+logger = logging.getLogger(__name__)
+
+_PAGE_EVENTS = 500
+_PAGE_BYTES = 4_000_000
+# After a crash at most this much is published again; the proxy drops what it has seen in
+# the last 60 seconds, and prev-id stops what is older.
+_ACKNOWLEDGE_SECONDS = 0.5
+_FIRST_RETRY, _MOST_RETRY = 0.1, 10.0
+
+
+class Feed:
+    """Publishes the stream to one proxy, in order, one request at a time.
+
+    `publish_next` does one round, `run` repeats it until ``stopping`` is set.
+    """
+
+    def __init__(self, proxy: grip.Proxy, database: Database, stopping: threading.Event) -> None:
+        self._proxy = proxy
+        self._database = database
+        self._stopping = stopping
+        self._news = threading.Event()
+        self._connection: psycopg.Connection[Any] | None = None
+        self._position = 0
+        self._acknowledged = 0
+        self._acknowledged_at = 0.0
+
+    def wake(self) -> None:
+        """There is news in the stream. From any thread."""
+        self._news.set()
+
+    def run(self) -> None:
+        delay = _FIRST_RETRY
+        while not self._stopping.is_set():
+            self._news.clear()
+            try:
+                published = self.publish_next()
+                delay = _FIRST_RETRY
+            except psycopg.Error as e:
+                # The leader's own connection decides whether to go on; this one just retries.
+                logger.warning("%s: database: %s; trying again", self._proxy.name, e)
+                self.close()
+                delay = self._pause(delay)
+                continue
+            except Exception:
+                logger.exception("%s: unexpected error; trying again", self._proxy.name)
+                self.close()
+                delay = self._pause(delay)
+                continue
+            if not published and not self._stopping.is_set():
+                pending = self._position > self._acknowledged
+                self._news.wait(_ACKNOWLEDGE_SECONDS if pending else None)
+        self.finish()
+
+    def publish_next(self) -> int:
+        """Publish the next page of the stream; returns the number of its events.
+
+        Every batch is repeated until the proxy has taken it, so this ends early only when
+        ``stopping`` is set. Raises `psycopg.Error` if the database cannot be read.
+        """
+        page = self._next_page()
+        for batch in grip.batches(page):
+            if not self._publish(batch):
+                break
+            self._position = batch.events[-1].position
+        return len(page)
+
+    def finish(self) -> None:
+        """Store the last acknowledgement, if that is possible, and disconnect."""
+        try:
+            if self._connection is not None and self._position > self._acknowledged:
+                self._acknowledge()
+        except psycopg.Error as e:
+            logger.info("%s: last acknowledgement not stored: %s", self._proxy.name, e)
+        self.close()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    # Reading
+
+    def _next_page(self) -> list[grip.StreamEvent]:
+        if self._connection is None:
+            self._connect()
+        assert self._connection is not None  # noqa: S101
+        due = time.monotonic() - self._acknowledged_at >= _ACKNOWLEDGE_SECONDS
+        if self._position > self._acknowledged and due:
+            self._acknowledge()
+        rows = self._connection.execute(
+            """
+            SELECT position, channel, eid, type,
+                   CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids
+              FROM (
+                SELECT page.*, sum(least(octet_length(data), %s)) OVER by_position AS bytes,
+                       row_number() OVER by_position AS nth
+                  FROM (
+                    SELECT s.position, s.channel, s.eid, e.type, e.data, e.skip_user_ids
+                      FROM pg_eventstream_stream AS s
+                      JOIN pg_eventstream_event AS e ON e.id = s.event_id
+                     WHERE s.position > %s
+                     ORDER BY s.position LIMIT %s
+                  ) AS page
+                WINDOW by_position AS (ORDER BY position)
+              ) AS measured
+             WHERE nth = 1 OR bytes <= %s
+             ORDER BY position
+            """,
+            [grip.EVENT_BYTES, grip.EVENT_BYTES, self._position, _PAGE_EVENTS, _PAGE_BYTES],
+        ).fetchall()
+        return [grip.StreamEvent(*row) for row in rows]
+
+    def _connect(self) -> None:
+        connection = self._database.connect(f"feed {self._proxy.name}")
+        # To lose the last acknowledgement in a crash is harmless, to wait for the disk
+        # with each is not.
+        connection.execute("SET synchronous_commit = off")
+        # A nested loop over two primary keys, whatever the statistics of the hour say.
+        connection.execute("SET enable_hashjoin = off")
+        connection.execute("SET enable_mergejoin = off")
+        row = connection.execute(
+            "SELECT position FROM pg_eventstream_proxy WHERE name = %s", [self._proxy.name]
+        ).fetchone()
+        # What went out while the connection was lost is published already.
+        self._acknowledged = int(row[0]) if row else 0
+        self._position = max(self._position, self._acknowledged)
+        self._connection = connection
+
+    def _acknowledge(self) -> None:
+        assert self._connection is not None  # noqa: S101
+        self._connection.execute(
+            "UPDATE pg_eventstream_proxy SET position = %s WHERE name = %s AND position < %s",
+            [self._position, self._proxy.name, self._position],
+        )
+        self._acknowledged = self._position
+        self._acknowledged_at = time.monotonic()
+
+    # Publishing
+
+    def _publish(self, batch: grip.Batch) -> bool:
+        """Repeat the batch, unchanged, until the proxy has taken it; False if stopped."""
+        delay, failures = _FIRST_RETRY, 0
+        while True:
+            try:
+                self._proxy.post(batch.body)
+            except grip.Refused as e:
+                return self._publish_apart(batch, e)
+            except grip.Unavailable as e:
+                failures += 1
+                if failures in (1, 10) or failures % 100 == 0:
+                    logger.warning(
+                        "%s: %s; %d events wait, trying again",
+                        self._proxy.name, e, len(batch.events),
+                    )  # fmt: skip
+                delay = self._pause(delay)
+                if self._stopping.is_set():
+                    return False
+            else:
+                if failures:
+                    logger.info("%s: takes events again", self._proxy.name)
+                return True
+
+    def _publish_apart(self, batch: grip.Batch, refusal: grip.Refused) -> bool:
+        """The proxy refuses a batch as a whole: find what it refuses, and go on without.
+
+        The offending event is replaced by a hint, upon which clients fetch it from the
+        endpoint.
+        """
+        if len(batch.events) > 1:
+            middle = len(batch.events) // 2
+            return self._publish(
+                grip.Batch(batch.events[:middle], batch.items[:middle])
+            ) and self._publish(grip.Batch(batch.events[middle:], batch.items[middle:]))
+        event = batch.events[0]
+        hint = grip.hint(event)
+        if batch.items[0] == hint:
+            logger.error(
+                "%s: refused even a hint of event %s:%d (%s); clients get it when they"
+                " reconnect or with the channel's next event",
+                self._proxy.name, event.channel, event.eid, refusal,
+            )  # fmt: skip
+            return True
+        logger.error(
+            "%s: refused event %s:%d (%s); published a hint instead, so that clients fetch"
+            " it from the endpoint",
+            self._proxy.name, event.channel, event.eid, refusal,
+        )  # fmt: skip
+        return self._publish(grip.Batch([event], [hint]))
+
+    def _pause(self, delay: float) -> float:
+        """Wait, with jitter so that publishers do not retry in step; returns the next delay."""
+        self._stopping.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311
+        return min(delay * 2, _MOST_RETRY)

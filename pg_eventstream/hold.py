@@ -1,0 +1,140 @@
+"""Tells a GRIP proxy to hold a stream open, and how to go on when it has a question.
+
+The proxy keeps the connection, sends what is published on its channels, and checks that
+each item's prev-id is the id it sent last. When one does not match, or after a while, it
+fetches the stream's next link and goes on from the response.
+
+Sessions on the same path with the same Grip-Last share one fetch, whatever the query says
+(Pushpin: src/handler/handlerengine.cpp, "Auto share"). So everything that the response
+depends on - channels, user, cursor - stands in the path, signed; and links are equal for
+equal sessions, because the proxy fetches distinct ones at 10 a second only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+from django.core import signing
+from gripcontrol import Channel
+
+from . import sse
+from .conf import conf
+from .errors import InvalidRequest
+
+_SIGNER_SALT = "pg_eventstream.next-link"
+_LINK_HOURS = 24
+_EVENTS = "events-"
+_USER = "user-"
+ANONYMOUS = "anonymous"
+
+
+def events_channel(channel: str) -> str:
+    """The GRIP channel that carries the events of a channel."""
+    return _EVENTS + sse.quote_channel(channel)
+
+
+def user_channel(user_id: str | None) -> str:
+    """The GRIP channel that reaches all streams of one user."""
+    return _USER + sse.quote_channel(user_id or ANONYMOUS)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a next link says of the stream that it belongs to.
+
+    ``cursor`` is there between two pages of a recovery; otherwise the proxy knows the ids
+    and sends them in Grip-Last.
+    """
+
+    channels: tuple[str, ...]
+    user_id: str | None
+    cursor: Mapping[str, int] | None = None
+
+
+def sign(session: Session) -> str:
+    """The session as a token for a path. Equal sessions get equal tokens, for an hour."""
+    hour = int(time.time() // 3600)
+    content: dict[str, Any] = {
+        "c": session.channels,
+        "u": session.user_id,
+        "x": hour + 1 + _LINK_HOURS,
+    }
+    if session.cursor is not None:
+        content["l"] = [session.cursor[channel] for channel in session.channels]
+    return signing.Signer(salt=_SIGNER_SALT).sign_object(content, compress=True)
+
+
+def unsign(token: str) -> Session:
+    """The session of a token. Raises `InvalidRequest` if we did not sign it, or long ago."""
+    try:
+        content = signing.Signer(salt=_SIGNER_SALT).unsign_object(token)
+    except signing.BadSignature as e:
+        raise InvalidRequest("This link was not made here") from e
+    if time.time() // 3600 >= content["x"]:
+        raise InvalidRequest("This link has expired")
+    channels = tuple(content["c"])
+    cursor = dict(zip(channels, content["l"], strict=True)) if "l" in content else None
+    return Session(channels, content["u"], cursor)
+
+
+def last_ids(grip_last: Mapping[str, str], channels: tuple[str, ...]) -> dict[str, int]:
+    """The eids that the proxy sent last, per channel, from the Grip-Last header.
+
+    Raises `InvalidRequest` if an id is not one of ours.
+    """
+    last: dict[str, int] = {}
+    prefix = conf.grip_prefix + _EVENTS
+    for name, eid in grip_last.items():
+        channel = unquote(name.removeprefix(prefix))
+        if name.startswith(prefix) and channel in channels:
+            if not (eid.isascii() and eid.isdigit() and len(eid) <= 18):
+                raise InvalidRequest("Grip-Last is malformed")
+            last[channel] = int(eid)
+    return last
+
+
+def instruct(request: Any, session: Session, link: str, held: Mapping[str, int] | None) -> None:
+    """Give the proxy its instructions, through `django_grip.GripMiddleware`.
+
+    With ``held`` (the eids sent so far) the stream is held; without, the proxy fetches
+    the link at once, for the next page.
+    """
+    instruct = request.grip.start_instruct()
+    instruct.set_next_link(link, timeout=conf.next_link_timeout)
+    if held is not None:
+        instruct.set_hold_stream()
+        instruct.set_keep_alive(sse.KEEP_ALIVE, sse.KEEP_ALIVE_SECONDS)
+        for channel in session.channels:
+            grip_channel = Channel(events_channel(channel), prev_id=str(held[channel]))
+            grip_channel.filters += ["build-id", "skip-users"]
+            instruct.add_channel(grip_channel)
+        instruct.meta["id_format"] = id_format(session.channels)
+        instruct.meta["user"] = session.user_id or ANONYMOUS
+    # Held without prev-id. It is here for a page too, as a response needs some channel.
+    grip_channel = Channel(user_channel(session.user_id))
+    grip_channel.filters.append("require-sub")
+    instruct.add_channel(grip_channel)
+
+
+def id_format(channels: tuple[str, ...]) -> str:
+    """What the proxy puts behind an event's own id: the last ids of all its channels.
+
+    The own id stands in the item, since %I shows the previous one of the item's own
+    channel on Pushpin 1.41 (1.36 shows the right one). A single channel needs none of it,
+    but an empty format is an error, so it gets a space.
+    """
+    if len(channels) == 1:
+        return " "
+    return "".join(
+        f",{escape(sse.quote_channel(channel))}:%({conf.grip_prefix}{events_channel(channel)})s"
+        for channel in channels
+    )
+
+
+def escape(text: str) -> str:
+    """Text that passes the proxy's build-id filter unchanged."""
+    return text.replace("%", "%%")

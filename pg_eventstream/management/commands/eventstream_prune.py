@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import Any
+
+import psycopg
+from django.core.management.base import BaseCommand, CommandError
+from django.db import connections
+
+from pg_eventstream.conf import conf
+from pg_eventstream.connection import Database
+from pg_eventstream.retention import prune
+
+
+class Command(BaseCommand):
+    help = (
+        "Prunes events past EVENTSTREAM_RETENTION (24 hours), in small batches. A running"
+        " eventstream_publisher does the same by itself."
+    )
+    requires_migrations_checks = False
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--database", help="database alias to connect with; default EVENTSTREAM_DATABASE"
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        alias = options["database"] or conf.database
+        if alias not in connections:
+            raise CommandError(
+                f"There is no database {alias!r} in DATABASES; there are: {', '.join(connections)}."
+            )
+        try:
+            with Database(alias).connect("prune") as connection:
+                pruned = prune(connection)
+        except psycopg.Error as e:
+            raise CommandError(f"Database: {e}") from e
+        self.stdout.write(f"{pruned} events pruned.")

@@ -1,0 +1,175 @@
+"""The tables. `Event` is the public contract: an INSERT into it sends an event.
+
+Senders only ever insert; they take no lock that another sender waits for.
+Everything behind `Event` is written by the database functions in ``sql/`` and by
+the publisher, never by application code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pgtrigger
+from django.contrib.postgres.fields import ArrayField
+from django.db import models
+from django.db.models.functions import Now
+
+
+class Xid8Field(models.BigIntegerField):  # type: ignore[type-arg]
+    """A transaction id that never wraps around (PostgreSQL: xid8)."""
+
+    def db_type(self, connection: Any) -> str:
+        return "xid8"
+
+
+class SnapshotField(models.TextField):  # type: ignore[type-arg]
+    """Which transactions were finished at one moment (PostgreSQL: pg_snapshot)."""
+
+    def db_type(self, connection: Any) -> str:
+        return "pg_snapshot"
+
+
+class EnqueueAtCommit(pgtrigger.Trigger):
+    """Calls ``pg_eventstream_enqueue()`` for each event when its transaction commits.
+
+    The trigger executes our own function instead of the one that django-pgtrigger
+    generates: it must run with its owner's rights, cannot be called by hand, and
+    is not switched off by ``pgtrigger.ignore()``, which would lose events silently.
+    """
+
+    when = pgtrigger.After
+    operation = pgtrigger.Insert
+    level = pgtrigger.Row
+    timing = pgtrigger.Deferred
+    func = "RETURN NULL;"
+
+    def render_execute(self, model: models.Model) -> str:
+        return "pg_eventstream_enqueue()"
+
+
+class Event(models.Model):
+    """What was said, on which channel. Immutable: inserted once, deleted by the sweep."""
+
+    id = models.BigAutoField(primary_key=True)
+    channel = models.CharField(max_length=255)
+    type = models.CharField(max_length=255, default="message", db_default="message")
+    data = models.TextField(help_text="What goes on the wire: JSON, or any other text.")
+    skip_user_ids = ArrayField(models.TextField(), default=list, db_default=[])
+    created = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(
+                name="pg_eventstream_channel_not_empty",
+                condition=~models.Q(channel=""),
+                violation_error_message="An event needs a channel.",
+            ),
+            models.CheckConstraint(
+                name="pg_eventstream_channel_no_cr_or_lf",
+                condition=~models.Q(channel__regex=r"[\r\n]"),
+                violation_error_message="A channel name may not contain CR or LF.",
+            ),
+            models.CheckConstraint(
+                name="pg_eventstream_type_not_empty",
+                condition=~models.Q(type=""),
+                violation_error_message="An event needs a type; leave it out for 'message'.",
+            ),
+            models.CheckConstraint(
+                name="pg_eventstream_type_no_cr_or_lf",
+                condition=~models.Q(type__regex=r"[\r\n]"),
+                violation_error_message="An event type may not contain CR or LF.",
+            ),
+        ]
+        triggers = [EnqueueAtCommit(name="enqueue")]
+
+    def __str__(self) -> str:
+        return f"{self.type} on {self.channel}"
+
+
+class Outbox(models.Model):
+    """Events whose transactions committed, in commit order: written at COMMIT.
+
+    The key begins with the transaction id, so that one index answers "what has been
+    committed since that snapshot". Swept as soon as all its transactions are sequenced.
+    """
+
+    pk = models.CompositePrimaryKey("xid", "seq")
+    xid = Xid8Field()
+    seq = models.BigIntegerField()
+    event = models.ForeignKey(
+        Event, on_delete=models.DO_NOTHING, db_constraint=False, db_index=False, related_name="+"
+    )
+    channel = models.CharField(max_length=255)
+
+    def __str__(self) -> str:
+        return f"event {self.event_id}, committed by {self.xid}"
+
+
+class Stream(models.Model):
+    """The sequenced events: position is their global order, eid their order in the channel."""
+
+    position = models.BigIntegerField(primary_key=True)
+    eid = models.BigIntegerField()
+    event = models.ForeignKey(
+        Event, on_delete=models.DO_NOTHING, db_constraint=False, db_index=False, related_name="+"
+    )
+    sequenced_at = models.DateTimeField(db_default=Now())
+    channel = models.CharField(max_length=255)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["channel", "eid"], name="pg_eventstream_stream_eid")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.channel}:{self.eid}"
+
+
+class Channel(models.Model):
+    """Up to which eid the events of a channel are pruned.
+
+    Never deleted: an idle channel must not restart at 1 while clients hold ids of it.
+    """
+
+    name = models.CharField(max_length=255, primary_key=True)
+    pruned = models.BigIntegerField()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Cursor(models.Model):
+    """How far the sequence is: one row.
+
+    The snapshot up to which everything is sequenced, the last position, and the
+    cluster that the snapshot's transaction ids belong to.
+    """
+
+    position = models.BigIntegerField(primary_key=True)
+    snapshot = SnapshotField()
+    cluster = models.BigIntegerField()
+
+    def __str__(self) -> str:
+        return f"sequenced up to {self.position}"
+
+
+class Publisher(models.Model):
+    """Which publisher leads: one row, kept by the leader."""
+
+    id = models.SmallIntegerField(primary_key=True, default=1)
+    name = models.TextField(help_text="host:pid")
+    leading_since = models.DateTimeField()
+    heartbeat = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Proxy(models.Model):
+    """Up to which position a GRIP proxy has acknowledged the stream."""
+
+    name = models.TextField(primary_key=True, help_text="The control URI, without credentials.")
+    position = models.BigIntegerField()
+
+    def __str__(self) -> str:
+        return self.name

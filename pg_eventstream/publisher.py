@@ -1,0 +1,249 @@
+"""The daemon: leads, sequences, and keeps one feed per proxy and the sweep going.
+
+Any number of publishers may run; one leads, the others stand by and take over within two
+seconds when its connection to PostgreSQL ends. The lead is a session lock on the very
+connection that sequences, so whoever lost it cannot sequence any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import psycopg
+
+from . import grip
+from .conf import conf
+from .connection import Database
+from .doorbell import LEADER_LOCK, LOCK_SPACE, Doorbell
+from .errors import NotLeading
+from .feed import Feed
+from .retention import prune
+
+logger = logging.getLogger(__name__)
+
+_STANDBY_POLL = 0.5
+_HEARTBEAT_SECONDS = 10.0
+_SWEEP_SECONDS = 30.0
+_FIRST_RETRY, _MOST_RETRY = 0.2, 5.0
+# SIGTERM must end the process within 5 seconds, whatever a proxy does meanwhile.
+_STOP_SECONDS = 4.0
+
+Connection = psycopg.Connection[Any]
+
+
+class Publisher:
+    """Sequences events and publishes them to every proxy.
+
+    `run` works until `stop` is called or the process is told to end; `run_once` does one
+    round of everything, for ``--once`` and for tests.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._proxies = [grip.Proxy(config) for config in conf.grip_proxies]
+        self._stopping = threading.Event()
+        self._doorbell: Doorbell | None = None
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+
+    def stop(self) -> None:
+        """Finish the batches in flight, release the lead, and return from `run`."""
+        self._stopping.set()
+        if self._doorbell is not None:
+            self._doorbell.wake()
+
+    def run(self) -> None:
+        """Lead, or stand by to lead, until stopped. Never ends because of the database."""
+        logger.info(
+            "publisher %s: database %s, proxies: %s",
+            self.name,
+            self._database,
+            ", ".join(proxy.name for proxy in self._proxies) or "none",
+        )
+        delay = _FIRST_RETRY
+        with self._signals():
+            while not self._stopping.is_set():
+                try:
+                    with self._database.connect("leader") as connection:
+                        if self._stand_by(connection):
+                            delay = _FIRST_RETRY
+                            self._lead(connection)
+                except psycopg.Error as e:
+                    logger.warning("database: %s; connecting again", str(e).strip())
+                    self._stopping.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311
+                    delay = min(delay * 2, _MOST_RETRY)
+        logger.info("publisher %s: stopped", self.name)
+
+    def run_once(self) -> int:
+        """Sequence, publish to every proxy and sweep once. Returns the events published.
+
+        Raises `NotLeading` if another publisher leads.
+        """
+        with self._database.connect("leader") as connection:
+            if not _try_lead(connection):
+                raise NotLeading(
+                    f"{_leader(connection)} leads and publishes already; nothing to do here."
+                )
+            _register(connection, self.name, self._proxies)
+            sequence(connection)
+            published = 0
+            for proxy in self._proxies:
+                feed = Feed(proxy, self._database, self._stopping)
+                while count := feed.publish_next():
+                    published += count
+                feed.finish()
+            prune(connection, self._stopping)
+            return published
+
+    # Leading
+
+    def _stand_by(self, connection: Connection) -> bool:
+        """Wait for the lead; False if stopped first."""
+        # Tries, rather than waits for the lock: a statement that waits holds a snapshot,
+        # and vacuum could clean nothing anywhere for as long as we stand by.
+        if not _try_lead(connection):
+            logger.info("publisher %s: standing by, %s leads", self.name, _leader(connection))
+            while not _try_lead(connection):
+                if self._stopping.wait(_STANDBY_POLL):
+                    return False
+        return True
+
+    def _lead(self, connection: Connection) -> None:
+        _register(connection, self.name, self._proxies)
+        logger.info("publisher %s: leading", self.name)
+        with ExitStack() as stack:
+            locker = stack.enter_context(self._database.connect("bell"))
+            self._doorbell = Doorbell(connection, locker, conf.safety_poll)
+            stack.callback(self._close_doorbell)
+            feeds = stack.enter_context(self._helpers())
+            beat_at = 0.0
+            while not self._stopping.is_set():
+                sequenced = sequence(connection)
+                if sequenced:
+                    for feed in feeds:
+                        feed.wake()
+                if time.monotonic() >= beat_at:
+                    _beat(connection)
+                    beat_at = time.monotonic() + _HEARTBEAT_SECONDS
+                self._doorbell.wait(sequenced)
+
+    def _close_doorbell(self) -> None:
+        assert self._doorbell is not None  # noqa: S101
+        doorbell, self._doorbell = self._doorbell, None
+        doorbell.close()
+
+    @contextmanager
+    def _helpers(self) -> Iterator[list[Feed]]:
+        """The feeds and the sweep, each on a thread, for as long as we lead."""
+        over = threading.Event()
+        feeds = [Feed(proxy, self._database, over) for proxy in self._proxies]
+        threads = [
+            threading.Thread(target=feed.run, name=f"feed {proxy.name}", daemon=True)
+            for feed, proxy in zip(feeds, self._proxies, strict=True)
+        ]
+        threads.append(threading.Thread(target=self._sweep_regularly, args=[over], daemon=True))
+        for thread in threads:
+            thread.start()
+        try:
+            yield feeds
+        finally:
+            over.set()
+            for feed in feeds:
+                feed.wake()
+            deadline = time.monotonic() + _STOP_SECONDS
+            for thread in threads:
+                thread.join(max(0, deadline - time.monotonic()))
+
+    def _sweep_regularly(self, over: threading.Event) -> None:
+        while not over.is_set():
+            try:
+                with self._database.connect("sweep") as connection:
+                    while not over.is_set():
+                        prune(connection, over)
+                        over.wait(_SWEEP_SECONDS)
+            except psycopg.Error as e:
+                logger.warning("sweep: database: %s; trying again", str(e).strip())
+                over.wait(_SWEEP_SECONDS)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT stop in good order; a second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if self._stopping.is_set():
+                os._exit(128 + number)
+            self.stop()
+
+        previous = {
+            number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def sequence(connection: Connection) -> int:
+    """Give the events committed since the last call their order; returns how many.
+
+    Durable when this returns: what a client may have seen keeps its id across a crash.
+    """
+    row = connection.execute("SELECT pg_eventstream_sequence()").fetchone()
+    assert row is not None  # noqa: S101
+    return int(row[0])
+
+
+def _try_lead(connection: Connection) -> bool:
+    row = connection.execute(f"SELECT pg_try_advisory_lock({LOCK_SPACE}, {LEADER_LOCK})").fetchone()
+    return bool(row and row[0])
+
+
+def _leader(connection: Connection) -> str:
+    row = connection.execute("SELECT name FROM pg_eventstream_publisher").fetchone()
+    return f"publisher {row[0]}" if row else "another publisher"
+
+
+def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> None:
+    """Write down who leads, and which proxies there are.
+
+    A proxy that is new starts where the one furthest behind is: it may be a known one
+    under a new address, and to publish an event again does no harm.
+    """
+    names = [proxy.name for proxy in proxies]
+    with connection.transaction():
+        connection.execute(
+            """
+            INSERT INTO pg_eventstream_publisher (id, name, leading_since, heartbeat)
+            VALUES (1, %s, now(), now())
+            ON CONFLICT (id) DO UPDATE SET name = excluded.name,
+                leading_since = excluded.leading_since, heartbeat = excluded.heartbeat
+            """,
+            [name],
+        )
+        connection.execute(
+            """
+            INSERT INTO pg_eventstream_proxy (name, position)
+            SELECT name, coalesce((SELECT min(position) FROM pg_eventstream_proxy), 0)
+              FROM unnest(%s::text[]) AS name
+            ON CONFLICT (name) DO NOTHING
+            """,
+            [names],
+        )
+        connection.execute("DELETE FROM pg_eventstream_proxy WHERE name <> ALL(%s)", [names])
+
+
+def _beat(connection: Connection) -> None:
+    connection.execute("UPDATE pg_eventstream_publisher SET heartbeat = now() WHERE id = 1")

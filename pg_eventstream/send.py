@@ -1,0 +1,160 @@
+"""Send events: one INSERT in the caller's transaction, nothing else.
+
+The event is delivered if and only if that transaction commits, after everything that
+was committed before it. No lock is taken that another sender waits for, no network is
+used, and no daemon needs to run: without a publisher, events wait.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from asgiref.sync import sync_to_async
+from django.core.serializers.json import DjangoJSONEncoder
+from django.db import connections
+
+from .conf import conf
+from .errors import InvalidEvent
+
+_NAME_LENGTH = 255  # varchar(255) of event.channel and event.type
+_LINE_BREAK_OR_NUL = re.compile(r"[\r\n\0]")
+
+
+class NewEvent(NamedTuple):
+    """An event to be sent, for `send_events`. A plain tuple in this order does as well."""
+
+    channel: str
+    event_type: str
+    data: Any
+    skip_user_ids: Iterable[object] | None = None
+    json_encode: bool = True
+
+
+def send_event(
+    channel: str,
+    event_type: str,
+    data: Any,
+    skip_user_ids: Iterable[object] | None = None,
+    json_encode: bool = True,
+    using: str | None = None,
+) -> None:
+    """Send an event on ``channel``, in the present transaction of the database.
+
+    Inside ``transaction.atomic()`` the event exists if and only if the block commits.
+    Events of one transaction keep their order; events of different transactions are
+    delivered in commit order.
+
+    ``data`` is serialised by `DjangoJSONEncoder`; with ``json_encode=False`` it is a
+    string that goes on the wire as it is. Users in ``skip_user_ids`` (primary keys) do
+    not get the event. ``using`` is a database alias, by default ``EVENTSTREAM_DATABASE``.
+
+    Raises `InvalidEvent` (a ``ValueError``) if a name is empty, too long, or has a line
+    break or NUL in it, or the data cannot be sent; nothing is written then.
+    """
+    row = _row(NewEvent(channel, event_type, data, skip_user_ids, json_encode))
+    with connections[using or conf.database].cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)"
+            " VALUES (%s, %s, %s, %s)",
+            row,
+        )
+
+
+async def asend_event(
+    channel: str,
+    event_type: str,
+    data: Any,
+    skip_user_ids: Iterable[object] | None = None,
+    json_encode: bool = True,
+    using: str | None = None,
+) -> None:
+    """`send_event` for asynchronous code; same guarantees, on Django's database thread."""
+    await sync_to_async(send_event)(
+        channel, event_type, data, skip_user_ids, json_encode, using=using
+    )
+
+
+def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None = None) -> None:
+    """Send many events in one statement, in the order given. See `send_event`.
+
+    Either all of them are written or, if one is refused, none.
+    """
+    rows = [_row(NewEvent(*event)) for event in events]
+    if not rows:
+        return
+    channels, types, texts, skips = zip(*rows, strict=True)
+    with connections[using or conf.database].cursor() as cursor:
+        # Four parameters however many events, since the protocol allows 65,535 in a
+        # statement. unnest() would flatten a list of lists, so the user ids go as JSON.
+        cursor.execute(
+            """
+            INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)
+            SELECT channel, type, data, ARRAY(SELECT jsonb_array_elements_text(skip::jsonb))
+              FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[])
+                   WITH ORDINALITY AS new (channel, type, data, skip, nth)
+             ORDER BY nth
+            """,
+            [list(channels), list(types), list(texts), [json.dumps(ids) for ids in skips]],
+        )
+
+
+def _row(event: NewEvent) -> tuple[str, str, str, list[str]]:
+    return (
+        _name("channel", event.channel),
+        _name("event type", event.event_type),
+        _text(event.data, event.json_encode),
+        _user_ids(event.skip_user_ids),
+    )
+
+
+def _name(what: str, value: str) -> str:
+    # The table's CHECK constraints say the same to senders that are not Python.
+    if not isinstance(value, str):
+        raise InvalidEvent(f"The {what} must be a string, not {type(value).__name__}.")
+    if not value:
+        raise InvalidEvent(f"The {what} must not be empty.")
+    if len(value) > _NAME_LENGTH:
+        raise InvalidEvent(f"The {what} has {len(value)} characters; the limit is {_NAME_LENGTH}.")
+    if _LINE_BREAK_OR_NUL.search(value):
+        raise InvalidEvent(f"The {what} {value!r} must not contain CR, LF or NUL.")
+    return _encodable(what, value)
+
+
+def _text(data: Any, json_encode: bool) -> str:
+    if json_encode:
+        try:
+            # NaN and Infinity are no JSON; a browser's JSON.parse would fail on them.
+            return json.dumps(data, cls=DjangoJSONEncoder, allow_nan=False)
+        except (TypeError, ValueError) as e:
+            raise InvalidEvent(
+                f"The data cannot be written as JSON: {e}. Convert it first, or pass a string"
+                " and json_encode=False."
+            ) from e
+    if not isinstance(data, str):
+        raise InvalidEvent(
+            f"With json_encode=False the data must be a string, not {type(data).__name__}."
+        )
+    if "\0" in data:
+        raise InvalidEvent("The data must not contain NUL; PostgreSQL cannot store it in text.")
+    return _encodable("data", data)
+
+
+def _encodable(what: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise InvalidEvent(f"The {what} is not valid Unicode: {e}.") from e
+    return value
+
+
+def _user_ids(skip_user_ids: Iterable[object] | None) -> list[str]:
+    if skip_user_ids is None:
+        return []
+    if isinstance(skip_user_ids, str):
+        raise InvalidEvent(
+            f"skip_user_ids must be a list of user ids, not the string {skip_user_ids!r}."
+        )
+    return [str(user_id) for user_id in skip_user_ids]

@@ -1,0 +1,42 @@
+-- pg_eventstream_enqueue(): the trigger function behind the deferred constraint
+-- trigger on pg_eventstream_event. It runs at COMMIT, once per event, and is all
+-- that a sender's transaction does besides its own INSERT.
+--
+-- It runs at COMMIT so that outbox.seq is drawn after every lock wait of the
+-- transaction: if transaction B waited for A, or saw A, then seq(A) < seq(B).
+--
+-- SECURITY DEFINER: the sending role needs INSERT on the event table and nothing
+-- else. A trigger function cannot be called directly, and nobody but the owner
+-- may attach it to another table, because EXECUTE is revoked from PUBLIC below
+-- (PostgreSQL checks EXECUTE when a trigger is created, not when it fires).
+CREATE FUNCTION pg_eventstream_enqueue() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    INSERT INTO pg_eventstream_outbox (xid, event_id, channel)
+    VALUES (pg_current_xact_id(), NEW.id, NEW.channel);
+
+    -- The doorbell. The publisher holds this lock, or waits for it, for as long
+    -- as it is awake and polls; then the attempt fails at once and no
+    -- NOTIFY is sent. NOTIFY takes a database-wide lock until the commit is
+    -- durable (src/backend/commands/async.c, PreCommit_Notify), so that ringing
+    -- for every commit would make all commits queue up behind each other.
+    -- The payload is empty: equal notifications of a transaction fold into one.
+    IF pg_try_advisory_xact_lock_shared('pg_eventstream_event'::regclass::oid::int4, 1) THEN
+        PERFORM pg_notify('pg_eventstream', '');
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+REVOKE ALL ON FUNCTION pg_eventstream_enqueue() FROM PUBLIC;
+
+-- It finds its tables in the schema that it was created in, and nothing that a
+-- caller put in the way: pg_temp stands last, so that no temporary table can
+-- take a table's place.
+DO $$
+BEGIN
+    EXECUTE format(
+        'ALTER FUNCTION pg_eventstream_enqueue() SET search_path = pg_catalog, %I, pg_temp',
+        current_schema());
+END
+$$;

@@ -1,0 +1,87 @@
+"""The wire format: events, ids and errors as Server-Sent Events.
+
+As django-eventstream writes it, so that its clients understand it. The format itself:
+https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import quote, unquote
+
+from django.core.serializers.json import DjangoJSONEncoder
+
+from .errors import InvalidRequest, ResumeNotAllowed
+
+CONTENT_TYPE = "text/event-stream"
+KEEP_ALIVE = "event: keep-alive\ndata:\n\n"
+KEEP_ALIVE_SECONDS = 20
+
+# Fills the buffers of old browsers and of proxies, so that the first event shows at once.
+PADDING = ":" + " " * 2048 + "\n\n"
+
+_ERROR_ID = "error"
+# Only these three end a line of an event stream; str.splitlines() knows many more.
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_UNSAFE = re.compile(r"[\r\n\0]")
+
+
+def encode_event(event_type: str, data: str, event_id: str | None = None) -> str:
+    """One event. Data of several lines becomes one ``data:`` line each."""
+    lines = [f"event: {_UNSAFE.sub('', event_type)}"]
+    if event_id is not None:
+        lines.append(f"id: {_UNSAFE.sub('', event_id)}")
+    lines += [f"data: {line}" for line in _LINE_END.split(data)]
+    return "\n".join(lines) + "\n\n"
+
+
+def encode_open(event_id: str | None) -> str:
+    """The first event: a client that has seen nothing yet can resume from its id."""
+    return PADDING + encode_event("stream-open", "", event_id)
+
+
+def encode_reset(channels: Iterable[str], event_id: str) -> str:
+    """What the client asks for is gone: it reloads its state and goes on from this id."""
+    return encode_event("stream-reset", json.dumps({"channels": sorted(channels)}), event_id)
+
+
+def encode_error(condition: str, text: str, extra: Mapping[str, Any] | None = None) -> str:
+    """Ends a stream for good: its id cannot be resumed from."""
+    data = {"condition": condition, "text": text, **(extra or {})}
+    return encode_event("stream-error", json.dumps(data, cls=DjangoJSONEncoder), _ERROR_ID)
+
+
+def quote_channel(channel: str) -> str:
+    """The name of a channel inside an id or a header: neither ``,`` ``:`` nor spaces."""
+    return quote(channel)
+
+
+def make_id(eids: Mapping[str, int]) -> str:
+    """The composite id of several channels: ``room:5,news:7``."""
+    return ",".join(f"{quote_channel(channel)}:{eid}" for channel, eid in eids.items())
+
+
+def parse_id(event_id: str) -> dict[str, int]:
+    """The eid of each channel in a composite id.
+
+    The first value of a channel wins: behind a proxy the event's own id comes first and
+    is followed by what the proxy knows, which may be the previous one (`hold.id_format`).
+
+    Raises `ResumeNotAllowed` for the id of a ``stream-error``, `InvalidRequest` for
+    anything that no server sent.
+    """
+    if event_id.strip() == _ERROR_ID:
+        raise ResumeNotAllowed("Can't resume session after stream-error")
+    eids: dict[str, int] = {}
+    for part in event_id.strip().split(","):
+        name, colon, number = part.strip().rpartition(":")
+        # At most 18 digits: what fits into a bigint, with no look at its exact limit.
+        if not colon or not name or not re.fullmatch(r"[0-9]{1,18}", number):
+            raise InvalidRequest(
+                "Last-Event-ID is malformed; send back the id of an event as it arrived"
+            )
+        eids.setdefault(unquote(name), int(number))
+    return eids
