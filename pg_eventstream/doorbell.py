@@ -37,7 +37,7 @@ LOCK_SPACE = "'pg_eventstream_event'::regclass::oid::int4"
 AWAKE_POLL = 0.003
 #: Rounds that found something, per second: above the first wake up, below the second doze.
 BUSY, CALM = 50, 25
-_DROWSY_POLL_MOST = 0.25
+_DROWSY_POLL_LEAST, _DROWSY_POLL_MOST = 0.02, 0.25
 #: Without a working LISTEN there is nothing but polling.
 _DEAF_POLL = 0.1
 
@@ -80,7 +80,6 @@ class Doorbell:
         # Another publisher may have died a moment ago, and writers that saw it awake may
         # not have committed yet; its connection may even linger and hold the bell lock.
         # So start awake, and do not sleep before the lock was ours once.
-        self.state = State.DROWSY
         self._held_once = False
         self._awake()
 
@@ -102,25 +101,25 @@ class Doorbell:
         now = time.monotonic()
         if sequenced:
             self._busy_rounds.append(now)
-        match self.state:
-            case State.AWAKE:
-                if self._rate(now) < CALM and self._bell_was_ours():
-                    self._doze(now)
-                    return
-                self._sleep(AWAKE_POLL if self._rate(now) else _DROWSY_POLL_MOST / 10)
-            case State.DROWSY:
-                if self._rate(now) >= BUSY:
-                    self._awake()
-                elif self._all_over():
-                    self.state = State.ASLEEP
-                    # One more round before the sleep: for what the last of them committed.
-                    return
-                # A straggler waits a tenth longer than it took anyway.
-                self._sleep(min(max((now - self._drowsy_since) / 10, 0.02), _DROWSY_POLL_MOST))
-            case State.ASLEEP:
-                if self._rate(now) >= BUSY:
-                    self._awake()
-                self._sleep(_DEAF_POLL if self.deaf else self._safety_poll)
+        rate = self._rate(now)
+        if self.state is State.AWAKE:
+            if rate < CALM and self._bell_was_ours():
+                self._doze(now)
+            else:
+                self._sleep(AWAKE_POLL if rate else _DROWSY_POLL_LEAST)
+        elif rate >= BUSY:
+            # Not to sleep now: writers fall silent with this, and the last of them that rang
+            # may be the one that woke us for this round.
+            self._awake()
+        elif self.state is State.ASLEEP:
+            self._sleep(_DEAF_POLL if self.deaf else self._safety_poll)
+        elif self._all_over():
+            # One more round before the sleep: for what the last of them committed.
+            self._enter(State.ASLEEP)
+        else:
+            # A straggler waits a tenth longer than its commit took anyway.
+            longer = (now - self._drowsy_since) / 10
+            self._sleep(min(max(longer, _DROWSY_POLL_LEAST), _DROWSY_POLL_MOST))
 
     def _rate(self, now: float) -> int:
         """How many of the last rounds found something, within the last second."""
@@ -130,8 +129,12 @@ class Doorbell:
 
     # The states
 
+    def _enter(self, state: State) -> None:
+        self.state = state
+        logger.debug("doorbell: %s", state.value)
+
     def _awake(self) -> None:
-        self.state = State.AWAKE
+        self._enter(State.AWAKE)
         # Sent without waiting for the answer: to stand in the queue for the lock is enough
         # to make the writers' attempts fail (PostgreSQL: src/backend/storage/lmgr/lock.c,
         # LockAcquireExtended checks the waiters' mask too), and a transaction that rang and
@@ -155,7 +158,7 @@ class Doorbell:
         assert row is not None  # noqa: S101
         self._doze_horizon = int(row[0])
         self._drowsy_since = now
-        self.state = State.DROWSY
+        self._enter(State.DROWSY)
 
     def _all_over(self) -> bool:
         row = self._listener.execute(

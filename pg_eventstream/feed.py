@@ -7,6 +7,7 @@ delays nobody else.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
@@ -42,6 +43,7 @@ class Feed:
         self._position = 0
         self._acknowledged = 0
         self._acknowledged_at = 0.0
+        self._bursts = grip.Bursts()
 
     def wake(self) -> None:
         """There is news in the stream. From any thread."""
@@ -66,8 +68,7 @@ class Feed:
                 delay = self._pause(delay)
                 continue
             if not published and not self._stopping.is_set():
-                pending = self._position > self._acknowledged
-                self._news.wait(_ACKNOWLEDGE_SECONDS if pending else None)
+                self._news.wait(self._idle_seconds())
         self.finish()
 
     def publish_next(self) -> int:
@@ -79,9 +80,15 @@ class Feed:
         page = self._next_page()
         for batch in grip.batches(page):
             if not self._publish(batch):
-                break
+                return len(page)
             self._position = batch.events[-1].position
+            self._bursts.note([event.channel for event in batch.events], time.monotonic())
+        self._hint(self._bursts.take_due(time.monotonic()))
         return len(page)
+
+    def settle(self) -> None:
+        """Give the hints now that `run` would give in the next seconds."""
+        self._hint(self._bursts.take_due(math.inf))
 
     def finish(self) -> None:
         """Store the last acknowledgement, if that is possible, and disconnect."""
@@ -96,6 +103,13 @@ class Feed:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _idle_seconds(self) -> float | None:
+        """How long to wait for news: until there is something to do without any."""
+        if self._position > self._acknowledged:
+            return _ACKNOWLEDGE_SECONDS
+        due = self._bursts.next_due()
+        return None if due is None else max(0.0, due - time.monotonic())
 
     # Reading
 
@@ -179,19 +193,28 @@ class Feed:
                     logger.info("%s: takes events again", self._proxy.name)
                 return True
 
+    def _hint(self, channels: list[str]) -> None:
+        for start in range(0, len(channels), grip.BATCH_ITEMS):
+            hints = [grip.hint(c) for c in channels[start : start + grip.BATCH_ITEMS]]
+            if not self._publish(grip.Batch([], hints)):
+                break
+
     def _publish_apart(self, batch: grip.Batch, refusal: grip.Refused) -> bool:
         """The proxy refuses a batch as a whole: find what it refuses, and go on without.
 
         The offending event is replaced by a hint, upon which clients fetch it from the
         endpoint.
         """
+        if not batch.events:
+            logger.error("%s: refused hints (%s)", self._proxy.name, refusal)
+            return True
         if len(batch.events) > 1:
             middle = len(batch.events) // 2
             return self._publish(
                 grip.Batch(batch.events[:middle], batch.items[:middle])
             ) and self._publish(grip.Batch(batch.events[middle:], batch.items[middle:]))
         event = batch.events[0]
-        hint = grip.hint(event)
+        hint = grip.hint(event.channel)
         if batch.items[0] == hint:
             logger.error(
                 "%s: refused even a hint of event %s:%d (%s); clients get it when they"

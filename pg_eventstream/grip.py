@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -55,6 +56,47 @@ class Batch:
         return b'{"items":[' + b",".join(self.items) + b"]}"
 
 
+class Bursts:
+    """Channels that had more events at once than a session's queue at the proxy may hold.
+
+    For a session whose client reads slowly, or which is just fetching its next link, Pushpin
+    queues 100 items and drops what follows (src/handler/httpsession.cpp, PUBLISH_QUEUE_MAX).
+    The channel's next event shows the gap, and the session fetches what it missed. But after
+    a burst there may be none for long, so a hint takes its place: soon, and once more for
+    those whose queue was still full.
+    """
+
+    _MANY, _WINDOW_SECONDS, _HINT_AFTER = 50, 1.0, (0.5, 5.0)
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._window_end = 0.0
+        self._due: dict[str, list[float]] = {}
+
+    def note(self, channels: Sequence[str], now: float) -> None:
+        """Events were published on these channels, one entry for each."""
+        if now >= self._window_end:
+            self._counts.clear()
+            self._window_end = now + self._WINDOW_SECONDS
+        self._counts.update(channels)
+        for channel in set(channels):
+            if self._counts[channel] >= self._MANY:
+                self._due[channel] = [now + seconds for seconds in self._HINT_AFTER]
+
+    def next_due(self) -> float | None:
+        """When the next hint is due, None if there is none to come."""
+        return min((times[0] for times in self._due.values()), default=None)
+
+    def take_due(self, now: float) -> list[str]:
+        """The channels that need a hint now."""
+        due = [channel for channel, times in self._due.items() if times[0] <= now]
+        for channel in due:
+            del self._due[channel][0]
+            if not self._due[channel]:
+                del self._due[channel]
+        return due
+
+
 class Refused(Exception):
     """The proxy refused the request, and will refuse it again."""
 
@@ -70,12 +112,13 @@ def item(event: StreamEvent) -> bytes:
     with them a client whose channels have other filters is closed (Pushpin 1.36).
     """
     if event.data is None:
-        return hint(event)
+        return hint(event.channel)
     own_id = hold.escape(f"{sse.quote_channel(event.channel)}:{event.eid}")
     content = sse.encode_event(
         hold.escape(event.type), hold.escape(event.data), event_id=f"{own_id}%I"
     )
-    meta = {"skip_users": ",".join(event.skip_user_ids)} if event.skip_user_ids else {}
+    skipped = ",".join(map(hold.quote_user, event.skip_user_ids))
+    meta = {"skip_users": skipped} if skipped else {}
     return _dump(
         event.channel,
         Item(
@@ -87,12 +130,12 @@ def item(event: StreamEvent) -> bytes:
     )
 
 
-def hint(event: StreamEvent) -> bytes:
+def hint(channel: str) -> bytes:
     """Tells the proxy that there is news on the channel, which its streams then fetch.
 
     Without id and prev-id: with them, the proxy would take the event as delivered.
     """
-    return _dump(event.channel, Item(HttpStreamFormat(action="hint")))
+    return _dump(channel, Item(HttpStreamFormat(action="hint")))
 
 
 def _dump(channel: str, grip_item: Any) -> bytes:
@@ -107,7 +150,7 @@ def batches(events: Iterable[StreamEvent]) -> Iterator[Batch]:
     for event in events:
         encoded = item(event)
         if len(encoded) > BATCH_BYTES:  # control characters grow six-fold in JSON
-            encoded = hint(event)
+            encoded = hint(event.channel)
         if batch.items and (
             len(batch.items) == BATCH_ITEMS or size + len(encoded) + 1 > BATCH_BYTES
         ):

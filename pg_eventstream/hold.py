@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from django.core import signing
 from gripcontrol import Channel
@@ -39,7 +39,12 @@ def events_channel(channel: str) -> str:
 
 def user_channel(user_id: str | None) -> str:
     """The GRIP channel that reaches all streams of one user."""
-    return _USER + sse.quote_channel(user_id or ANONYMOUS)
+    return _USER + quote_user(user_id or ANONYMOUS)
+
+
+def quote_user(user_id: str) -> str:
+    """A user id inside a header, or between the commas of a list of them."""
+    return quote(user_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,8 @@ def unsign(token: str) -> Session:
 def last_ids(grip_last: Mapping[str, str], channels: tuple[str, ...]) -> dict[str, int]:
     """The eids that the proxy sent last, per channel, from the Grip-Last header.
 
-    Raises `InvalidRequest` if an id is not one of ours.
+    Raises `InvalidRequest` if an id is missing, or not one of ours: to go on from now
+    would lose events silently, while a client that comes back loses none.
     """
     last: dict[str, int] = {}
     prefix = conf.grip_prefix + _EVENTS
@@ -94,6 +100,8 @@ def last_ids(grip_last: Mapping[str, str], channels: tuple[str, ...]) -> dict[st
             if not (eid.isascii() and eid.isdigit() and len(eid) <= 18):
                 raise InvalidRequest("Grip-Last is malformed")
             last[channel] = int(eid)
+    if len(last) < len(channels):
+        raise InvalidRequest("Grip-Last lacks a channel")
     return last
 
 
@@ -113,7 +121,7 @@ def instruct(request: Any, session: Session, link: str, held: Mapping[str, int] 
             grip_channel.filters += ["build-id", "skip-users"]
             instruct.add_channel(grip_channel)
         instruct.meta["id_format"] = id_format(session.channels)
-        instruct.meta["user"] = session.user_id or ANONYMOUS
+        instruct.meta["user"] = quote_user(session.user_id or ANONYMOUS)
     # Held without prev-id. It is here for a page too, as a response needs some channel.
     grip_channel = Channel(user_channel(session.user_id))
     grip_channel.filters.append("require-sub")

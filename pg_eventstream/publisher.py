@@ -100,6 +100,7 @@ class Publisher:
                 feed = Feed(proxy, self._database, self._stopping)
                 while count := feed.publish_next():
                     published += count
+                feed.settle()
                 feed.finish()
             prune(connection, self._stopping)
             return published

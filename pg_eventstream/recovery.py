@@ -63,9 +63,12 @@ def recover(after: Mapping[str, int | None]) -> Recovered:
 
 def _page_after(asked: Mapping[str, int]) -> tuple[list[RecoveredEvent], bool]:
     with connections[conf.database].cursor() as cursor:
-        # Per channel the index (channel, eid) is read from the given eid on, at most a
-        # page; then all are merged in commit order. The running sum keeps the memory of a
-        # page bounded: only a first event may be larger than that.
+        # Per channel one range of the index (channel, eid), as wide as a page since eids are
+        # dense; then all are merged in commit order, and only what is on the page is looked
+        # up by its key. LIMIT and OFFSET 0 keep the planner from turning these look-ups into
+        # joins that read the tables from end to end, as it would after a burst that the
+        # statistics do not know of yet. The running sum keeps the memory of a page bounded:
+        # only a first event may be larger than that.
         cursor.execute(
             """
             SELECT channel, eid, type, data, skip_user_ids, found
@@ -74,26 +77,34 @@ def _page_after(asked: Mapping[str, int]) -> tuple[list[RecoveredEvent], bool]:
                        sum(octet_length(data)) OVER by_position AS bytes
                   FROM (
                     SELECT s.position, s.channel, s.eid, e.type, e.data, e.skip_user_ids
-                      FROM unnest(%s::text[], %s::bigint[]) AS asked (channel, eid)
+                      FROM (
+                        SELECT s.*
+                          FROM unnest(%(channels)s::text[], %(eids)s::bigint[])
+                               AS asked (channel, eid)
+                         CROSS JOIN LATERAL (
+                               SELECT * FROM pg_eventstream_stream AS s
+                                WHERE s.channel = asked.channel
+                                  AND s.eid > asked.eid AND s.eid <= asked.eid + %(limit)s + 1
+                                ORDER BY s.eid LIMIT %(limit)s + 1
+                             ) AS s
+                         ORDER BY s.position LIMIT %(limit)s + 1
+                      ) AS s
                      CROSS JOIN LATERAL (
-                           SELECT * FROM pg_eventstream_stream AS s
-                            WHERE s.channel = asked.channel AND s.eid > asked.eid
-                            ORDER BY s.eid LIMIT %s
-                         ) AS s
-                      JOIN pg_eventstream_event AS e ON e.id = s.event_id
-                     ORDER BY s.position
-                     LIMIT %s
+                           SELECT * FROM pg_eventstream_event WHERE id = s.event_id OFFSET 0
+                         ) AS e
                   ) AS merged
                 WINDOW by_position AS (ORDER BY position)
               ) AS measured
-             WHERE nth = 1 OR (nth <= %s AND bytes <= %s)
+             WHERE nth = 1 OR (nth <= %(limit)s AND bytes <= %(bytes)s)
              ORDER BY position
             """,
-            [
-                list(asked), list(asked.values()), PAGE_EVENTS + 1, PAGE_EVENTS + 1,
-                PAGE_EVENTS, PAGE_BYTES,
-            ],
-        )  # fmt: skip
+            {
+                "channels": list(asked),
+                "eids": list(asked.values()),
+                "limit": PAGE_EVENTS,
+                "bytes": PAGE_BYTES,
+            },
+        )
         rows = cursor.fetchall()
     return [RecoveredEvent(*row[:-1]) for row in rows], bool(rows) and rows[0][-1] > len(rows)
 

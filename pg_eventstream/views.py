@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from django.contrib.auth import get_user_model
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseBase
+from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_safe
 
 from . import hold, sse
@@ -21,12 +24,14 @@ _NO_PROXY = (
     "Send clients to the proxy's address, and check that GRIP_URL holds the key that the proxy"
     " signs its requests with (sig_key in pushpin.conf).\n"
 )
+# No event can have them in its channel; surrogates stand for bytes that are no text.
+_IMPOSSIBLE = re.compile("[\r\n\0\ud800-\udfff]")
 
 
 @require_safe
 def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
     """Open a stream, or resume one with Last-Event-ID."""
-    if not request.grip.proxied:  # type: ignore[attr-defined]
+    if not _came_through_proxy(request):
         return _finish(HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
     try:
         session = _requested_session(request, kwargs)
@@ -48,7 +53,7 @@ def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
 @require_safe
 def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBase:
     """Tell the proxy how a stream goes on. Ends it if the user may not read it any more."""
-    if not request.grip.proxied:  # type: ignore[attr-defined]
+    if not _came_through_proxy(request):
         return _finish(HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
     try:
         session = hold.unsign(token)
@@ -68,6 +73,12 @@ def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBa
     return _grip_response(request, session, missed, opening="", token=token)
 
 
+def _came_through_proxy(request: HttpRequest) -> bool:
+    """Whether a proxy of ours made the request; GripMiddleware has verified its signature."""
+    grip = getattr(request, "grip", None)
+    return grip is not None and grip.proxied
+
+
 def _requested_session(request: HttpRequest, view_kwargs: Mapping[str, Any]) -> hold.Session:
     asked = get_channelmanager().get_channels_for_request(request, view_kwargs)
     # In one order, so that equal sessions get equal links.
@@ -77,7 +88,7 @@ def _requested_session(request: HttpRequest, view_kwargs: Mapping[str, Any]) -> 
     if len(channels) > conf.channel_limit:
         raise InvalidRequest(f"Channel limit exceeded ({len(channels)} > {conf.channel_limit})")
     for channel in channels:
-        if not channel or len(channel) > 255 or any(c in channel for c in "\r\n\0"):
+        if not channel or len(channel) > 255 or _IMPOSSIBLE.search(channel):
             raise InvalidRequest("A channel name is empty, too long or has a line break or NUL")
     user = _user_of_request(request)
     return hold.Session(channels, None if user is None else str(user.pk))
@@ -125,18 +136,27 @@ def _grip_response(
     opening: str,
     token: str | None = None,
 ) -> HttpResponse:
-    body = opening + _encode(missed, session.user_id)
-    base = request.path if token is None else request.path.removesuffix(f"next/{token}")
+    body = (opening + _encode(missed, session.user_id)).encode()
     # What does not fit into a held response goes out as a page without a hold.
     is_page = missed.more or len(body) > _HELD_BYTES
     link_session = hold.Session(
         session.channels, session.user_id, cursor=missed.end if is_page else None
     )
-    link = f"{base}next/{hold.sign(link_session)}"
     if not is_page:
-        body = hold.escape(body)  # the build-id filter reads held responses too
-    hold.instruct(request, session, link, held=None if is_page else missed.end)
+        body = body.replace(b"%", b"%%")  # the build-id filter reads held responses too
+    if request.method != "HEAD":  # which has nothing to hold open
+        link = _base_path(request, token) + f"next/{hold.sign(link_session)}"
+        hold.instruct(request, session, link, held=None if is_page else missed.end)
     return _finish(HttpResponse(body, content_type=sse.CONTENT_TYPE))
+
+
+def _base_path(request: HttpRequest, token: str | None) -> str:
+    """Where the endpoint is mounted, as it stands in a URL and in a header.
+
+    A path that began with two slashes would name a host, to which the proxy would turn.
+    """
+    path = request.path if token is None else request.path.removesuffix(f"next/{token}")
+    return escape_leading_slashes(quote(path))
 
 
 #: Pushpin takes 100,000 bytes with a hold; escaping may double them.
@@ -150,7 +170,7 @@ def _encode(missed: Recovered, user_id: str | None) -> str:
         parts.append(sse.encode_reset(missed.reset, sse.make_id(ids)))
     for event in missed.events:
         ids[event.channel] = event.eid
-        if user_id is None or user_id not in event.skip_user_ids:
+        if (user_id or hold.ANONYMOUS) not in event.skip_user_ids:
             parts.append(sse.encode_event(event.type, event.data, sse.make_id(ids)))
     return "".join(parts)
 

@@ -1,0 +1,236 @@
+"""Real servers: PostgreSQL and Pushpin once per run, a database per test.
+
+Django is set up against the run's PostgreSQL before any test module is imported. Each test
+gets a database of its own, a copy of a migrated template, so that no lock, notification or
+row of one test reaches another.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
+from pg_eventstream.demo.servers import Postgres, Pushpin
+
+from .sse_client import SSEClient
+
+KEY = secrets.token_hex(24)
+_TEMPLATE = "template_migrated"
+
+_directory = tempfile.TemporaryDirectory(prefix="pg_eventstream-", dir="/tmp")
+DIRECTORY = Path(_directory.name)
+_postgres = Postgres(
+    DIRECTORY / "postgres",
+    settings={"max_connections": "300", "max_prepared_transactions": "10", "log_statement": "none"},
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    DIRECTORY.chmod(0o755)
+    _postgres.start()
+    with psycopg.connect(_postgres.dsn(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {_TEMPLATE}")
+    os.environ["PG_EVENTSTREAM_TEST_DSN"] = _postgres.dsn(_TEMPLATE)
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
+
+    import django
+    from django.core.management import call_command
+    from django.db import connections
+
+    django.setup()
+    call_command("migrate", run_syncdb=True, verbosity=0)
+    connections.close_all()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    _postgres.stop("immediate")
+    _directory.cleanup()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Postgres:
+    return _postgres
+
+
+class Database:
+    """A test's own database."""
+
+    def __init__(self, postgres: Postgres, name: str) -> None:
+        self.name = name
+        self.dsn = postgres.dsn(name)
+        self.postgres = postgres
+
+    def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
+        return psycopg.connect(self.dsn, **{"autocommit": True, **kwargs})
+
+    def fetch(self, query: str, params: Any = None) -> list[tuple[Any, ...]]:
+        with self.connect() as connection:
+            return connection.execute(query, params).fetchall()
+
+    def value(self, query: str, params: Any = None) -> Any:
+        return self.fetch(query, params)[0][0]
+
+    def execute(self, query: str, params: Any = None) -> None:
+        with self.connect() as connection:
+            connection.execute(query, params)
+
+    def send(self, channel: str, data: str = "{}") -> None:
+        """As a service that is not Python does."""
+        self.execute(
+            "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)", [channel, data]
+        )
+
+
+@pytest.fixture
+def database(postgres: Postgres) -> Iterator[Database]:
+    """A fresh, migrated database, which Django and every child process of the test use."""
+    from django.db import connections
+
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
+    connections.close_all()
+    connections.settings["default"]["NAME"] = name
+    connections["default"].settings_dict["NAME"] = name
+    previous = os.environ["PG_EVENTSTREAM_TEST_DSN"]
+    os.environ["PG_EVENTSTREAM_TEST_DSN"] = postgres.dsn(name)
+    try:
+        yield Database(postgres, name)
+    finally:
+        os.environ["PG_EVENTSTREAM_TEST_DSN"] = previous
+        connections.close_all()
+        with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def app_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def pushpin(app_port: int) -> Iterator[Pushpin]:
+    """A proxy in front of `app_port`.
+
+    It remembers ids of a channel for a minute, so every test uses channels of its own.
+    """
+    with Pushpin(
+        DIRECTORY / "pushpin",
+        origin=f"127.0.0.1:{app_port}",
+        sig_key=KEY,
+        # Deliveries above the rate are dropped and recovered, which is not what is tested.
+        message_rate=1_000_000,
+        message_hwm=1_000_000,
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def channel() -> str:
+    return f"c{uuid.uuid4().hex[:8]}"
+
+
+def child_environment(pushpin: Pushpin | None = None, **more: str) -> dict[str, str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:pg_eventstream"}
+    if pushpin is not None:
+        environment["PG_EVENTSTREAM_TEST_GRIP_URL"] = f"{pushpin.control_url}?key={KEY}"
+    return {**environment, **more}
+
+
+@pytest.fixture(params=["asgi"])
+def app(
+    request: pytest.FixtureRequest, database: Database, pushpin: Pushpin, app_port: int
+) -> Iterator[Process]:
+    """The application server behind the proxy; parametrize indirectly with "wsgi"."""
+    arguments = {
+        "asgi": ["uvicorn", "tests.asgi:application", f"--port={app_port}", "--log-level=warning"],
+        "wsgi": ["gunicorn", "tests.wsgi", f"--bind=127.0.0.1:{app_port}", "--threads=8"],
+    }[request.param]
+    process = Process(
+        f"the application server ({request.param})",
+        [sys.executable, "-m", *arguments],
+        log_path=DIRECTORY / "app.log",
+        environment=child_environment(pushpin),
+    )
+    process.start(ready=lambda: accepts(app_port))
+    yield process
+    process.stop(timeout=5)
+
+
+class PublisherProcess(Process):
+    """``manage.py eventstream_publisher`` in a process of its own."""
+
+    def __init__(self, log_path: Path, environment: dict[str, str], *arguments: str) -> None:
+        super().__init__(
+            "the publisher",
+            [sys.executable, "-m", "django", "eventstream_publisher", *arguments],
+            log_path=log_path,
+            environment=environment,
+        )
+        self.log_file = log_path
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def wait_for_log(self, text: str, timeout: float = 20) -> None:
+        try:
+            wait_until(lambda: text in self.log or not self.running, timeout=timeout)
+        except TimeoutError:
+            raise self.error(f"did not say {text!r}") from None
+        assert text in self.log, self.error(f"did not say {text!r}")
+
+    def lead(self) -> PublisherProcess:
+        """Start, and wait until it leads."""
+        self.start()
+        self.wait_for_log(": leading")
+        return self
+
+
+@pytest.fixture
+def new_publisher(
+    database: Database, pushpin: Pushpin
+) -> Iterator[Callable[..., PublisherProcess]]:
+    """Makes publishers that publish to the proxy, and ends them with the test."""
+    made: list[PublisherProcess] = []
+
+    def make(*arguments: str, **environment: str) -> PublisherProcess:
+        log_path = DIRECTORY / f"publisher-{database.name}-{len(made)}.log"
+        process = PublisherProcess(log_path, child_environment(pushpin, **environment), *arguments)
+        made.append(process)
+        return process
+
+    yield make
+    for process in made:
+        process.kill()
+
+
+@pytest.fixture
+def publisher(new_publisher: Callable[..., PublisherProcess]) -> PublisherProcess:
+    """A publisher that leads."""
+    return new_publisher().lead()
+
+
+@pytest.fixture
+def stream(app: Process, pushpin: Pushpin) -> Iterator[Callable[..., SSEClient]]:
+    """Opens streams through the proxy, and closes them with the test."""
+    opened: list[SSEClient] = []
+
+    def open_stream(*channels: str, **options: Any) -> SSEClient:
+        client = SSEClient(f"{pushpin.url}/events/", list(channels), **options)
+        opened.append(client.__enter__())
+        return client
+
+    yield open_stream
+    for client in opened:
+        client.close()

@@ -1,0 +1,135 @@
+"""The publisher is killed, stopped and replaced; clients notice nothing but a pause."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+
+from pg_eventstream.demo.processes import wait_until
+
+from .conftest import Database, PublisherProcess
+from .load import Load
+from .sse_client import SSEClient
+
+NewPublisher = Callable[..., PublisherProcess]
+Stream = Callable[..., SSEClient]
+
+KILLS = 20
+TAKEOVER_SECONDS = 2.0
+
+
+def seeded() -> random.Random:
+    """Chance that can be repeated: the seed is printed, and taken from the environment."""
+    seed = os.environ.get("PG_EVENTSTREAM_TEST_SEED", str(time.time_ns()))
+    print(f"PG_EVENTSTREAM_TEST_SEED={seed}")  # noqa: T201  (shown if the test fails)
+    return random.Random(seed)
+
+
+def test_publisher_killed_at_any_moment_loses_and_repeats_nothing(
+    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+) -> None:
+    chance = seeded()
+    steady = stream(channel).wait_open()
+    restless = stream(channel, reconnect=True).wait_open()
+    load = Load(database, channel, seed=chance.randrange(1000))
+    with load.running():
+        for _ in range(KILLS):
+            publisher = new_publisher().lead()
+            time.sleep(chance.uniform(0, 0.4))  # the random moment
+            publisher.kill()
+            restless.drop()
+    new_publisher().lead()
+    load.check(steady)
+    load.check(restless)
+    assert steady.connections == 1
+    assert restless.connections > KILLS / 2
+
+
+def test_standby_takes_over_when_the_leader_is_killed(
+    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+) -> None:
+    chance = seeded()
+    steady = stream(channel).wait_open()
+    restless = stream(channel, reconnect=True).wait_open()
+    load = Load(database, channel, seed=chance.randrange(1000))
+    leader = new_publisher().lead()
+    gaps = []
+    with load.running():
+        for _ in range(KILLS):
+            standby = new_publisher()
+            standby.start()
+            standby.wait_for_log("standing by")
+            time.sleep(chance.uniform(0, 0.2))  # the random moment
+            killed_at = time.time()
+            leader.kill()
+            restless.drop()
+            standby.wait_for_log(": leading")
+            steady.wait_for(lambda at=killed_at: steady.events[-1].at > at + 0.05)  # type: ignore[misc]
+            gaps.append(_longest_gap_since(steady, killed_at))
+            leader = standby
+    load.check(steady)
+    load.check(restless)
+    assert max(gaps) < TAKEOVER_SECONDS, gaps
+
+
+def _longest_gap_since(client: SSEClient, since: float) -> float:
+    """The longest time without an event, around a moment, at a client under steady load."""
+    times = [since, *(event.at for event in client.events if event.at > since), time.time()]
+    return max(after - before for before, after in itertools.pairwise(times))
+
+
+def test_leader_that_is_suspended_and_continued_repeats_nothing(
+    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+) -> None:
+    client = stream(channel).wait_open()
+    load = Load(database, channel)
+    leader = new_publisher().lead()
+    standby = new_publisher()
+    standby.start()
+    standby.wait_for_log("standing by")
+    with load.running():
+        for _ in range(3):
+            client.wait_count(len(client.events) + 20)
+            os.kill(leader.pid, signal.SIGSTOP)
+            count = len(load.committed)
+            wait_until(lambda least=count + 100: len(load.committed) > least, timeout=20)  # type: ignore[misc]
+            os.kill(leader.pid, signal.SIGCONT)
+    load.check(client)
+
+
+def test_sigterm_ends_the_publisher_in_good_order(
+    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+) -> None:
+    client = stream(channel).wait_open()
+    load = Load(database, channel)
+    with load.running():
+        for _ in range(5):
+            publisher = new_publisher().lead()
+            client.wait_count(len(client.events) + 20)
+            os.kill(publisher.pid, signal.SIGTERM)
+            wait_until(lambda p=publisher: not p.running, timeout=5)  # type: ignore[misc]
+            assert publisher.returncode == 0
+            assert "stopped" in publisher.log
+    new_publisher().lead()
+    load.check(client)
+
+
+def test_postgres_backends_terminated_under_load(
+    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    client = stream(channel).wait_open()
+    load = Load(database, channel)
+    with load.running():
+        for _ in range(5):
+            client.wait_count(len(client.events) + 50)
+            terminated = database.value(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name LIKE 'pg_eventstream %'"
+            )
+            assert terminated >= 3  # the leader's, the bell's, the feed's
+    load.check(client)
+    assert publisher.running
