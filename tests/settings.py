@@ -1,8 +1,10 @@
 """Settings of the test project; the servers' addresses come from the environment."""
 
+import json
 import os
 from pathlib import Path
 
+from gripcontrol import parse_grip_uri
 from psycopg.conninfo import conninfo_to_dict
 
 _dsn = conninfo_to_dict(os.environ.get("PG_EVENTSTREAM_TEST_DSN", "dbname=pg_eventstream"))
@@ -44,11 +46,18 @@ TEMPLATES = [
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
-if os.environ.get("PG_EVENTSTREAM_TEST_GRIP_URL"):
-    GRIP_URL = os.environ["PG_EVENTSTREAM_TEST_GRIP_URL"]
+# One proxy, or several with blanks in between.
+_grip_urls = os.environ.get("PG_EVENTSTREAM_TEST_GRIP_URL", "").split()
+if len(_grip_urls) == 1:
+    GRIP_URL = _grip_urls[0]
+elif _grip_urls:
+    GRIP_PROXIES = [parse_grip_uri(url) for url in _grip_urls]
 if os.environ.get("PG_EVENTSTREAM_TEST_SAFETY_POLL"):
     EVENTSTREAM_SAFETY_POLL = (
         None
         if os.environ["PG_EVENTSTREAM_TEST_SAFETY_POLL"] == "off"
         else float(os.environ["PG_EVENTSTREAM_TEST_SAFETY_POLL"])
     )
+
+# Any setting by its name, for the servers of one test.
+globals().update(json.loads(os.environ.get("PG_EVENTSTREAM_TEST_SETTINGS", "{}")))

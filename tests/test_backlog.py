@@ -1,0 +1,48 @@
+"""A million events that nobody published yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from pg_eventstream.demo.processes import wait_until
+
+from .conftest import Database, PublisherProcess
+from .sse_client import SSEClient
+
+EVENTS = 1_000_000
+FIRST_WITHIN = 15.0
+#: What a publisher takes without any backlog is about 50 MB.
+MEMORY_MB = 160
+
+
+def test_backlog_of_a_million_events_starts_at_once_and_in_bounded_memory(
+    database: Database,
+    new_publisher: Callable[..., PublisherProcess],
+    stream: Callable[..., SSEClient],
+    channel: str,
+) -> None:
+    client = stream(channel).wait_open()
+    database.send(channel, "first")
+    database.execute(
+        "INSERT INTO pg_eventstream_event (channel, data)"
+        " SELECT %s || (n %% 1000), 'event ' || n FROM generate_series(1, %s) AS n",
+        [f"{channel}-", EVENTS - 1],
+    )
+    publisher = new_publisher()
+    started = time.monotonic()
+    publisher.start()
+    client.wait_count(1, timeout=60)
+    first_after = time.monotonic() - started
+    acknowledged = "SELECT coalesce(max(position), 0) FROM pg_eventstream_proxy"
+    wait_until(lambda: database.value(acknowledged) >= 100_000, timeout=60, check=0.2)
+    peak = _peak_memory_mb(publisher.pid)
+    print(f"first event after {first_after:.1f} s, peak memory {peak:.0f} MB")  # noqa: T201
+    assert first_after < FIRST_WITHIN
+    assert peak < MEMORY_MB
+
+
+def _peak_memory_mb(pid: int) -> float:
+    with open(f"/proc/{pid}/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024

@@ -1,0 +1,248 @@
+"""The publisher and its proxies: each gets everything in order, whatever the others do."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from django.test import override_settings
+
+from pg_eventstream import send_event, send_events
+from pg_eventstream.connection import Database as Connections
+from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.demo.servers import Pushpin
+from pg_eventstream.publisher import Publisher
+
+from .conftest import DIRECTORY, KEY, Database, PublisherProcess
+from .sse_client import SSEClient
+
+NewPublisher = Callable[..., PublisherProcess]
+Stream = Callable[..., SSEClient]
+
+
+@pytest.fixture
+def second_pushpin(app_port: int) -> Iterator[Pushpin]:
+    """Another proxy in front of the same application, not started yet."""
+    server = Pushpin(DIRECTORY / "second", origin=f"127.0.0.1:{app_port}", sig_key=KEY)
+    yield server
+    server.stop()
+
+
+def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
+    database: Database,
+    new_publisher: NewPublisher,
+    pushpin: Pushpin,
+    second_pushpin: Pushpin,
+    stream: Stream,
+    channel: str,
+) -> None:
+    urls = " ".join(f"{p.control_url}?key={KEY}" for p in (second_pushpin, pushpin))
+    first = stream(channel).wait_open()
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=urls).lead()
+    for n in range(50):
+        send_event(channel, "message", n)
+    assert [event.data for event in first.wait_count(50, timeout=5)] == list(map(str, range(50)))
+    publisher.wait_for_log("cannot be reached")
+
+    second_pushpin.start()
+    with SSEClient(f"{second_pushpin.url}/events/", [channel]) as second:
+        second.wait_open()
+        publisher.wait_for_log("takes events again")
+        send_event(channel, "message", "both")
+        assert first.wait_count(51)[-1].data == '"both"'
+        assert second.wait_count(1)[-1].data == '"both"'
+        assert second.events[-1].eids == {channel: 51}
+    wait_until(
+        lambda: database.fetch("SELECT DISTINCT position FROM pg_eventstream_proxy") == [(51,)],
+        timeout=5,
+    )
+
+
+class ControlPort:
+    """A control port that misbehaves as told, and writes down what it took."""
+
+    def __init__(self) -> None:
+        self.items: list[dict[str, Any]] = []
+        self.bodies: list[bytes] = []
+        self.headers: list[dict[str, str]] = []
+        self.answers: list[int] = []
+        """Status codes for the next requests; then 200."""
+        self.refused = "\0"
+        """Text for which a whole request is refused with 400, as Pushpin does."""
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.bodies.append(body)
+                outer.headers.append(dict(self.headers))
+                status = outer.answers.pop(0) if outer.answers else 200
+                if status == 200 and outer.refused.encode() in body:
+                    status = 400
+                if status == 200:
+                    outer.items += json.loads(body)["items"]
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(b"Published" if status == 200 else b"no")
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> ControlPort:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def ids(self) -> list[str | None]:
+        return [item.get("id") for item in self.items]
+
+
+def publish_once() -> int:
+    return Publisher(Connections("default")).run_once()
+
+
+@pytest.fixture
+def control() -> Iterator[ControlPort]:
+    with ControlPort() as port, override_settings(GRIP_URL=port.url):
+        yield port
+
+
+def test_batches_keep_order_and_stay_below_the_limits(
+    database: Database, control: ControlPort
+) -> None:
+    send_events([("big", "message", "x" * 200_000) for _ in range(12)])
+    send_events([("small", "message", n) for n in range(250)])
+    assert publish_once() == 262
+    events = [item for item in control.items if "id" in item]
+    assert [(item["channel"], item["id"], item["prev-id"]) for item in events] == [
+        *[("events-big", str(n), str(n - 1)) for n in range(1, 13)],
+        *[("events-small", str(n), str(n - 1)) for n in range(1, 251)],
+    ]
+    assert max(len(body) for body in control.bodies) <= 900_100
+    assert max(len(json.loads(body)["items"]) for body in control.bodies) <= 100
+
+
+def test_unavailable_proxy_gets_the_same_batch_again(
+    database: Database, control: ControlPort
+) -> None:
+    control.answers = [503, 500, 502]
+    send_events([("a", "message", n) for n in range(10)])
+    assert publish_once() == 10
+    assert len(control.bodies) == 4
+    assert len(set(control.bodies)) == 1
+    assert control.ids == [str(n) for n in range(1, 11)]
+
+
+def test_refused_event_is_replaced_by_a_hint_and_the_others_go_out(
+    database: Database, control: ControlPort, caplog: pytest.LogCaptureFixture
+) -> None:
+    control.refused = "poison"
+    send_events([("a", "message", "poison" if n == 33 else n) for n in range(1, 101)])
+    assert publish_once() == 100
+    expected: list[str | None] = [None if n == 33 else str(n) for n in range(1, 101)]
+    # The burst's hint, for those that could not follow it, comes last.
+    assert control.ids == [*expected, None]
+    assert control.items[32]["formats"] == {"http-stream": {"action": "hint"}}
+    assert "refused event a:33" in caplog.text
+
+
+def test_event_over_the_proxys_limit_becomes_a_hint(
+    database: Database, control: ControlPort
+) -> None:
+    send_events([("a", "message", "small"), ("a", "message", "x" * 5_000_000)])
+    send_event("a", "message", "\x01" * 300_000, json_encode=False)  # six-fold in JSON
+    send_event("a", "message", "small again")
+    publish_once()
+    assert control.ids == ["1", None, None, "4"]
+    assert control.items[1] == {
+        "channel": "events-a",
+        "formats": {"http-stream": {"action": "hint"}},
+    }
+
+
+def test_publishing_is_authenticated_as_gripcontrol_does(
+    database: Database, control: ControlPort
+) -> None:
+    key = "secret key, thirty-two bytes long"
+    send_event("a", "message", 1)
+    with override_settings(GRIP_URL=f"{control.url}/realm?iss=realm&key={key.replace(' ', '%20')}"):
+        publish_once()
+    scheme, token = control.headers[-1]["Authorization"].split()
+    assert scheme == "Bearer"
+    assert jwt.decode(token, key, algorithms=["HS256"])["iss"] == "realm"
+
+
+def test_new_proxy_starts_where_the_one_furthest_behind_is(
+    database: Database, control: ControlPort
+) -> None:
+    send_events([("a", "message", n) for n in range(3)])
+    publish_once()
+    send_event("a", "message", "waits")
+    with ControlPort() as renamed, override_settings(GRIP_URL=renamed.url):
+        publish_once()
+        assert renamed.ids == ["4"]
+    assert database.fetch("SELECT name, position FROM pg_eventstream_proxy") == [(renamed.url, 4)]
+
+
+def test_grip_url_beside_grip_proxies_is_one_proxy_each(
+    database: Database, control: ControlPort
+) -> None:
+    """django-grip appends GRIP_URL to the GRIP_PROXIES list with every request."""
+    entry = {"control_uri": control.url}
+    send_event("a", "message", 1)
+    with override_settings(GRIP_PROXIES=[entry, dict(entry), dict(entry)]):
+        publish_once()
+    assert control.ids == ["1"]
+
+
+def test_publisher_waits_for_the_database(
+    new_publisher: NewPublisher, database: Database, tmp_path: Path
+) -> None:
+    publisher = new_publisher("--dsn=host=127.0.0.1 port=1 connect_timeout=2")
+    publisher.start()
+    publisher.wait_for_log("connecting again")
+    assert publisher.running
+    publisher.stop()
+    assert publisher.returncode == 0
+
+
+def test_publisher_takes_a_dsn(
+    new_publisher: NewPublisher, database: Database, stream: Stream, channel: str
+) -> None:
+    client = stream(channel).wait_open()
+    environment = {"PG_EVENTSTREAM_TEST_DSN": "host=127.0.0.1 port=1 dbname=nowhere"}
+    new_publisher(f"--dsn={database.dsn}", **environment).lead()
+    send_event(channel, "message", 1)
+    client.wait_count(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--database=nowhere"], "There is no database 'nowhere' in DATABASES"),
+        (["--database=default", "--dsn=x"], "not allowed with argument"),
+    ],
+)
+def test_wrong_arguments_are_explained(
+    new_publisher: NewPublisher, database: Database, arguments: list[str], message: str
+) -> None:
+    publisher = new_publisher(*arguments)
+    publisher.start()
+    wait_until(lambda: not publisher.running, timeout=20)
+    assert publisher.returncode != 0
+    assert message in publisher.log

@@ -1,0 +1,162 @@
+"""What is past the retention goes, and only that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from io import StringIO
+
+import pytest
+from django.core.management import CommandError, call_command
+from django.test import override_settings
+
+from pg_eventstream import send_event, send_events
+from pg_eventstream.demo.processes import wait_until
+
+from .conftest import Database, PublisherProcess
+from .sse_client import SSEClient
+from .test_publisher import ControlPort, publish_once
+
+DAY = timedelta(hours=24)
+
+
+@pytest.fixture
+def control() -> Iterator[ControlPort]:
+    with ControlPort() as port, override_settings(GRIP_URL=port.url):
+        yield port
+
+
+def age(database: Database, *, events_of: str, by: timedelta) -> None:
+    database.execute(
+        "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - %s WHERE channel = %s",
+        [by, events_of],
+    )
+
+
+def prune() -> str:
+    output = StringIO()
+    call_command("eventstream_prune", stdout=output)
+    return output.getvalue().strip()
+
+
+def data(database: Database) -> list[str]:
+    return [row[0] for row in database.fetch("SELECT data FROM pg_eventstream_event ORDER BY id")]
+
+
+def test_events_past_the_retention_are_pruned(database: Database, control: ControlPort) -> None:
+    send_events([("old", "message", n) for n in range(2500)])
+    publish_once()
+    age(database, events_of="old", by=DAY + timedelta(seconds=1))
+    send_event("young", "message", "young")
+    publish_once()
+    # publish_once() sweeps as well
+    assert data(database) == ['"young"']
+    assert prune() == "0 events pruned."
+    age(database, events_of="young", by=DAY - timedelta(minutes=1))
+    assert prune() == "0 events pruned."
+    age(database, events_of="young", by=timedelta(minutes=2))
+    assert prune() == "1 events pruned."
+    assert data(database) == []
+    assert database.value("SELECT count(*) FROM pg_eventstream_stream") == 0
+
+
+def test_retention_is_a_setting(database: Database, control: ControlPort) -> None:
+    send_event("a", "message", 1)
+    publish_once()
+    age(database, events_of="a", by=timedelta(minutes=10))
+    with override_settings(EVENTSTREAM_RETENTION=timedelta(minutes=11)):
+        assert prune() == "0 events pruned."
+    with override_settings(EVENTSTREAM_RETENTION=9 * 60):
+        assert prune() == "1 events pruned."
+
+
+def test_event_that_no_proxy_has_acknowledged_is_kept(
+    database: Database, control: ControlPort
+) -> None:
+    send_event("a", "message", "published")
+    publish_once()
+    send_event("a", "message", "sequenced")
+    database.execute("SELECT pg_eventstream_sequence()")
+    send_event("a", "message", "committed")
+    age(database, events_of="a", by=2 * DAY)
+    assert prune() == "1 events pruned."
+    assert data(database) == ['"sequenced"', '"committed"']
+    publish_once()
+    assert control.ids == ["1", "2", "3"]
+
+
+def test_without_proxies_age_alone_decides(database: Database) -> None:
+    send_event("a", "message", "sequenced")
+    database.execute("SELECT pg_eventstream_sequence()")
+    send_event("a", "message", "committed")
+    age(database, events_of="a", by=2 * DAY)
+    assert prune() == "1 events pruned."
+    assert data(database) == ['"committed"']
+
+
+def test_idle_channel_goes_on_counting_after_all_its_events_are_pruned(
+    database: Database, control: ControlPort
+) -> None:
+    send_events([("a", "message", n) for n in range(3)])
+    publish_once()
+    age(database, events_of="a", by=2 * DAY)
+    assert prune() == "3 events pruned."
+    send_event("a", "message", "after")
+    publish_once()
+    assert control.items[-1]["id"] == "4"
+    assert database.fetch("SELECT name, pruned FROM pg_eventstream_channel") == [("a", 3)]
+
+
+def test_outbox_is_emptied_as_soon_as_its_transactions_are_sequenced(
+    database: Database, control: ControlPort
+) -> None:
+    publish_once()  # the very first call compares no snapshots
+    send_events([("a", "message", n) for n in range(2500)])
+    with database.connect(autocommit=False) as connection:
+        connection.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', 'late')")
+        send_event("a", "message", "after it")
+        publish_once()
+        connection.commit()
+    # The open transaction is older than the last event, so that one's row is still needed.
+    assert database.value("SELECT count(*) FROM pg_eventstream_outbox") == 2
+    assert publish_once() == 1
+    assert database.value("SELECT count(*) FROM pg_eventstream_outbox") == 0
+    assert len(control.items) == len({item.get("id") for item in control.items})
+
+
+def test_sweep_stands_in_no_senders_way(database: Database, control: ControlPort) -> None:
+    send_events([("a", "message", n) for n in range(5)])
+    publish_once()
+    age(database, events_of="a", by=2 * DAY)
+    with database.connect(autocommit=False) as sweeper:
+        sweeper.execute("LOCK TABLE pg_eventstream_channel IN SHARE ROW EXCLUSIVE MODE")
+        sweeper.execute("DELETE FROM pg_eventstream_stream")
+        sweeper.execute("DELETE FROM pg_eventstream_event")
+        with database.connect() as sender:
+            sender.execute("SET lock_timeout = '1s'")
+            sender.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', '1')")
+            assert sender.execute("SELECT pg_eventstream_sequence()").fetchone() == (1,)
+        sweeper.rollback()
+
+
+def test_running_publisher_sweeps(
+    database: Database,
+    new_publisher: Callable[..., PublisherProcess],
+    stream: Callable[..., SSEClient],
+    channel: str,
+) -> None:
+    client = stream(channel).wait_open()
+    first = new_publisher().lead()
+    send_events([(channel, "message", n) for n in range(10)])
+    client.wait_count(10)
+    first.stop()
+    age(database, events_of=channel, by=2 * DAY)
+    new_publisher().lead()
+    wait_until(lambda: data(database) == [], timeout=20)
+    send_event(channel, "message", "goes on")
+    assert client.wait_count(11)[-1].eids == {channel: 11}
+
+
+def test_prune_of_an_unknown_database_is_explained(database: Database) -> None:
+    with pytest.raises(CommandError, match="There is no database 'nowhere' in DATABASES"):
+        call_command("eventstream_prune", database="nowhere")
