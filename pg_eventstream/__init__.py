@@ -15,7 +15,8 @@ The way of an event, and the module of each step:
     views       the endpoint
     retention   prunes what is past its day
 
-`conf` holds the settings, `checks` validates them, `errors` is what can be raised.
+`channelmanager` decides who may read what, `conf` holds the settings, `checks` validates
+them, `errors` is what can be raised, `connection` opens the publisher's own connections.
 """
 
 from __future__ import annotations

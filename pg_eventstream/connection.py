@@ -67,3 +67,14 @@ class Database:
         settings = connections[self.alias].settings_dict
         where = f"{settings['HOST'] or 'local'}:{settings['PORT'] or 5432}"
         return f"{settings['NAME']}@{where} (alias {self.alias!r})"
+
+
+def explained(error: psycopg.Error) -> str:
+    """The database's message, with what to do about it where we know."""
+    message = str(error).strip()
+    match error:
+        case psycopg.errors.UndefinedTable() | psycopg.errors.UndefinedFunction():
+            message += " - are the migrations applied here? (manage.py migrate)"
+        case psycopg.errors.InsufficientPrivilege():
+            message += " - the GRANTs that each role needs are in migrations/README.md"
+    return message

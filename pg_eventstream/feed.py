@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 
 from . import grip
-from .connection import Database
+from .connection import Database, explained
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Feed:
                 delay = _FIRST_RETRY
             except psycopg.Error as e:
                 # The leader's own connection decides whether to go on; this one just retries.
-                logger.warning("%s: database: %s; trying again", self._proxy.name, e)
+                logger.warning("%s: database: %s; trying again", self._proxy.name, explained(e))
                 self.close()
                 delay = self._pause(delay)
                 continue

@@ -105,27 +105,38 @@ def last_ids(grip_last: Mapping[str, str], channels: tuple[str, ...]) -> dict[st
     return last
 
 
-def instruct(request: Any, session: Session, link: str, held: Mapping[str, int] | None) -> None:
+def instruct(
+    request: Any,
+    session: Session,
+    ids: Mapping[str, int],
+    *,
+    link: str | None = None,
+    held: bool = False,
+) -> None:
     """Give the proxy its instructions, through `django_grip.GripMiddleware`.
 
-    With ``held`` (the eids sent so far) the stream is held; without, the proxy fetches
-    the link at once, for the next page.
+    The stream is either held from these eids on, or the proxy fetches the link at once, for
+    the next page, or there is no link and the stream ends. The channels and their filters
+    are there in all three cases, and the body is always to be escaped: to the answer of a
+    link Pushpin 1.36 applies the filters of the answer before it, 1.41 its own. (A lone %
+    that 1.36 filters makes it crash.)
     """
     instruct = request.grip.start_instruct()
-    instruct.set_next_link(link, timeout=conf.next_link_timeout)
-    if held is not None:
+    if link is not None:
+        instruct.set_next_link(link, timeout=conf.next_link_timeout)
+    if held:
         instruct.set_hold_stream()
         instruct.set_keep_alive(sse.KEEP_ALIVE, sse.KEEP_ALIVE_SECONDS)
-        for channel in session.channels:
-            grip_channel = Channel(events_channel(channel), prev_id=str(held[channel]))
-            grip_channel.filters += ["build-id", "skip-users"]
-            instruct.add_channel(grip_channel)
-        instruct.meta["id_format"] = id_format(session.channels)
-        instruct.meta["user"] = quote_user(session.user_id or ANONYMOUS)
-    # Held without prev-id. It is here for a page too, as a response needs some channel.
+    for channel in session.channels:
+        grip_channel = Channel(events_channel(channel), prev_id=str(ids[channel]))
+        grip_channel.filters += ["build-id", "skip-users"]
+        instruct.add_channel(grip_channel)
+    # Held without prev-id, so that what is sent to it needs none.
     grip_channel = Channel(user_channel(session.user_id))
     grip_channel.filters.append("require-sub")
     instruct.add_channel(grip_channel)
+    instruct.meta["id_format"] = id_format(session.channels)
+    instruct.meta["user"] = quote_user(session.user_id or ANONYMOUS)
 
 
 def id_format(channels: tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ import psycopg
 
 from . import grip
 from .conf import conf
-from .connection import Database
+from .connection import Database, explained
 from .doorbell import LEADER_LOCK, LOCK_SPACE, Doorbell
 from .errors import NotLeading
 from .feed import Feed
@@ -78,7 +78,7 @@ class Publisher:
                             delay = _FIRST_RETRY
                             self._lead(connection)
                 except psycopg.Error as e:
-                    logger.warning("database: %s; connecting again", str(e).strip())
+                    logger.warning("database: %s; connecting again", explained(e))
                     self._stopping.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311
                     delay = min(delay * 2, _MOST_RETRY)
         logger.info("publisher %s: stopped", self.name)
@@ -172,7 +172,7 @@ class Publisher:
                         prune(connection, over)
                         over.wait(_SWEEP_SECONDS)
             except psycopg.Error as e:
-                logger.warning("sweep: database: %s; trying again", str(e).strip())
+                logger.warning("sweep: database: %s; trying again", explained(e))
                 over.wait(_SWEEP_SECONDS)
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 from urllib.parse import quote
 
@@ -45,9 +46,9 @@ def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
         return _error("bad-request", f"Invalid request: {e}.")
     except ChannelsForbidden as e:
         return _error("forbidden", str(e), {"channels": e.channels})
-    return _grip_response(
-        request, session, missed, opening=sse.encode_open(sse.make_id(missed.start))
-    )
+    opening = sse.encode_open(sse.make_id(missed.start))
+    body, ids = _encode(missed, session.user_id, _FIRST_BYTES)
+    return _go_on(request, session, missed, opening + body, ids)
 
 
 @require_safe
@@ -69,8 +70,11 @@ def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBa
         return _finish(HttpResponse(f"{e}.\n", status=403, content_type="text/plain"))
     except ChannelsForbidden as e:
         # Without a hold and a link the proxy ends the stream, behind this event.
-        return _error("forbidden", str(e), {"channels": e.channels})
-    return _grip_response(request, session, missed, opening="", token=token)
+        text = sse.encode_error("forbidden", str(e), {"channels": e.channels})
+        hold.instruct(request, session, ids)
+        return _finish(HttpResponse(hold.escape(text), content_type=sse.CONTENT_TYPE))
+    body, ids = _encode(missed, session.user_id)
+    return _go_on(request, session, missed, body, ids, token=token)
 
 
 def _came_through_proxy(request: HttpRequest) -> bool:
@@ -128,26 +132,47 @@ def _check_permission(user: Any, channels: tuple[str, ...]) -> None:
         raise ChannelsForbidden(refused)
 
 
-def _grip_response(
+#: Pushpin takes 100,000 bytes in the first response of a stream, and answers 502 to more
+#: (src/proxy/proxysession.cpp, MAX_ACCEPT_RESPONSE_BODY); escaping may double them.
+_FIRST_BYTES = 45_000
+
+
+def _encode(
+    missed: Recovered, user_id: str | None, most_bytes: float = inf
+) -> tuple[str, dict[str, int]]:
+    """The missed events that fit into so many bytes, and the ids behind the last of them."""
+    ids = dict(missed.start)
+    parts: list[str] = []
+    size = 0
+    if missed.reset:
+        parts.append(sse.encode_reset(missed.reset, sse.make_id(ids)))
+    for event in missed.events:
+        ids_behind = {**ids, event.channel: event.eid}
+        if (user_id or hold.ANONYMOUS) not in event.skip_user_ids:
+            part = sse.encode_event(event.type, event.data, sse.make_id(ids_behind))
+            size += len(part.encode())
+            if size > most_bytes:
+                break
+            parts.append(part)
+        ids = ids_behind
+    return "".join(parts), ids
+
+
+def _go_on(
     request: HttpRequest,
     session: hold.Session,
     missed: Recovered,
-    *,
-    opening: str,
+    body: str,
+    ids: dict[str, int],
     token: str | None = None,
 ) -> HttpResponse:
-    body = (opening + _encode(missed, session.user_id)).encode()
-    # What does not fit into a held response goes out as a page without a hold.
-    is_page = missed.more or len(body) > _HELD_BYTES
-    link_session = hold.Session(
-        session.channels, session.user_id, cursor=missed.end if is_page else None
-    )
-    if not is_page:
-        body = body.replace(b"%", b"%%")  # the build-id filter reads held responses too
+    """Send the body, then hold the stream; or fetch the next page if there are more events."""
     if request.method != "HEAD":  # which has nothing to hold open
-        link = _base_path(request, token) + f"next/{hold.sign(link_session)}"
-        hold.instruct(request, session, link, held=None if is_page else missed.end)
-    return _finish(HttpResponse(body, content_type=sse.CONTENT_TYPE))
+        done = ids == missed.end and not missed.more
+        follower = hold.Session(session.channels, session.user_id, cursor=None if done else ids)
+        link = f"{_base_path(request, token)}next/{hold.sign(follower)}"
+        hold.instruct(request, session, ids, link=link, held=done)
+    return _finish(HttpResponse(hold.escape(body), content_type=sse.CONTENT_TYPE))
 
 
 def _base_path(request: HttpRequest, token: str | None) -> str:
@@ -157,22 +182,6 @@ def _base_path(request: HttpRequest, token: str | None) -> str:
     """
     path = request.path if token is None else request.path.removesuffix(f"next/{token}")
     return escape_leading_slashes(quote(path))
-
-
-#: Pushpin takes 100,000 bytes with a hold; escaping may double them.
-_HELD_BYTES = 48_000
-
-
-def _encode(missed: Recovered, user_id: str | None) -> str:
-    ids = dict(missed.start)
-    parts: list[str] = []
-    if missed.reset:
-        parts.append(sse.encode_reset(missed.reset, sse.make_id(ids)))
-    for event in missed.events:
-        ids[event.channel] = event.eid
-        if (user_id or hold.ANONYMOUS) not in event.skip_user_ids:
-            parts.append(sse.encode_event(event.type, event.data, sse.make_id(ids)))
-    return "".join(parts)
 
 
 def _error(condition: str, text: str, extra: Mapping[str, Any] | None = None) -> HttpResponseBase:

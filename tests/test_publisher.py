@@ -16,7 +16,7 @@ from django.test import override_settings
 from pg_eventstream import send_event, send_events
 from pg_eventstream.connection import Database as Connections
 from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.demo.servers import Pushpin
+from pg_eventstream.demo.servers import Postgres, Pushpin
 from pg_eventstream.publisher import Publisher
 
 from .conftest import DIRECTORY, KEY, Database, PublisherProcess
@@ -219,6 +219,15 @@ def test_publisher_waits_for_the_database(
     assert publisher.running
     publisher.stop()
     assert publisher.returncode == 0
+
+
+def test_missing_tables_are_explained_and_waited_for(
+    new_publisher: NewPublisher, database: Database, postgres: Postgres
+) -> None:
+    publisher = new_publisher(f"--dsn={postgres.dsn()}")  # a database without our tables
+    publisher.start()
+    publisher.wait_for_log("are the migrations applied here?")
+    assert publisher.running
 
 
 def test_publisher_takes_a_dsn(
