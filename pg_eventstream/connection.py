@@ -20,13 +20,19 @@ _KEEPALIVE: dict[str, Any] = {
     "keepalives_interval": 3,
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
-    "connect_timeout": 10,
+    "connect_timeout": 4,
 }
-_SERVER_KEEPALIVE = (
-    "SELECT set_config('tcp_keepalives_idle', '5', false),"
-    " set_config('tcp_keepalives_interval', '3', false),"
-    " set_config('tcp_keepalives_count', '3', false)"
-)
+# What a role or a database may be set up with for web requests must not hit a daemon that
+# sleeps for hours, and whose one statement may sequence a million events.
+_SESSION = {
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "3",
+    "tcp_keepalives_count": "3",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_session_timeout": "0",
+    "default_transaction_isolation": "read committed",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,11 @@ class Database:
                 params.pop(name, None)
         params = {**_KEEPALIVE, **params, "application_name": f"pg_eventstream {role}"}
         connection = psycopg.connect(**params, autocommit=True)
-        connection.execute(_SERVER_KEEPALIVE)
+        connection.execute(
+            "SELECT set_config(name, value, false)"
+            " FROM unnest(%s::text[], %s::text[]) AS setting (name, value)",
+            [list(_SESSION), list(_SESSION.values())],
+        )
         if assume_role:
             connection.execute(
                 psycopg.sql.SQL("SET ROLE {}").format(psycopg.sql.Identifier(assume_role))

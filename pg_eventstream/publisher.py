@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -36,7 +36,7 @@ _HEARTBEAT_SECONDS = 10.0
 _SWEEP_SECONDS = 30.0
 _FIRST_RETRY, _MOST_RETRY = 0.2, 5.0
 # SIGTERM must end the process within 5 seconds, whatever a proxy does meanwhile.
-_STOP_SECONDS = 4.0
+_INTERRUPT_SECONDS, _STOP_SECONDS = 1.0, 3.0
 
 Connection = psycopg.Connection[Any]
 
@@ -53,6 +53,7 @@ class Publisher:
         self._proxies = [grip.Proxy(config) for config in conf.grip_proxies]
         self._stopping = threading.Event()
         self._doorbell: Doorbell | None = None
+        self._connection: Connection | None = None
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def stop(self) -> None:
@@ -60,6 +61,16 @@ class Publisher:
         self._stopping.set()
         if self._doorbell is not None:
             self._doorbell.wake()
+        interrupt = threading.Timer(_INTERRUPT_SECONDS, self._interrupt)
+        interrupt.daemon = True
+        interrupt.start()
+
+    def _interrupt(self) -> None:
+        """End a statement that takes too long, or waits for a lock; it is rolled back."""
+        connection = self._connection
+        if connection is not None and not connection.closed:
+            with suppress(psycopg.Error):
+                connection.cancel_safe(timeout=1)
 
     def run(self) -> None:
         """Lead, or stand by to lead, until stopped. Never ends because of the database."""
@@ -74,10 +85,13 @@ class Publisher:
             while not self._stopping.is_set():
                 try:
                     with self._database.connect("leader") as connection:
+                        self._connection = connection
                         if self._stand_by(connection):
                             delay = _FIRST_RETRY
                             self._lead(connection)
                 except psycopg.Error as e:
+                    if self._stopping.is_set():
+                        break
                     logger.warning("database: %s; connecting again", explained(e))
                     self._stopping.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311
                     delay = min(delay * 2, _MOST_RETRY)
@@ -185,6 +199,7 @@ class Publisher:
         def on_signal(number: int, frame: FrameType | None) -> None:
             if self._stopping.is_set():
                 os._exit(128 + number)
+            logger.info("publisher %s: stopping", self.name)
             self.stop()
 
         previous = {

@@ -122,6 +122,19 @@ def test_sigterm_ends_the_publisher_in_good_order(
     load.check(client)
 
 
+def test_sigterm_ends_a_publisher_that_waits_for_a_lock(
+    database: Database, publisher: PublisherProcess, channel: str
+) -> None:
+    with database.connect(autocommit=False) as connection:
+        connection.execute("LOCK TABLE pg_eventstream_cursor IN SHARE MODE")
+        database.send(channel)
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'"
+        wait_until(lambda: database.value(waiting) > 0, timeout=20)
+        os.kill(publisher.pid, signal.SIGTERM)
+        wait_until(lambda: not publisher.running, timeout=5)
+        assert publisher.returncode == 0
+
+
 def test_postgres_backends_terminated_under_load(
     database: Database, publisher: PublisherProcess, stream: Stream, channel: str
 ) -> None:

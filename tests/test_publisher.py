@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -75,6 +77,9 @@ class ControlPort:
         """Status codes for the next requests; then 200."""
         self.refused = "\0"
         """Text for which a whole request is refused with 400, as Pushpin does."""
+        self.silent = threading.Event()
+        """While set, requests get no answer."""
+        self.answering = threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -82,6 +87,8 @@ class ControlPort:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.bodies.append(body)
                 outer.headers.append(dict(self.headers))
+                if outer.silent.is_set():
+                    outer.answering.wait(60)
                 status = outer.answers.pop(0) if outer.answers else 200
                 if status == 200 and outer.refused.encode() in body:
                     status = 400
@@ -103,6 +110,7 @@ class ControlPort:
         return self
 
     def __exit__(self, *args: object) -> None:
+        self.answering.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -146,6 +154,32 @@ def test_unavailable_proxy_gets_the_same_batch_again(
     assert len(control.bodies) == 4
     assert len(set(control.bodies)) == 1
     assert control.ids == [str(n) for n in range(1, 11)]
+
+
+def test_sigterm_ends_a_publisher_whose_proxy_is_silent(
+    database: Database, control: ControlPort, new_publisher: NewPublisher
+) -> None:
+    control.silent.set()
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
+    send_event("a", "message", 1)
+    wait_until(lambda: len(control.bodies) == 1, timeout=20)
+    os.kill(publisher.pid, signal.SIGTERM)
+    wait_until(lambda: not publisher.running, timeout=5)
+    assert publisher.returncode == 0
+
+
+def test_second_signal_ends_the_publisher_at_once(
+    database: Database, control: ControlPort, new_publisher: NewPublisher
+) -> None:
+    control.silent.set()
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
+    send_event("a", "message", 1)
+    wait_until(lambda: len(control.bodies) == 1, timeout=20)
+    os.kill(publisher.pid, signal.SIGINT)
+    publisher.wait_for_log("stopping")
+    os.kill(publisher.pid, signal.SIGINT)
+    wait_until(lambda: not publisher.running, timeout=1)
+    assert publisher.returncode == 128 + signal.SIGINT
 
 
 def test_refused_event_is_replaced_by_a_hint_and_the_others_go_out(
