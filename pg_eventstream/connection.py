@@ -6,6 +6,7 @@ shared, pooled or closed by anyone else.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,10 @@ class Database:
             " FROM unnest(%s::text[], %s::text[]) AS setting (name, value)",
             [list(_SESSION), list(_SESSION.values())],
         )
+        # A statement that runs or waits ends soon after we do, and gives back its locks.
+        # A server on a platform that cannot tell refuses the setting.
+        with suppress(psycopg.errors.InvalidParameterValue):
+            connection.execute("SET client_connection_check_interval = '1s'")
         if assume_role:
             connection.execute(
                 psycopg.sql.SQL("SET ROLE {}").format(psycopg.sql.Identifier(assume_role))

@@ -84,6 +84,8 @@ class Doorbell:
         self._awake()
 
     def close(self) -> None:
+        with contextlib.suppress(psycopg.Error):  # the connection may be what ended us
+            self._release_bell()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
 

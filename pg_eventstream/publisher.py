@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -136,7 +136,7 @@ class Publisher:
         _register(connection, self.name, self._proxies)
         logger.info("publisher %s: leading", self.name)
         with ExitStack() as stack:
-            locker = stack.enter_context(self._database.connect("bell"))
+            locker = stack.enter_context(closing(self._database.connect("bell")))
             self._doorbell = Doorbell(connection, locker, conf.safety_poll)
             stack.callback(self._close_doorbell)
             feeds = stack.enter_context(self._helpers())

@@ -128,9 +128,7 @@ def pushpin(app_port: int) -> Iterator[Pushpin]:
         DIRECTORY / "pushpin",
         origin=f"127.0.0.1:{app_port}",
         sig_key=KEY,
-        # Deliveries above the rate are dropped and recovered, which is not what is tested.
-        message_rate=1_000_000,
-        message_hwm=1_000_000,
+        program=os.environ.get("PG_EVENTSTREAM_TEST_PUSHPIN", "pushpin"),
     ) as server:
         yield server
 

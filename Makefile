@@ -1,0 +1,34 @@
+# Needs python3 and make. As root on Debian it installs what else is missing; otherwise it says
+# what that is. PYTHON=python3.12 chooses another Python for .venv.
+
+PYTHON ?= python3
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint sql clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.installed-demo ## see events arrive in a browser; ARGS=--check checks without one
+	@.ci/need pushpin
+	@.venv/bin/python -m pg_eventstream.demo $(ARGS)
+
+test: lint ## lint, then run the tests; ARGS goes to pytest
+	@.ci/need pushpin node npm
+	.venv/bin/pytest $(ARGS)
+
+lint: .venv/.installed-test ## ruff and mypy
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+sql: .venv/.installed-test ## write the migrations as plain SQL, into migrations/
+	@.venv/bin/python -m migrations.generate
+
+clean: ## remove everything that is not source
+	rm -rf .venv .demo .test-servers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed-%: pyproject.toml
+	@.ci/install $*

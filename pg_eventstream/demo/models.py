@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from typing import ClassVar
+
+from django.db import models
+
+
+class Counter(models.Model):
+    """What the demo's transactions change, together with sending an event about it."""
+
+    name = models.CharField(max_length=20, primary_key=True)
+    value = models.BigIntegerField(default=0)
+
+    objects: ClassVar[models.Manager[Counter]] = models.Manager()
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.value}"
