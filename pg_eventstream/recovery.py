@@ -9,8 +9,8 @@ from django.db import connections
 
 from .conf import conf
 
-# A page fits into the response that the proxy accepts with a hold: 100,000 bytes, after
-# which it answers 502 (Pushpin: src/proxy/proxysession.cpp, MAX_ACCEPT_RESPONSE_BODY).
+# What one response holds, unless a single event is larger. Pages follow each other without
+# delay, so they need not be long; short ones keep every process's memory flat.
 PAGE_BYTES = 64_000
 PAGE_EVENTS = 500
 

@@ -1,0 +1,55 @@
+-- What each role may do, and no more. For psql, as the owner of the tables, with the
+-- search_path of the migration:
+--
+--     psql -v sender=billing -v endpoint=web -v publisher=events -v pruner=cron \
+--          -f migrations/grants.sql DATABASE
+--
+-- The roles exist already. Leave out those that you do not have, repeat the command for
+-- several of a kind, and name one role twice if it does both.
+
+\set ON_ERROR_STOP on
+
+SELECT nspname AS schema
+  FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+ WHERE pg_class.oid = 'pg_eventstream_event'::regclass \gset
+
+BEGIN;
+
+-- A sender: a service that inserts events, a Django project that calls send_event().
+-- Neither id nor created are its to set, and it cannot read what others send.
+\if :{?sender}
+GRANT USAGE ON SCHEMA :"schema" TO :"sender";
+GRANT INSERT (channel, type, data, skip_user_ids) ON pg_eventstream_event TO :"sender";
+\endif
+
+-- The endpoint: a web application that serves streams. It reads what clients have missed.
+\if :{?endpoint}
+GRANT USAGE ON SCHEMA :"schema" TO :"endpoint";
+GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_channel
+   TO :"endpoint";
+GRANT EXECUTE ON FUNCTION pg_eventstream_tip(text) TO :"endpoint";
+\endif
+
+-- The publisher: eventstream_publisher, which sequences, publishes and prunes.
+\if :{?publisher}
+GRANT USAGE ON SCHEMA :"schema" TO :"publisher";
+GRANT EXECUTE ON FUNCTION pg_eventstream_sequence() TO :"publisher";
+GRANT SELECT, INSERT, UPDATE ON pg_eventstream_publisher TO :"publisher";
+GRANT SELECT, INSERT, UPDATE, DELETE ON pg_eventstream_proxy TO :"publisher";
+GRANT SELECT, DELETE ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_outbox
+   TO :"publisher";
+GRANT SELECT ON pg_eventstream_cursor TO :"publisher";
+GRANT SELECT, INSERT, UPDATE ON pg_eventstream_channel TO :"publisher";
+\endif
+
+-- The pruner: eventstream_prune, where a cron job prunes rather than the publisher. It
+-- sees which events are old, and not what they say.
+\if :{?pruner}
+GRANT USAGE ON SCHEMA :"schema" TO :"pruner";
+GRANT SELECT (id), DELETE ON pg_eventstream_event TO :"pruner";
+GRANT SELECT, DELETE ON pg_eventstream_stream, pg_eventstream_outbox TO :"pruner";
+GRANT SELECT ON pg_eventstream_cursor, pg_eventstream_proxy TO :"pruner";
+GRANT SELECT, INSERT, UPDATE ON pg_eventstream_channel TO :"pruner";
+\endif
+
+COMMIT;

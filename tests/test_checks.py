@@ -1,0 +1,194 @@
+"""System checks: every wrong setting is reported, with what to do; a right project is silent."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Warning, registry, run_checks
+from django.test import override_settings
+
+from pg_eventstream import checks
+from pg_eventstream.channelmanager import DefaultChannelManager
+
+ROOT = Path(__file__).parent.parent
+PROXY = {"control_uri": "http://localhost:5561", "key": b"secret"}
+OWN_MANAGER = "tests.test_checks.OwnChannelManager"
+NO_MANAGER = "tests.test_checks.NoChannelManager"
+
+
+class OwnChannelManager(DefaultChannelManager):
+    pass
+
+
+class NoChannelManager:
+    pass
+
+
+def check(**overrides: Any) -> list[CheckMessage]:
+    """What ``manage.py check`` says about this app, with these settings."""
+    with override_settings(**overrides):
+        return [m for m in run_checks() if str(m.id).startswith("pg_eventstream.")]
+
+
+@pytest.mark.parametrize(
+    "correct",
+    [
+        {},
+        {"GRIP_URL": "http://localhost:5561?key=secret"},
+        {"GRIP_PROXIES": [PROXY]},
+        {"GRIP_PROXIES": [PROXY, {**PROXY, "control_uri": "https://api.example/realm"}]},
+        {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561", "verify_key": b"public"}]},
+        {"GRIP_PROXIES": [], "MIDDLEWARE": []},
+        {"EVENTSTREAM_DATABASE": "default"},
+        {"EVENTSTREAM_RETENTION": timedelta(minutes=5)},
+        {"EVENTSTREAM_RETENTION": 3600},
+        {"EVENTSTREAM_RETENTION": 0.5},
+        {"EVENTSTREAM_CHANNEL_LIMIT": 1},
+        {"EVENTSTREAM_CHANNEL_LIMIT": 20},
+        {"EVENTSTREAM_NEXT_LINK_TIMEOUT": 5},
+        {"EVENTSTREAM_SAFETY_POLL": None},
+        {"EVENTSTREAM_SAFETY_POLL": 0.1},
+        {"EVENTSTREAM_SAFETY_POLL": 60},
+        {"EVENTSTREAM_CHANNELMANAGER_CLASS": OWN_MANAGER},
+    ],
+)
+def test_correct_project_is_silent(correct: dict[str, Any]) -> None:
+    assert check(**correct) == []
+
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("E001", {"EVENTSTREAM_DATABASE": "elsewhere"}),
+    ("E004", {"EVENTSTREAM_RETENTION": "24h"}),
+    ("E004", {"EVENTSTREAM_RETENTION": None}),
+    ("E004", {"EVENTSTREAM_RETENTION": True}),
+    ("E004", {"EVENTSTREAM_RETENTION": 0}),
+    ("E004", {"EVENTSTREAM_RETENTION": timedelta(hours=-1)}),
+    ("E004", {"EVENTSTREAM_RETENTION": float("inf")}),
+    ("E005", {"EVENTSTREAM_CHANNEL_LIMIT": 0}),
+    ("E005", {"EVENTSTREAM_CHANNEL_LIMIT": 21}),
+    ("E005", {"EVENTSTREAM_CHANNEL_LIMIT": "10"}),
+    ("E005", {"EVENTSTREAM_CHANNEL_LIMIT": None}),
+    ("E005", {"EVENTSTREAM_CHANNEL_LIMIT": True}),
+    ("E006", {"EVENTSTREAM_NEXT_LINK_TIMEOUT": 4}),
+    ("E006", {"EVENTSTREAM_NEXT_LINK_TIMEOUT": 0}),
+    ("E006", {"EVENTSTREAM_NEXT_LINK_TIMEOUT": None}),
+    ("E006", {"EVENTSTREAM_NEXT_LINK_TIMEOUT": "600"}),
+    ("E007", {"EVENTSTREAM_SAFETY_POLL": 0}),
+    ("E007", {"EVENTSTREAM_SAFETY_POLL": -1}),
+    ("E007", {"EVENTSTREAM_SAFETY_POLL": "5"}),
+    ("E007", {"EVENTSTREAM_SAFETY_POLL": True}),
+    ("E008", {"EVENTSTREAM_CHANNELMANAGER_CLASS": "no.such.module.Manager"}),
+    ("E008", {"EVENTSTREAM_CHANNELMANAGER_CLASS": "pg_eventstream.channelmanager.Missing"}),
+    ("E008", {"EVENTSTREAM_CHANNELMANAGER_CLASS": "NotDotted"}),
+    ("E008", {"EVENTSTREAM_CHANNELMANAGER_CLASS": None}),
+    ("E008", {"EVENTSTREAM_CHANNELMANAGER_CLASS": NO_MANAGER}),
+    ("E008", {"EVENTSTREAM_CHANNELMANAGER_CLASS": "pg_eventstream.conf.conf"}),
+    ("E009", {"GRIP_PROXIES": [{"key": b"secret"}]}),
+    ("E009", {"GRIP_PROXIES": [{**PROXY, "control_uri": "tcp://localhost:5560"}]}),
+    ("E010", {"GRIP_PROXIES": [PROXY], "MIDDLEWARE": []}),
+    ("W001", {"GRIP_URL": "http://localhost:5561"}),
+    ("W001", {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561"}]}),
+]
+
+
+@pytest.mark.parametrize(("number", "wrong"), WRONG)
+def test_wrong_setting_is_reported_with_what_to_do(number: str, wrong: dict[str, Any]) -> None:
+    (message,) = check(**wrong)
+    assert message.id == f"pg_eventstream.{number}"
+    assert type(message) is (Warning if number.startswith("W") else Error)
+    assert message.hint
+    # It names what is to be changed.
+    name = next(iter(wrong))
+    assert name in f"{message.msg} {message.hint}" or name.startswith("GRIP")
+
+
+def test_database_that_is_not_postgresql_is_reported() -> None:
+    [message] = in_a_project(
+        DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}
+    )
+    assert message.startswith("pg_eventstream.E002")
+
+
+def test_project_without_pgtrigger_is_told_what_to_install() -> None:
+    with pytest.raises(AssertionError, match=r'Add "pgtrigger" to INSTALLED_APPS'):
+        in_a_project(INSTALLED_APPS=["django.contrib.postgres", "pg_eventstream"])
+
+
+def test_apps_may_be_named_by_their_configs_and_in_any_order() -> None:
+    for installed in (
+        ["pg_eventstream", "pgtrigger.apps.PGTriggerConfig"],
+        ["pg_eventstream.apps.PgEventStreamConfig", "pgtrigger"],
+    ):
+        assert in_a_project(INSTALLED_APPS=installed) == []
+
+
+def in_a_project(**overrides: Any) -> list[str]:
+    """What ``check`` says in a project of its own: "id: message hint", one per message."""
+    values = {
+        "SECRET_KEY": "x",
+        "INSTALLED_APPS": ["pgtrigger", "pg_eventstream"],
+        "DATABASES": {"default": settings.DATABASES["default"]},
+        **overrides,
+    }
+    names = ("ENGINE", "NAME", "USER", "HOST", "PORT")
+    values["DATABASES"] = {
+        alias: {name: database[name] for name in names if name in database}
+        for alias, database in values["DATABASES"].items()
+    }
+    program = f"""
+import django
+from django.conf import settings
+settings.configure(**{values!r})
+django.setup()
+from django.core.checks import run_checks
+for message in run_checks():
+    print(message.id, message.msg, message.hint, sep=": ")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "DJANGO_SETTINGS_MODULE"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_every_id_is_tested_and_stands_for_one_setting() -> None:
+    source = inspect.getsource(checks)
+    ids = set(re.findall(r"pg_eventstream\.([EW]\d{3})", source))
+    settings_of: dict[str, set[str]] = {}
+    for number, wrong in WRONG:
+        name = next(iter(wrong))
+        # Either of the two names the proxies.
+        settings_of.setdefault(number, set()).add("GRIP" if name.startswith("GRIP_") else name)
+    assert ids == {*settings_of, "E002"}
+    assert {number: names for number, names in settings_of.items() if len(names) > 1} == {}
+
+
+def test_settings_are_checked_by_every_command_that_checks() -> None:
+    assert checks.check_settings in registry.registry.registered_checks
+    assert checks.check_settings not in registry.registry.deployment_checks
+
+
+def test_wrong_settings_are_all_reported_at_once() -> None:
+    found = check(
+        EVENTSTREAM_RETENTION=0, EVENTSTREAM_CHANNEL_LIMIT=0, GRIP_URL="tcp://localhost:5560"
+    )
+    assert [message.id for message in found] == [
+        "pg_eventstream.E004",
+        "pg_eventstream.E005",
+        "pg_eventstream.E009",
+    ]
