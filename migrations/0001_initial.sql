@@ -68,7 +68,11 @@ BEGIN
     -- durable (src/backend/commands/async.c, PreCommit_Notify), so that ringing
     -- for every commit would make all commits queue up behind each other.
     -- The payload is empty: equal notifications of a transaction fold into one.
-    IF pg_try_advisory_xact_lock_shared('pg_eventstream_event'::regclass::oid::int4, 1) THEN
+    -- A transaction that notifies cannot be prepared for two-phase commit: one that is
+    -- to be says SET LOCAL pg_eventstream.bell = off, and the safety poll finds it.
+    IF current_setting('pg_eventstream.bell', true) IS DISTINCT FROM 'off'
+        AND pg_try_advisory_xact_lock_shared('pg_eventstream_event'::regclass::oid::int4, 1)
+    THEN
         PERFORM pg_notify('pg_eventstream', '');
     END IF;
     RETURN NULL;
@@ -170,11 +174,14 @@ BEGIN
          WHERE known
            AND pg_visible_in_snapshot(o.xid, (SELECT pg_current_snapshot()))
         UNION ALL
-        SELECT o.seq, o.event_id, o.channel
+        -- pg_restore --data-only lets the trigger fire for what the outbox gets anyway;
+        -- the higher number is then the one that was drawn at the event's own COMMIT
+        SELECT max(o.seq), o.event_id, o.channel
           FROM pg_eventstream_outbox o
          WHERE NOT known
            AND EXISTS (SELECT FROM pg_eventstream_event e WHERE e.id = o.event_id)
            AND NOT EXISTS (SELECT FROM pg_eventstream_stream s WHERE s.event_id = o.event_id)
+         GROUP BY o.event_id, o.channel
     ),
     forgotten AS (
         -- ids of another cluster must never be compared with ids of this one
@@ -220,58 +227,20 @@ $$;
 -- Create trigger enqueue on model event
 --
 
-            CREATE OR REPLACE FUNCTION "public"._pgtrigger_should_ignore(
-                trigger_name NAME
-            )
-            RETURNS BOOLEAN AS $$
-                DECLARE
-                    _pgtrigger_ignore TEXT[];
-                    _result BOOLEAN;
-                BEGIN
-                    BEGIN
-                        SELECT INTO _pgtrigger_ignore
-                            CURRENT_SETTING('pgtrigger.ignore');
-                        EXCEPTION WHEN OTHERS THEN
-                    END;
-                    IF _pgtrigger_ignore IS NOT NULL THEN
-                        SELECT trigger_name = ANY(_pgtrigger_ignore)
-                        INTO _result;
-                        RETURN _result;
-                    ELSE
-                        RETURN FALSE;
-                    END IF;
-                END;
-            $$ LANGUAGE plpgsql;
-
-            CREATE OR REPLACE FUNCTION pgtrigger_enqueue_3f3f6()
-            RETURNS TRIGGER AS $$
-                
-                BEGIN
-                    IF ("public"._pgtrigger_should_ignore(TG_NAME) IS TRUE) THEN
-                        IF (TG_OP = 'DELETE') THEN
-                            RETURN OLD;
-                        ELSE
-                            RETURN NEW;
-                        END IF;
-                    END IF;
-                    RETURN NULL;
-                END;
-            $$ LANGUAGE plpgsql;
-
             DROP TRIGGER IF EXISTS pgtrigger_enqueue_3f3f6 ON "pg_eventstream_event";
             CREATE CONSTRAINT TRIGGER pgtrigger_enqueue_3f3f6
                 AFTER INSERT ON "pg_eventstream_event"
                 DEFERRABLE INITIALLY DEFERRED
-                
-                FOR EACH ROW 
-                EXECUTE PROCEDURE pg_eventstream_enqueue();
+                FOR EACH ROW
+                EXECUTE FUNCTION pg_eventstream_enqueue();
 
-            COMMENT ON TRIGGER pgtrigger_enqueue_3f3f6 ON "pg_eventstream_event" IS '628a5eea7f98c945bd01345d85b54a7e2de0d975';
+            COMMENT ON TRIGGER pgtrigger_enqueue_3f3f6 ON "pg_eventstream_event" IS '1a783f7189e7fdbe5e7c15d1767b5bc4cd4edde4';
         
 ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_channel_not_empty" CHECK (NOT ("channel" = ''));
 ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_channel_no_cr_or_lf" CHECK (NOT ("channel"::text ~  E'[\\r\\n]'));
 ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_type_not_empty" CHECK (NOT ("type" = ''));
 ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_type_no_cr_or_lf" CHECK (NOT ("type"::text ~  E'[\\r\\n]'));
+ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_skip_user_ids_plain" CHECK ((coalesce(array_ndims("skip_user_ids"), 1) = 1 AND array_position("skip_user_ids", NULL) IS NULL));
 CREATE INDEX "pg_eventstream_channel_name_88e08dc0_like" ON "pg_eventstream_channel" ("name" varchar_pattern_ops);
 CREATE INDEX "pg_eventstream_proxy_name_d6ab13e9_like" ON "pg_eventstream_proxy" ("name" text_pattern_ops);
 COMMIT;

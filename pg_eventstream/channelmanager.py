@@ -65,5 +65,5 @@ def get_channelmanager() -> ChannelManagerBase:
 @cache
 def _instance(path: str) -> ChannelManagerBase:
     manager = import_string(path)()
-    assert isinstance(manager, ChannelManagerBase)  # noqa: S101  (system check E006)
+    assert isinstance(manager, ChannelManagerBase)  # noqa: S101  (system check E007)
     return manager

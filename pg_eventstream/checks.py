@@ -44,14 +44,6 @@ def _check_database() -> list[CheckMessage]:
                 id="pg_eventstream.E002",
             )
         ]
-    if "pgtrigger" not in settings.INSTALLED_APPS:
-        return [
-            Error(
-                "The trigger that publishes events cannot be installed without django-pgtrigger.",
-                hint='Add "pgtrigger" to INSTALLED_APPS.',
-                id="pg_eventstream.E003",
-            )
-        ]
     return []
 
 
@@ -62,24 +54,25 @@ def _check_numbers() -> list[CheckMessage]:
         messages.append(
             Error(
                 "EVENTSTREAM_RETENTION must be a timedelta, or a number of seconds.",
-                id="pg_eventstream.E004",
+                hint="For a day, which is the default: timedelta(hours=24).",
+                id="pg_eventstream.E003",
             )
         )
-    elif conf.retention <= timedelta(0):
+    elif not 0 < _seconds(retention) < timedelta.max.total_seconds():
         messages.append(
             Error(
                 "EVENTSTREAM_RETENTION must be longer than nothing.",
                 hint="Clients that lose their connection resume from the events that are kept.",
-                id="pg_eventstream.E004",
+                id="pg_eventstream.E003",
             )
         )
     limit = getattr(settings, "EVENTSTREAM_CHANNEL_LIMIT", 10)
-    if not isinstance(limit, int) or not 1 <= limit <= MOST_CHANNELS:
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_CHANNELS:
         messages.append(
             Error(
                 f"EVENTSTREAM_CHANNEL_LIMIT must be a number from 1 to {MOST_CHANNELS}.",
                 hint="A GRIP proxy cuts further channels of a connection off without a word.",
-                id="pg_eventstream.E005",
+                id="pg_eventstream.E004",
             )
         )
     timeout = getattr(settings, "EVENTSTREAM_NEXT_LINK_TIMEOUT", 600)
@@ -88,7 +81,7 @@ def _check_numbers() -> list[CheckMessage]:
             Error(
                 "EVENTSTREAM_NEXT_LINK_TIMEOUT must be a number of seconds, at least 5.",
                 hint="Every quiet stream asks the origin once in that time.",
-                id="pg_eventstream.E006",
+                id="pg_eventstream.E005",
             )
         )
     poll = getattr(settings, "EVENTSTREAM_SAFETY_POLL", 5.0)
@@ -96,7 +89,8 @@ def _check_numbers() -> list[CheckMessage]:
         messages.append(
             Error(
                 "EVENTSTREAM_SAFETY_POLL must be a positive number of seconds, or None for none.",
-                id="pg_eventstream.E007",
+                hint="The default, 5, is how long an event waits at most if its ring is lost.",
+                id="pg_eventstream.E006",
             )
         )
     return messages
@@ -116,7 +110,7 @@ def _check_channelmanager() -> list[CheckMessage]:
         Error(
             f"EVENTSTREAM_CHANNELMANAGER_CLASS {path!r} {problem}.",
             hint="Name a subclass of pg_eventstream.channelmanager.DefaultChannelManager.",
-            id="pg_eventstream.E008",
+            id="pg_eventstream.E007",
         )
     ]
 
@@ -129,7 +123,7 @@ def _check_grip() -> list[CheckMessage]:
                 Error(
                     "An entry of GRIP_PROXIES has no control_uri.",
                     hint="Events are published over HTTP; ZeroMQ addresses are not used.",
-                    id="pg_eventstream.E009",
+                    id="pg_eventstream.E008",
                 )
             )
         elif not str(entry["control_uri"]).startswith(("http://", "https://")):
@@ -137,7 +131,7 @@ def _check_grip() -> list[CheckMessage]:
                 Error(
                     f"The proxy address {entry['control_uri']!r} is not an HTTP address.",
                     hint='For Pushpin on the same machine: GRIP_URL = "http://localhost:5561".',
-                    id="pg_eventstream.E009",
+                    id="pg_eventstream.E008",
                 )
             )
         elif "key" not in entry and "verify_key" not in entry:
@@ -155,7 +149,7 @@ def _check_grip() -> list[CheckMessage]:
             Error(
                 "Streams need django-grip's middleware to talk to the proxy.",
                 hint=f'Add "{_MIDDLEWARE}" to MIDDLEWARE, as its first entry.',
-                id="pg_eventstream.E010",
+                id="pg_eventstream.E009",
             )
         )
     return messages
@@ -163,3 +157,7 @@ def _check_grip() -> list[CheckMessage]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _seconds(value: timedelta | float) -> float:
+    return value.total_seconds() if isinstance(value, timedelta) else value

@@ -25,6 +25,10 @@ from . import sse
 from .conf import conf
 from .errors import InvalidRequest
 
+#: What a next link adds to the path of its stream, before the token. No segment of its own: a
+#: mount that ends in a path converter would swallow it.
+NEXT = "next-"
+
 _SIGNER_SALT = "pg_eventstream.next-link"
 _LINK_HOURS = 24
 _EVENTS = "events-"

@@ -10,9 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 import pgtrigger
+from django.apps import apps
 from django.contrib.postgres.fields import ArrayField
+from django.core.exceptions import ImproperlyConfigured
 from django.db import models
 from django.db.models.functions import Now
+from pgtrigger import compiler
+
+if not apps.is_installed("pgtrigger"):
+    # Without it Django would refuse the attribute "triggers" below, and not say why.
+    raise ImproperlyConfigured(
+        'pg_eventstream needs django-pgtrigger: Add "pgtrigger" to INSTALLED_APPS.'
+    )
 
 
 class Xid8Field(models.BigIntegerField):  # type: ignore[type-arg]
@@ -29,6 +38,37 @@ class SnapshotField(models.TextField):  # type: ignore[type-arg]
         return "pg_snapshot"
 
 
+class EnqueueSql(compiler.UpsertTriggerSql):
+    """The trigger and nothing else.
+
+    django-pgtrigger would create two functions as well that our trigger does not call, one
+    of them in the schema ``public`` or ``PGTRIGGER_SCHEMA``. The owner of the tables may have
+    no rights there, and the migration would differ from project to project.
+    """
+
+    def get_template(self) -> str:
+        return """
+            DROP TRIGGER IF EXISTS {pgid} ON {table};
+            CREATE {constraint} TRIGGER {pgid}
+                {when} {operation} ON {table}
+                {timing}
+                FOR EACH {level}
+                EXECUTE FUNCTION {execute};
+
+            COMMENT ON TRIGGER {pgid} ON {table} IS '{hash}';
+        """
+
+
+class PlainList(models.Func):
+    """Whether an array is a list of values, without NULLs and not nested."""
+
+    template = (
+        "(coalesce(array_ndims(%(expressions)s), 1) = 1"
+        " AND array_position(%(expressions)s, NULL) IS NULL)"
+    )
+    output_field = models.BooleanField()
+
+
 class EnqueueAtCommit(pgtrigger.Trigger):
     """Calls ``pg_eventstream_enqueue()`` for each event when its transaction commits.
 
@@ -41,10 +81,21 @@ class EnqueueAtCommit(pgtrigger.Trigger):
     operation = pgtrigger.Insert
     level = pgtrigger.Row
     timing = pgtrigger.Deferred
-    func = "RETURN NULL;"
 
-    def render_execute(self, model: models.Model) -> str:
-        return "pg_eventstream_enqueue()"
+    def compile(self, model: models.Model) -> compiler.Trigger:
+        return compiler.Trigger(
+            name=self.name,
+            sql=EnqueueSql(
+                pgid=self.get_pgid(model),
+                func="",
+                table=model._meta.db_table,
+                constraint="CONSTRAINT",
+                when=self.when,
+                operation=self.operation,
+                timing=f"DEFERRABLE INITIALLY {self.timing}",
+                execute="pg_eventstream_enqueue()",
+            ),
+        )
 
 
 class Event(models.Model):
@@ -78,6 +129,11 @@ class Event(models.Model):
                 name="pg_eventstream_type_no_cr_or_lf",
                 condition=~models.Q(type__regex=r"[\r\n]"),
                 violation_error_message="An event type may not contain CR or LF.",
+            ),
+            models.CheckConstraint(
+                name="pg_eventstream_skip_user_ids_plain",
+                condition=PlainList("skip_user_ids"),
+                violation_error_message="User ids to skip may not be NULL or nested.",
             ),
         ]
         triggers = [EnqueueAtCommit(name="enqueue")]

@@ -112,10 +112,13 @@ class Publisher:
             published = 0
             for proxy in self._proxies:
                 feed = Feed(proxy, self._database, self._stopping)
-                while count := feed.publish_next():
-                    published += count
-                feed.settle()
-                feed.finish()
+                try:
+                    while count := feed.publish_next():
+                        published += count
+                    feed.settle()
+                    feed.finish()
+                finally:
+                    feed.close()
             prune(connection, self._stopping)
             return published
 

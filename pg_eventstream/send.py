@@ -153,8 +153,12 @@ def _encodable(what: str, value: str) -> str:
 def _user_ids(skip_user_ids: Iterable[object] | None) -> list[str]:
     if skip_user_ids is None:
         return []
-    if isinstance(skip_user_ids, str):
+    if isinstance(skip_user_ids, str | bytes) or not isinstance(skip_user_ids, Iterable):
+        kind = "string" if isinstance(skip_user_ids, str) else type(skip_user_ids).__name__
         raise InvalidEvent(
-            f"skip_user_ids must be a list of user ids, not the string {skip_user_ids!r}."
+            f"skip_user_ids must be a list of user ids, not the {kind} {skip_user_ids!r}."
         )
-    return [str(user_id) for user_id in skip_user_ids]
+    ids = [_encodable("user id", str(user_id)) for user_id in skip_user_ids]
+    if any("\0" in user_id for user_id in ids):
+        raise InvalidEvent("A user id must not contain NUL.")
+    return ids

@@ -1,9 +1,9 @@
 from django.urls import path
 
-from . import views
+from . import hold, views
 
 urlpatterns = [
     path("", views.events),
     # The proxy's own requests; clients never see these addresses.
-    path("next/<token>", views.next_link),
+    path(f"{hold.NEXT}<token>", views.next_link),
 ]

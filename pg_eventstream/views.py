@@ -170,7 +170,7 @@ def _go_on(
     if request.method != "HEAD":  # which has nothing to hold open
         done = ids == missed.end and not missed.more
         follower = hold.Session(session.channels, session.user_id, cursor=None if done else ids)
-        link = f"{_base_path(request, token)}next/{hold.sign(follower)}"
+        link = f"{_base_path(request, token)}{hold.NEXT}{hold.sign(follower)}"
         hold.instruct(request, session, ids, link=link, held=done)
     return _finish(HttpResponse(hold.escape(body), content_type=sse.CONTENT_TYPE))
 
@@ -180,7 +180,7 @@ def _base_path(request: HttpRequest, token: str | None) -> str:
 
     A path that began with two slashes would name a host, to which the proxy would turn.
     """
-    path = request.path if token is None else request.path.removesuffix(f"next/{token}")
+    path = request.path if token is None else request.path.removesuffix(f"{hold.NEXT}{token}")
     return escape_leading_slashes(quote(path))
 
 

@@ -106,35 +106,35 @@ def test_link_stays_the_same_for_an_hour_and_works_for_a_day(origin: Origin) -> 
 
 def test_tampered_and_foreign_links_are_refused(origin: Origin) -> None:
     link = opened(origin, "c").next_link
-    base, _, token = link.rpartition("/")
+    base, _, token = link.partition(hold.NEXT)
     value, _, seal = token.rpartition(":")
     assert not is_refused(origin, link)
     for n in range(len(token)):
         other = "A" if token[n] != "A" else "B"
-        assert is_refused(origin, f"{base}/{token[:n]}{other}{token[n + 1 :]}")
+        assert is_refused(origin, f"{base}{hold.NEXT}{token[:n]}{other}{token[n + 1 :]}")
     for n in range(1, len(token)):
-        assert is_refused(origin, f"{base}/{token[:n]}")
+        assert is_refused(origin, f"{base}{hold.NEXT}{token[:n]}")
     for wrong in (f"{value}:", f":{seal}", "x", "%00", "%ED%A0%80", "%F0%9F%8E%89", f".{token}"):
-        assert is_refused(origin, f"{base}/{wrong}")
+        assert is_refused(origin, f"{base}{hold.NEXT}{wrong}")
 
     session = hold.Session(("c",), None)
     with override_settings(SECRET_KEY="another key, just as long as the right one"):
         foreign = hold.sign(session)
-    assert is_refused(origin, f"{base}/{foreign}")
+    assert is_refused(origin, f"{base}{hold.NEXT}{foreign}")
     with override_settings(SECRET_KEY_FALLBACKS=["another key, just as long as the right one"]):
-        assert not is_refused(origin, f"{base}/{foreign}")
+        assert not is_refused(origin, f"{base}{hold.NEXT}{foreign}")
     content = {"c": ["c"], "u": None, "x": 10**9}
     for salt in ("django.core.signing.Signer", "django.contrib.sessions", ""):
         other_token = signing.Signer(salt=salt).sign_object(content, compress=True)
-        assert is_refused(origin, f"{base}/{other_token}")
-        assert is_refused(origin, f"{base}/{signing.dumps(content, salt=salt)}")
+        assert is_refused(origin, f"{base}{hold.NEXT}{other_token}")
+        assert is_refused(origin, f"{base}{hold.NEXT}{signing.dumps(content, salt=salt)}")
 
 
 def test_link_tells_no_more_than_the_proxy_signed_for(origin: Origin) -> None:
     link = opened(origin, "c").next_link
     answer = origin.ask(f"{link}?channel=other", {"Grip-Last": "events-c; last-id=0"})
     assert "events-other" not in answer.response["Grip-Channel"]
-    assert "next/" in answer.next_link
+    assert "next-" in answer.next_link
     assert "?" not in answer.next_link
 
 

@@ -133,10 +133,9 @@ def test_installed_wheel_works_without_the_source_tree(
     (project / "settings.py").write_text(SETTINGS.format(address=address))
     (project / "everything.py").write_text(PROJECT)
 
+    # Neither this source tree nor another; an editable install puts one on the path.
     elsewhere = [
-        entry
-        for entry in sys.path
-        if entry and not Path(entry).resolve().is_relative_to(ROOT.resolve())
+        entry for entry in sys.path if entry and not (Path(entry) / "pyproject.toml").exists()
     ]
     environment = {
         **os.environ,

@@ -221,7 +221,7 @@ def test_only_streams_that_are_granted_stay_open(
     for bad in ("/events/", "/events/?channel=a%0D%0Ab", f"{path}&lastEventId=nonsense"):
         status, body = request(pushpin.url, "GET", bad)
         assert (status, '"condition": "bad-request"' in body) == (200, True)
-    assert request(pushpin.url, "GET", "/events/next/nonsense")[0] == 403
+    assert request(pushpin.url, "GET", "/events/next-nonsense")[0] == 403
 
     directly = f"http://127.0.0.1:{app_port}"
     for headers in (

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ USER = uuid.UUID("0d9f6a2e-8d5c-4f0b-9a57-5f4a2d3b1c0e")
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC), '"2026-01-02T03:04:05.678Z"'),
+        (datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=timezone.utc), '"2026-01-02T03:04:05.678Z"'),
         (date(2026, 1, 2), '"2026-01-02"'),
         (timedelta(hours=1), '"P0DT01H00M00S"'),
         (Decimal("1.10"), '"1.10"'),

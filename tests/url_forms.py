@@ -17,5 +17,6 @@ urlpatterns = [
         {"format-channels": ["{kind}-{number}"]},
     ),
     path("deep/<path:room>/events/", include(pg_eventstream.urls), {"channels": ["deep"]}),
+    path("open/<path:room>/", include(pg_eventstream.urls), {"channels": ["open"]}),
     re_path(r"^(?P<anything>/.*)/", include(pg_eventstream.urls), {"channels": ["loose"]}),
 ]

@@ -70,6 +70,11 @@ class Migration(migrations.Migration):
                         name="pg_eventstream_type_no_cr_or_lf",
                         violation_error_message="An event type may not contain CR or LF.",
                     ),
+                    models.CheckConstraint(
+                        condition=pg_eventstream.models.PlainList("skip_user_ids"),
+                        name="pg_eventstream_skip_user_ids_plain",
+                        violation_error_message="User ids to skip may not be NULL or nested.",
+                    ),
                 ],
             },
         ),
@@ -185,11 +190,11 @@ class Migration(migrations.Migration):
             model_name="event",
             trigger=pgtrigger.compiler.Trigger(
                 name="enqueue",
-                sql=pgtrigger.compiler.UpsertTriggerSql(
+                sql=pg_eventstream.models.EnqueueSql(
                     constraint="CONSTRAINT",
                     execute="pg_eventstream_enqueue()",
-                    func="RETURN NULL;",
-                    hash="628a5eea7f98c945bd01345d85b54a7e2de0d975",
+                    func="",
+                    hash="1a783f7189e7fdbe5e7c15d1767b5bc4cd4edde4",
                     operation="INSERT",
                     pgid="pgtrigger_enqueue_3f3f6",
                     table="pg_eventstream_event",

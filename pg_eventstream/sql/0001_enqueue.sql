@@ -21,7 +21,11 @@ BEGIN
     -- durable (src/backend/commands/async.c, PreCommit_Notify), so that ringing
     -- for every commit would make all commits queue up behind each other.
     -- The payload is empty: equal notifications of a transaction fold into one.
-    IF pg_try_advisory_xact_lock_shared('pg_eventstream_event'::regclass::oid::int4, 1) THEN
+    -- A transaction that notifies cannot be prepared for two-phase commit: one that is
+    -- to be says SET LOCAL pg_eventstream.bell = off, and the safety poll finds it.
+    IF current_setting('pg_eventstream.bell', true) IS DISTINCT FROM 'off'
+        AND pg_try_advisory_xact_lock_shared('pg_eventstream_event'::regclass::oid::int4, 1)
+    THEN
         PERFORM pg_notify('pg_eventstream', '');
     END IF;
     RETURN NULL;
