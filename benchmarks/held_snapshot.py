@@ -24,7 +24,7 @@ from typing import Any
 
 import psycopg
 
-from pg_eventstream.demo.servers import Postgres
+from pg_eventstream.demo.postgres import Postgres
 
 ROUND = 500
 

@@ -19,8 +19,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
-from pg_eventstream.demo.servers import Postgres, Pushpin
+from pg_eventstream.demo.pushpin import Pushpin
 
 from .sse_client import SSEClient
 

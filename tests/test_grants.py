@@ -13,7 +13,7 @@ from django.test import override_settings
 
 from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import Process, accepts, wait_until
-from pg_eventstream.demo.servers import Pushpin
+from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.publisher import Publisher
 from pg_eventstream.recovery import recover
 from pg_eventstream.retention import prune

@@ -17,8 +17,9 @@ from django.test import override_settings
 
 from pg_eventstream import send_event, send_events
 from pg_eventstream.connection import Database as Connections
+from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.demo.servers import Postgres, Pushpin
+from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.publisher import Publisher
 
 from .conftest import DIRECTORY, KEY, Database, PublisherProcess

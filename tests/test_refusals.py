@@ -12,7 +12,7 @@ from django.test import Client, override_settings
 
 from pg_eventstream import send_events, sse
 from pg_eventstream.demo.processes import Process
-from pg_eventstream.demo.servers import Pushpin
+from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.errors import InvalidRequest
 
 from .conftest import Database

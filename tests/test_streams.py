@@ -11,7 +11,7 @@ import pytest
 
 from pg_eventstream import grip, send_events, sse
 from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.demo.servers import Pushpin
+from pg_eventstream.demo.pushpin import Pushpin
 
 from .conftest import Database, PublisherProcess
 from .origin import prune, sequence

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import psycopg
 
+from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import HOST, Process, ServerError, accepts, free_port, is_free
-from pg_eventstream.demo.servers import Postgres, Pushpin, PushpinNotInstalled
+from pg_eventstream.demo.pushpin import Pushpin, PushpinNotInstalled
 
 _DATABASE = "demo"
 _PORTS = ("postgres", "http", "control", "application")

