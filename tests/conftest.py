@@ -30,8 +30,11 @@ _TEMPLATE = "template_migrated"
 
 _directory = tempfile.TemporaryDirectory(prefix="pg_eventstream-", dir="/tmp")
 DIRECTORY = Path(_directory.name)
+# The programs of another version, for instance /usr/lib/postgresql/15/bin.
+_bin_dir = os.environ.get("PG_EVENTSTREAM_TEST_POSTGRES")
 _postgres = Postgres(
     DIRECTORY / "postgres",
+    bin_dir=Path(_bin_dir) if _bin_dir else None,
     settings={"max_connections": "300", "max_prepared_transactions": "10", "log_statement": "none"},
 )
 
