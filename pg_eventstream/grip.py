@@ -203,9 +203,6 @@ class Proxy:
             message += " - check the path in GRIP_URL"
         raise Unavailable(message)
 
-    def close(self) -> None:
-        self._http.clear()
-
     def _authorization(self) -> dict[str, str]:
         """As gripcontrol does: a signed token if there is an issuer, else the key itself."""
         if not self._key:

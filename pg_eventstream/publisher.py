@@ -32,6 +32,7 @@ from .retention import prune
 logger = logging.getLogger(__name__)
 
 _STANDBY_POLL = 0.5
+_QUEUE_USAGE_WARNING = 0.1
 _HEARTBEAT_SECONDS = 10.0
 _SWEEP_SECONDS = 30.0
 _FIRST_RETRY, _MOST_RETRY = 0.2, 5.0
@@ -202,8 +203,8 @@ class Publisher:
         def on_signal(number: int, frame: FrameType | None) -> None:
             if self._stopping.is_set():
                 os._exit(128 + number)
-            logger.info("publisher %s: stopping", self.name)
             self.stop()
+            logger.info("publisher %s: stopping", self.name)
 
         previous = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
@@ -265,4 +266,15 @@ def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> N
 
 
 def _beat(connection: Connection) -> None:
-    connection.execute("UPDATE pg_eventstream_publisher SET heartbeat = now() WHERE id = 1")
+    """Show that we are alive, and look after the queue that all notifications go through."""
+    row = connection.execute(
+        "UPDATE pg_eventstream_publisher SET heartbeat = now() WHERE id = 1"
+        " RETURNING pg_notification_queue_usage()"
+    ).fetchone()
+    if row and row[0] > _QUEUE_USAGE_WARNING:
+        logger.warning(
+            "PostgreSQL's notification queue is %.0f %% full; when it is full, transactions that"
+            " notify fail at COMMIT. Some session has used LISTEN and then stayed in a"
+            " transaction: look for the oldest xact_start in pg_stat_activity, and end it.",
+            row[0] * 100,
+        )

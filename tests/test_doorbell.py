@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import psycopg
+import pytest
 
 from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.doorbell import Doorbell, State
 
 from .conftest import Database, PublisherProcess
 from .sse_client import SSEClient
@@ -99,6 +105,31 @@ def test_event_that_found_the_publisher_awake_is_delivered_when_it_is_not_any_mo
             connection.commit()
         client.wait_count(sent, timeout=PROMPTLY)
         assert client.events[-1].data == "slow"
+
+
+class Pooled(psycopg.Connection[Any]):
+    """As through a pooler in transaction mode: LISTEN is accepted, and nothing is delivered."""
+
+    def execute(self, query: Any, *args: Any, **kwargs: Any) -> psycopg.Cursor[Any]:
+        return super().execute("SELECT" if "LISTEN" in str(query) else query, *args, **kwargs)
+
+
+def test_where_listen_does_not_work_the_publisher_says_so_and_polls(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        Pooled.connect(database.dsn, autocommit=True) as listener,
+        database.connect() as locker,
+        closing(Doorbell(listener, locker, safety_poll=None)) as doorbell,
+    ):
+        assert "give the publisher a direct connection" in caplog.text
+        deadline = time.monotonic() + 10
+        while doorbell.state is not State.ASLEEP:
+            doorbell.wait(0)
+            assert time.monotonic() < deadline
+        asleep_at = time.monotonic()
+        doorbell.wait(0)
+        assert time.monotonic() < asleep_at + PROMPTLY
 
 
 def test_sender_that_rang_and_lingers_does_not_stop_the_publisher_from_waking_up(

@@ -15,6 +15,7 @@ import jwt
 import pytest
 from django.test import override_settings
 
+from pg_eventstream import publisher as publisher_module
 from pg_eventstream import send_event, send_events
 from pg_eventstream.connection import Database as Connections
 from pg_eventstream.demo.postgres import Postgres
@@ -263,6 +264,24 @@ def test_missing_tables_are_explained_and_waited_for(
     publisher.start()
     publisher.wait_for_log("are the migrations applied here?")
     assert publisher.running
+
+
+def test_notification_queue_that_fills_up_is_reported(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publisher_module, "_QUEUE_USAGE_WARNING", 0.0)  # of 8 GB, by default
+    with database.connect() as leader, database.connect() as listener:
+        publisher_module._register(leader, "test", [])
+        publisher_module._beat(leader)
+        assert "notification queue" not in caplog.text
+        listener.execute("LISTEN elsewhere")
+        listener.execute("BEGIN")
+        leader.execute(
+            "SELECT pg_notify('elsewhere', repeat('x', 7000) || n) FROM "
+            "generate_series(1, 100) AS n"
+        )
+        publisher_module._beat(leader)
+    assert "notification queue" in caplog.text
 
 
 def test_publisher_takes_a_dsn(
