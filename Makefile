@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sql clean
+.PHONY: help demo test lint sql js clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,7 +15,7 @@ demo: .venv/.installed-demo ## see events arrive in a browser; ARGS=--check chec
 	@.venv/bin/python -m pg_eventstream.demo $(ARGS)
 
 test: lint ## lint, then run the tests; ARGS goes to pytest
-	@.ci/need pushpin node npm
+	@.ci/need pushpin node npm chromium
 	.venv/bin/pytest $(ARGS)
 
 lint: .venv/.installed-test ## ruff and mypy
@@ -25,6 +25,9 @@ lint: .venv/.installed-test ## ruff and mypy
 
 sql: .venv/.installed-test ## write the migrations as plain SQL, into migrations/
 	@.venv/bin/python -m migrations.generate
+
+js: .venv/.installed-test ## write the browser client's classic script from the module
+	@.venv/bin/python -m tests.classic_script
 
 clean: ## remove everything that is not source
 	rm -rf .venv .demo .test-servers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

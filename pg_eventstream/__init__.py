@@ -10,27 +10,42 @@ The way of an event, and the module of each step:
     feed        one proxy's share: reads the stream in order, publishes, acknowledges
     grip        a GRIP proxy: items, batches, the POST to its control port
     sse         the wire format
+    permission  who may read it; ends open streams when that changes
     recovery    what a client has missed
     hold        tells the proxy to hold a stream: channels, ids, signed next links
     views       the endpoint
+    cors        lets pages of other origins read it
+    static/     the browser's client
     retention   prunes what is past its day
 
-`channelmanager` decides who may read what, `conf` holds the settings, `checks` validates
-them, `errors` is what can be raised, `connection` opens the publisher's own connections.
+Beside it: `channelmanager` is what a project overrides to decide who reads what, `conf` holds
+the settings, `checks` validates them, `errors` is what can be raised, `connection` opens the
+publisher's own connections. `viewsets` and `renderers` are the endpoint for Django REST
+Framework, `testing` is for the tests of a project, `importing` moves one from
+django-eventstream.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .errors import EventStreamError, InvalidEvent
+from .errors import EventPermissionError, EventStreamError, InvalidEvent, InvalidRequest
+from .permission import channel_permission_changed
+from .recovery import EventPage, ReceivedEvent, get_current_event_id, get_events
 from .send import NewEvent, asend_event, send_event, send_events
 
 __all__ = [
+    "EventPage",
+    "EventPermissionError",
     "EventStreamError",
     "InvalidEvent",
+    "InvalidRequest",
     "NewEvent",
+    "ReceivedEvent",
     "asend_event",
+    "channel_permission_changed",
+    "get_current_event_id",
+    "get_events",
     "send_event",
     "send_events",
 ]

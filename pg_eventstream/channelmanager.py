@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from django.contrib.auth import get_user_model
+from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest
 from django.utils.module_loading import import_string
 
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class ChannelManagerBase:
-    """What the endpoint asks. One instance serves all requests, so keep no state in it."""
+    """What the endpoint and the publisher ask.
+
+    One instance serves all requests of a process, so keep no state in it.
+    """
 
     def get_channels_for_request(
         self, request: HttpRequest, view_kwargs: Mapping[str, Any]
@@ -31,13 +36,41 @@ class ChannelManagerBase:
     def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
         """Whether the user, or an anonymous visitor (None), may read the channel.
 
-        Asked when a stream is opened, and again whenever the proxy asks how to go on.
+        Asked when a stream is opened, whenever the proxy asks how to go on, and after
+        `channel_permission_changed`.
         """
         raise NotImplementedError
 
+    def is_channel_reliable(self, channel: str) -> bool:
+        """Whether the events of the channel have ids, and can be resumed from.
+
+        Asked by the publisher for each event and by the endpoint for each stream, in
+        different processes: it must follow from the name, and not from the moment.
+        """
+        raise NotImplementedError
+
+    def get_user_for_request(self, request: HttpRequest) -> AbstractBaseUser | None:
+        """Whose stream this is, None for an anonymous visitor's.
+
+        By default what Django's authentication says. Override it for tokens: the request
+        has the client's headers and query. Raise `django.core.exceptions.PermissionDenied`
+        to refuse the request as a whole.
+        """
+        user = getattr(request, "user", None)
+        return user if user is not None and user.is_authenticated else None
+
+    def get_user(self, user_id: str) -> AbstractBaseUser | None:
+        """The user with this primary key, None if there is none, or it is inactive.
+
+        Asked when a stream goes on: the proxy's own requests carry no cookies or tokens of
+        the client, only the key of the user that `get_user_for_request` gave.
+        """
+        user = get_user_model()._default_manager.filter(pk=user_id).first()
+        return user if user is not None and user.is_active else None
+
 
 class DefaultChannelManager(ChannelManagerBase):
-    """Channels by the URLconf, else by the query; everybody may read everything."""
+    """Channels by the URLconf, else by the query; everybody may read everything, reliably."""
 
     def get_channels_for_request(
         self, request: HttpRequest, view_kwargs: Mapping[str, Any]
@@ -47,14 +80,18 @@ class DefaultChannelManager(ChannelManagerBase):
         What the URLconf says excludes what the query says.
         """
         if "format-channels" in view_kwargs:
-            return [name.format(**view_kwargs) for name in view_kwargs["format-channels"]]
+            formats = _as_list("format-channels", view_kwargs["format-channels"])
+            return [name.format(**view_kwargs) for name in formats]
         if "channels" in view_kwargs:
-            return list(view_kwargs["channels"])
+            return _as_list("channels", view_kwargs["channels"])
         if "channel" in view_kwargs:
             return [view_kwargs["channel"]]
         return request.GET.getlist("channel")
 
     def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        return True
+
+    def is_channel_reliable(self, channel: str) -> bool:
         return True
 
 
@@ -67,3 +104,11 @@ def _instance(path: str) -> ChannelManagerBase:
     manager = import_string(path)()
     assert isinstance(manager, ChannelManagerBase)  # noqa: S101  (system check E007)
     return manager
+
+
+def _as_list(kwarg: str, names: Collection[str]) -> list[str]:
+    if isinstance(names, str):  # which is a collection too, of one channel per character
+        raise ImproperlyConfigured(
+            f"{kwarg!r} in the URLconf must be a list of channels: [{names!r}]."
+        )
+    return list(names)

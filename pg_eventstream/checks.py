@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import jwt
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register
 from django.db import connections
 from django.utils.module_loading import import_string
+from jwt.algorithms import has_crypto
 
 from .channelmanager import ChannelManagerBase
 from .conf import MOST_CHANNELS, conf
 
 _MIDDLEWARE = "django_grip.GripMiddleware"
+_FASTLY = "api.fastly.com"
+_ORIGIN = re.compile(
+    r"(?!http://.*:80$)(?!https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d+)?"
+)
+_HEADER = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
 
 
 @register
@@ -23,6 +32,9 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         *_check_numbers(),
         *_check_channelmanager(),
         *_check_grip(),
+        *_check_grip_keys(),
+        *_check_cors(),
+        *_check_leftovers(),
     ]
 
 
@@ -134,7 +146,7 @@ def _check_grip() -> list[CheckMessage]:
                     id="pg_eventstream.E008",
                 )
             )
-        elif "key" not in entry and "verify_key" not in entry:
+        elif not entry.get("key") and not entry.get("verify_key"):
             messages.append(
                 Warning(
                     f"No key is configured for the proxy {entry['control_uri']}, so anybody who"
@@ -152,7 +164,145 @@ def _check_grip() -> list[CheckMessage]:
                 id="pg_eventstream.E009",
             )
         )
+    if hasattr(settings, "GRIP_PROXIES") and getattr(settings, "GRIP_URL", None):
+        # django_grip.py, _get_proxies. A forged signature is tried with every entry: a second
+        # of CPU after some 10,000 requests.
+        messages.append(
+            Error(
+                "GRIP_PROXIES and GRIP_URL are both set. django-grip appends the one to the other"
+                " with every signed request, and each takes longer than the one before.",
+                hint="Move the address into the list:"
+                " GRIP_PROXIES = [..., gripcontrol.parse_grip_uri(url)].",
+                id="pg_eventstream.E010",
+            )
+        )
     return messages
+
+
+def _check_grip_keys() -> list[CheckMessage]:
+    messages: list[CheckMessage] = []
+    for entry in conf.grip_proxies:
+        uri = entry.get("control_uri")
+        if entry.get("verify_key") and not entry.get("key"):
+            # django_grip.py, GripMiddleware.process_request: KeyError
+            messages.append(
+                Error(
+                    f"The proxy {uri} has a verify key (GRIP_VERIFY_KEY) and no key, and"
+                    " django-grip fails with a KeyError on every signed request.",
+                    hint="Give it a key too: key=… in GRIP_URL, or key in GRIP_PROXIES. Pushpin"
+                    " needs that one only, the sig_key of pushpin.conf.",
+                    id="pg_eventstream.E011",
+                )
+            )
+        for name in ("key", "verify_key"):
+            problem = _problem_of_key(entry.get(name) or "")
+            if problem:
+                messages.append(
+                    Error(
+                        f"The {name} of the proxy {uri} {problem}.",
+                        hint="A verify key is a shared secret, or a public key in PEM format:"
+                        " in GRIP_VERIFY_KEY as it stands, with its line breaks, or in GRIP_URL"
+                        " as verify-key=base64:….",
+                        id="pg_eventstream.E012",
+                    )
+                )
+        if str(uri).startswith(f"https://{_FASTLY}/") and not (
+            entry.get("verify_key") and entry.get("verify_iss")
+        ):
+            messages.append(
+                Error(
+                    f"The proxy {uri} needs a verify key and a verify issuer: Fastly signs the"
+                    " requests of all services with one key.",
+                    hint=f'GRIP_URL = "https://{_FASTLY}/service/ID?key=API-TOKEN'
+                    "&verify-iss=fastly:ID\", and Fastly's public key in GRIP_VERIFY_KEY.",
+                    id="pg_eventstream.E013",
+                )
+            )
+    return messages
+
+
+def _problem_of_key(key: str | bytes) -> str | None:
+    text = key.decode(errors="replace") if isinstance(key, bytes) else key
+    if text.startswith("base64:"):  # django-grip would take it for the secret itself
+        return "begins with base64:, which is decoded in GRIP_URL only"
+    if text.lstrip().startswith("{"):
+        return "is a JSON Web Key, which gripcontrol cannot read"
+    if "-----BEGIN " not in text:
+        return None
+    if not has_crypto:
+        return 'needs the package cryptography: pip install "pyjwt[crypto]"'
+    for algorithm in ("ES256", "RS256"):
+        with suppress(ValueError, jwt.InvalidKeyError):
+            jwt.get_algorithm_by_name(algorithm).prepare_key(text)
+            return None
+    return "cannot be read as a key of ES256 or RS256"
+
+
+def _check_cors() -> list[CheckMessage]:
+    messages: list[CheckMessage] = []
+    for name in ("EVENTSTREAM_ALLOW_ORIGIN", "EVENTSTREAM_ALLOW_ORIGINS"):
+        value = getattr(settings, name, None) or []
+        if not _is_text(value):
+            problem = "must be an origin or a list of them"
+        else:
+            origins = [value] if isinstance(value, str) else value
+            wrong = [o for o in origins if o != "*" and not _ORIGIN.fullmatch(o.lower())]
+            if not wrong:
+                continue
+            problem = f"names {wrong[0]!r}, which is not an origin"
+        messages.append(
+            Error(
+                f"{name} {problem}.",
+                hint='As a browser writes it: "https://example.com" or "http://localhost:3000".'
+                ' Without a path or slash behind it or the usual port; no pattern but "*".',
+                id="pg_eventstream.E014",
+            )
+        )
+    if not messages and "*" in conf.allow_origins and conf.allow_credentials:
+        messages.append(
+            Error(
+                'EVENTSTREAM_ALLOW_CREDENTIALS goes with origins that are named, not with "*":'
+                " any page could read what its visitor may.",
+                hint="Name the origins in EVENTSTREAM_ALLOW_ORIGINS.",
+                id="pg_eventstream.E015",
+            )
+        )
+    headers = getattr(settings, "EVENTSTREAM_ALLOW_HEADERS", None) or []
+    if not _is_text(headers) or not all(map(_HEADER.fullmatch, conf.allow_headers)):
+        messages.append(
+            Error(
+                "EVENTSTREAM_ALLOW_HEADERS must be names of headers.",
+                hint='A list, or a string with commas: "Authorization, X-Requested-With".',
+                id="pg_eventstream.E016",
+            )
+        )
+    return messages
+
+
+def _check_leftovers() -> list[CheckMessage]:
+    """Settings of django-eventstream that have no counterpart."""
+    return [
+        Warning(
+            f"{name} has no effect: every event is stored in PostgreSQL, from where all processes"
+            " get it.",
+            hint="Remove it.",
+            id="pg_eventstream.W002",
+        )
+        for name in (
+            "EVENTSTREAM_STORAGE_CLASS",
+            "EVENTSTREAM_STORAGE_CONNECTION",
+            "EVENTSTREAM_REDIS",
+        )
+        if getattr(settings, name, None)
+    ]
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string, or several."""
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple | set | frozenset)
+        and all(isinstance(item, str) for item in value)
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -58,6 +59,29 @@ class Conf:
         )
 
     @property
+    def allow_origins(self) -> list[str]:
+        """The origins whose pages may read streams: of EVENTSTREAM_ALLOW_ORIGIN and _ORIGINS.
+
+        In lower case, as browsers write them. "*" stands for any.
+        """
+        return [
+            origin.lower()
+            for name in ("EVENTSTREAM_ALLOW_ORIGIN", "EVENTSTREAM_ALLOW_ORIGINS")
+            for origin in _strings(getattr(settings, name, None))
+        ]
+
+    @property
+    def allow_credentials(self) -> bool:
+        """Whether those pages may send cookies."""
+        return bool(getattr(settings, "EVENTSTREAM_ALLOW_CREDENTIALS", False))
+
+    @property
+    def allow_headers(self) -> list[str]:
+        """Further request headers that those pages may send. A string is split at commas."""
+        value = _strings(getattr(settings, "EVENTSTREAM_ALLOW_HEADERS", None))
+        return [name.strip() for text in value for name in text.split(",") if name.strip()]
+
+    @property
     def grip_prefix(self) -> str:
         """Prepended to every channel name at the proxy, as django-grip does."""
         return str(getattr(settings, "GRIP_PREFIX", ""))
@@ -66,18 +90,28 @@ class Conf:
     def grip_proxies(self) -> list[dict[str, Any]]:
         """The proxies of GRIP_PROXIES and GRIP_URL, each once, as gripcontrol's config.
 
-        Copies: django-grip appends GRIP_URL to the GRIP_PROXIES list itself, again
-        with every signed request (django_grip.py, _get_proxies).
+        GRIP_VERIFY_KEY is theirs if they have no other. Copies: django-grip appends GRIP_URL
+        to the GRIP_PROXIES list itself, again with every signed request (django_grip.py,
+        _get_proxies).
         """
         configured = [dict(entry) for entry in getattr(settings, "GRIP_PROXIES", [])]
         url = getattr(settings, "GRIP_URL", None)
         if url:
             configured.append(parse_grip_uri(url))
+        verify_key = getattr(settings, "GRIP_VERIFY_KEY", None)
+        if verify_key:
+            for entry in configured:
+                entry.setdefault("verify_key", verify_key)
         unique: list[dict[str, Any]] = []
         for entry in configured:
             if all(entry.get("control_uri") != other.get("control_uri") for other in unique):
                 unique.append(entry)
         return unique
+
+
+def _strings(value: str | Iterable[str] | None) -> list[str]:
+    """The strings of a setting that holds none, one or several."""
+    return [text for text in ([value] if isinstance(value, str) else value or ()) if text]
 
 
 conf = Conf()

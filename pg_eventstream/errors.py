@@ -4,7 +4,7 @@ EventStreamError
 ├── InvalidEvent          an event that cannot be sent as it is (also a ValueError)
 ├── InvalidRequest        a request for a stream that cannot be served as it is
 ├── ResumeNotAllowed      a client that resumes after a stream-error
-├── ChannelsForbidden     a user may not read some of the channels asked for
+├── EventPermissionError  a user may not read some of the channels asked for
 └── NotLeading            another publisher leads, so this one may not publish
 """
 
@@ -29,7 +29,7 @@ class ResumeNotAllowed(EventStreamError):
     """The client asks to go on after a ``stream-error``, which ends a stream for good."""
 
 
-class ChannelsForbidden(EventStreamError):
+class EventPermissionError(EventStreamError):
     """The user may not read ``channels``."""
 
     def __init__(self, channels: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ import psycopg
 
 from . import grip
 from .connection import Database, explained
+from .permission import is_reliable
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Feed:
         self._position = 0
         self._acknowledged = 0
         self._acknowledged_at = 0.0
-        self._bursts = grip.Bursts()
+        self._hints = grip.Hints()
 
     def wake(self) -> None:
         """There is news in the stream. From any thread."""
@@ -82,13 +83,13 @@ class Feed:
             if not self._publish(batch):
                 return len(page)
             self._position = batch.events[-1].position
-            self._bursts.note([event.channel for event in batch.events], time.monotonic())
-        self._hint(self._bursts.take_due(time.monotonic()))
+            self._hints.note(batch.events, time.monotonic())
+        self._hint(self._hints.take_due(time.monotonic()))
         return len(page)
 
     def settle(self) -> None:
         """Give the hints now that `run` would give in the next seconds."""
-        self._hint(self._bursts.take_due(math.inf))
+        self._hint(self._hints.take_due(math.inf))
 
     def finish(self) -> None:
         """Store the last acknowledgement, if that is possible, and disconnect."""
@@ -108,7 +109,7 @@ class Feed:
         """How long to wait for news: until there is something to do without any."""
         if self._position > self._acknowledged:
             return _ACKNOWLEDGE_SECONDS
-        due = self._bursts.next_due()
+        due = self._hints.next_due()
         return None if due is None else max(0.0, due - time.monotonic())
 
     # Reading
@@ -141,7 +142,9 @@ class Feed:
             """,
             [grip.EVENT_BYTES, grip.EVENT_BYTES, self._position, _PAGE_EVENTS, _PAGE_BYTES],
         ).fetchall()
-        return [grip.StreamEvent(*row) for row in rows]
+        # One page's events are mostly of few channels.
+        reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
+        return [grip.StreamEvent(*row, *[reliable[row[1]]]) for row in rows]
 
     def _connect(self) -> None:
         connection = self._database.connect(f"feed {self._proxy.name}")
@@ -193,10 +196,9 @@ class Feed:
                     logger.info("%s: takes events again", self._proxy.name)
                 return True
 
-    def _hint(self, channels: list[str]) -> None:
-        for start in range(0, len(channels), grip.BATCH_ITEMS):
-            hints = [grip.hint(c) for c in channels[start : start + grip.BATCH_ITEMS]]
-            if not self._publish(grip.Batch([], hints)):
+    def _hint(self, hints: list[bytes]) -> None:
+        for start in range(0, len(hints), grip.BATCH_ITEMS):
+            if not self._publish(grip.Batch([], hints[start : start + grip.BATCH_ITEMS])):
                 break
 
     def _publish_apart(self, batch: grip.Batch, refusal: grip.Refused) -> bool:
@@ -214,7 +216,7 @@ class Feed:
                 grip.Batch(batch.events[:middle], batch.items[:middle])
             ) and self._publish(grip.Batch(batch.events[middle:], batch.items[middle:]))
         event = batch.events[0]
-        hint = grip.hint(event.channel)
+        hint = grip.hint(event.channel, event.reliable)
         if batch.items[0] == hint:
             logger.error(
                 "%s: refused even a hint of event %s:%d (%s); clients get it when they"

@@ -7,9 +7,11 @@ blindly, and goes on after a batch that failed.
 from __future__ import annotations
 
 import json
+import logging
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -19,8 +21,10 @@ import urllib3
 from gripcontrol import HttpStreamFormat
 from pubcontrol import Item
 
-from . import hold, sse
+from . import hold, permission, sse
 from .conf import conf
+
+logger = logging.getLogger(__name__)
 
 # Pushpin refuses a body over 1,000,000 bytes (src/handler/handlerengine.cpp).
 BATCH_BYTES = 900_000
@@ -30,6 +34,7 @@ EVENT_BYTES = 400_000
 
 _TIMEOUT = urllib3.Timeout(connect=3, read=10)
 _TOKEN_SECONDS = 600
+_BEARER = re.compile("[!-~]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class StreamEvent:
     type: str
     data: str | None
     skip_user_ids: list[str]
+    reliable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,44 +62,52 @@ class Batch:
         return b'{"items":[' + b",".join(self.items) + b"]}"
 
 
-class Bursts:
-    """Channels that had more events at once than a session's queue at the proxy may hold.
+class Hints:
+    """Hints that are to follow what was published: soon, and once more a little later.
 
-    For a session whose client reads slowly, or which is just fetching its next link, Pushpin
-    queues 100 items and drops what follows (src/handler/httpsession.cpp, PUBLISH_QUEUE_MAX).
-    The channel's next event shows the gap, and the session fetches what it missed. But after
-    a burst there may be none for long, so a hint takes its place: soon, and once more for
-    those whose queue was still full.
+    After a burst: for a session whose client reads slowly, or which is just fetching its next
+    link, Pushpin queues 100 items and drops what follows (src/handler/httpsession.cpp,
+    PUBLISH_QUEUE_MAX). The channel's next event shows the gap, and the session fetches what it
+    missed; but there may be none for long, so a hint takes its place.
+
+    After a change of permission: a stream that was just being opened may have been allowed
+    before the change, and held after its hint was published.
     """
 
-    _MANY, _WINDOW_SECONDS, _HINT_AFTER = 50, 1.0, (0.5, 5.0)
+    _MANY, _WINDOW_SECONDS, _AFTER = 50, 1.0, (0.5, 5.0)
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._window_end = 0.0
-        self._due: dict[str, list[float]] = {}
+        self._due: dict[bytes, list[float]] = {}
 
-    def note(self, channels: Sequence[str], now: float) -> None:
-        """Events were published on these channels, one entry for each."""
+    def note(self, events: Iterable[StreamEvent], now: float) -> None:
+        """These events were published."""
         if now >= self._window_end:
             self._counts.clear()
             self._window_end = now + self._WINDOW_SECONDS
-        self._counts.update(channels)
-        for channel in set(channels):
-            if self._counts[channel] >= self._MANY:
-                self._due[channel] = [now + seconds for seconds in self._HINT_AFTER]
+        for event in events:
+            if event.channel == permission.CHANGES:
+                self._follow(item(event), now)
+            elif event.reliable:
+                self._counts[event.channel] += 1
+                if self._counts[event.channel] >= self._MANY:
+                    self._follow(hint(event.channel), now)
+
+    def _follow(self, encoded: bytes, now: float) -> None:
+        self._due[encoded] = [now + seconds for seconds in self._AFTER]
 
     def next_due(self) -> float | None:
         """When the next hint is due, None if there is none to come."""
         return min((times[0] for times in self._due.values()), default=None)
 
-    def take_due(self, now: float) -> list[str]:
-        """The channels that need a hint now."""
-        due = [channel for channel, times in self._due.items() if times[0] <= now]
-        for channel in due:
-            del self._due[channel][0]
-            if not self._due[channel]:
-                del self._due[channel]
+    def take_due(self, now: float) -> list[bytes]:
+        """The items of the hints that are due now."""
+        due = [encoded for encoded, times in self._due.items() if times[0] <= now]
+        for encoded in due:
+            del self._due[encoded][0]
+            if not self._due[encoded]:
+                del self._due[encoded]
         return due
 
 
@@ -108,39 +122,68 @@ class Unavailable(Exception):
 def item(event: StreamEvent) -> bytes:
     """The item that publishes the event, as JSON.
 
-    prev-id lets the proxy see a gap; the id lets it drop a repeat. No content-filters:
-    with them a client whose channels have other filters is closed (Pushpin 1.36).
+    The id lets the proxy drop a repeat; prev-id, which only reliable events have, lets it see
+    a gap. No content-filters: with them a client whose channels have other filters is closed
+    (Pushpin 1.36).
     """
+    if event.channel == permission.CHANGES:
+        return _ask_again(event)
     if event.data is None:
-        return hint(event.channel)
-    own_id = hold.escape(f"{sse.quote_channel(event.channel)}:{event.eid}")
-    content = sse.encode_event(
-        hold.escape(event.type), hold.escape(event.data), event_id=f"{own_id}%I"
-    )
+        if not event.reliable:
+            logger.warning(
+                "an event of type %r on the unreliable channel %r is over %d bytes and is not"
+                " delivered; only clients of reliable channels can fetch such an event",
+                event.type, event.channel, EVENT_BYTES,
+            )  # fmt: skip
+        return hint(event.channel, event.reliable)
     skipped = ",".join(map(hold.quote_user, event.skip_user_ids))
     meta = {"skip_users": skipped} if skipped else {}
-    return _dump(
-        event.channel,
-        Item(
-            HttpStreamFormat(content),
+    event_type, data = hold.escape(event.type), hold.escape(event.data)
+    if event.reliable:
+        own_id = hold.escape(f"{sse.quote_channel(event.channel)}:{event.eid}")
+        grip_item = Item(
+            HttpStreamFormat(sse.encode_event(event_type, data, event_id=f"{own_id}%I")),
             id=str(event.eid),
             prev_id=str(event.eid - 1),
             meta=meta,
-        ),
-    )
+        )
+    else:
+        content = HttpStreamFormat(sse.encode_event(event_type, data))
+        grip_item = Item(content, id=str(event.eid), meta=meta)
+    return _dump(hold.events_channel(event.channel, event.reliable), grip_item)
 
 
-def hint(channel: str) -> bytes:
+def hint(channel: str, reliable: bool = True) -> bytes:
     """Tells the proxy that there is news on the channel, which its streams then fetch.
 
     Without id and prev-id: with them, the proxy would take the event as delivered.
     """
-    return _dump(channel, Item(HttpStreamFormat(action="hint")))
+    return _dump(hold.events_channel(channel, reliable), Item(HttpStreamFormat(action="hint")))
 
 
-def _dump(channel: str, grip_item: Any) -> bytes:
+def _ask_again(event: StreamEvent) -> bytes:
+    """Makes the user's streams of the channel ask the origin how to go on, which ends them.
+
+    Unlike an item that closes them it does no harm if it is published late, or twice: the
+    origin answers by what the user may read by then. The proxy sends a stream nothing while it
+    waits for that answer, so no later event gets through.
+    """
+    try:
+        user, channel = permission.parse_change(event.data or "")
+    except ValueError:
+        logger.error("event %d is no change of permission; nothing to publish", event.position)
+        user = channel = ""
+    # Its filter looks for the channel among the names that the session holds.
+    sub = conf.grip_prefix + hold.events_channel(channel, permission.is_reliable(channel))
+    return _dump(
+        hold.user_channel(user),
+        Item(HttpStreamFormat(action="hint"), meta={"require_sub": sub}),
+    )
+
+
+def _dump(grip_channel: str, grip_item: Any) -> bytes:
     exported = grip_item.export(formats_field=True)
-    exported["channel"] = conf.grip_prefix + hold.events_channel(channel)
+    exported["channel"] = conf.grip_prefix + grip_channel
     return json.dumps(exported, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -150,7 +193,7 @@ def batches(events: Iterable[StreamEvent]) -> Iterator[Batch]:
     for event in events:
         encoded = item(event)
         if len(encoded) > BATCH_BYTES:  # control characters grow six-fold in JSON
-            encoded = hint(event.channel)
+            encoded = hint(event.channel, event.reliable)
         if batch.items and (
             len(batch.items) == BATCH_ITEMS or size + len(encoded) + 1 > BATCH_BYTES
         ):
@@ -184,7 +227,7 @@ class Proxy:
         Raises `Refused` if the proxy finds fault with the batch itself, `Unavailable` if
         the same batch may succeed later. Takes 13 seconds at most.
         """
-        headers = {"Content-Type": "application/json", **self._authorization()}
+        headers = {"Content-Type": "application/json", **self.authorization()}
         try:
             response = self._http.request(
                 "POST", self._url, body=body, headers=headers, redirect=False
@@ -203,13 +246,14 @@ class Proxy:
             message += " - check the path in GRIP_URL"
         raise Unavailable(message)
 
-    def _authorization(self) -> dict[str, str]:
+    def authorization(self) -> dict[str, str]:
         """As gripcontrol does: a signed token if there is an issuer, else the key itself."""
         if not self._key:
             return {}
         if not self._issuer:
-            key = self._key.decode() if isinstance(self._key, bytes) else self._key
-            return {"Authorization": f"Bearer {key}"}
+            key = self._key if isinstance(self._key, str) else self._key.decode("latin-1")
+            # Other bytes make no token. They are what Pushpin signs with; it asks for none.
+            return {"Authorization": f"Bearer {key}"} if _BEARER.fullmatch(key) else {}
         renew_at, token = self._token
         now = time.time()
         if now >= renew_at:

@@ -13,7 +13,7 @@ equal sessions, because the proxy fetches distinct ones at 10 a second only.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
@@ -32,18 +32,22 @@ NEXT = "next-"
 _SIGNER_SALT = "pg_eventstream.next-link"
 _LINK_HOURS = 24
 _EVENTS = "events-"
+_UNRELIABLE = "unreliable-"
 _USER = "user-"
-ANONYMOUS = "anonymous"
 
 
-def events_channel(channel: str) -> str:
-    """The GRIP channel that carries the events of a channel."""
-    return _EVENTS + sse.quote_channel(channel)
+def events_channel(channel: str, reliable: bool = True) -> str:
+    """The GRIP channel that carries the events of a channel.
+
+    Another one if they have no ids: an item without would end the search for gaps on a channel
+    that is held with prev-id.
+    """
+    return (_EVENTS if reliable else _UNRELIABLE) + sse.quote_channel(channel)
 
 
-def user_channel(user_id: str | None) -> str:
-    """The GRIP channel that reaches all streams of one user."""
-    return _USER + quote_user(user_id or ANONYMOUS)
+def user_channel(user_id: str) -> str:
+    """The GRIP channel that reaches all streams of one user. Held without prev-id."""
+    return _USER + quote_user(user_id)
 
 
 def quote_user(user_id: str) -> str:
@@ -60,7 +64,7 @@ class Session:
     """
 
     channels: tuple[str, ...]
-    user_id: str | None
+    user_id: str
     cursor: Mapping[str, int] | None = None
 
 
@@ -73,7 +77,7 @@ def sign(session: Session) -> str:
         "x": hour + 1 + _LINK_HOURS,
     }
     if session.cursor is not None:
-        content["l"] = [session.cursor[channel] for channel in session.channels]
+        content["l"] = [session.cursor.get(channel) for channel in session.channels]
     return signing.Signer(salt=_SIGNER_SALT).sign_object(content, compress=True)
 
 
@@ -86,12 +90,15 @@ def unsign(token: str) -> Session:
     if time.time() // 3600 >= content["x"]:
         raise InvalidRequest("This link has expired")
     channels = tuple(content["c"])
-    cursor = dict(zip(channels, content["l"], strict=True)) if "l" in content else None
+    cursor = None
+    if "l" in content:
+        ids = zip(channels, content["l"], strict=True)
+        cursor = {channel: eid for channel, eid in ids if eid is not None}
     return Session(channels, content["u"], cursor)
 
 
-def last_ids(grip_last: Mapping[str, str], channels: tuple[str, ...]) -> dict[str, int]:
-    """The eids that the proxy sent last, per channel, from the Grip-Last header.
+def last_ids(grip_last: Mapping[str, str], channels: Collection[str]) -> dict[str, int]:
+    """The eids that the proxy sent last on these channels, from the Grip-Last header.
 
     Raises `InvalidRequest` if an id is missing, or not one of ours: to go on from now
     would lose events silently, while a client that comes back loses none.
@@ -119,11 +126,11 @@ def instruct(
 ) -> None:
     """Give the proxy its instructions, through `django_grip.GripMiddleware`.
 
-    The stream is either held from these eids on, or the proxy fetches the link at once, for
-    the next page, or there is no link and the stream ends. The channels and their filters
-    are there in all three cases, and the body is always to be escaped: to the answer of a
-    link Pushpin 1.36 applies the filters of the answer before it, 1.41 its own. (A lone %
-    that 1.36 filters makes it crash.)
+    ``ids`` has the eids of the reliable channels. The stream is either held from them on, or
+    the proxy fetches the link at once, for the next page, or there is no link and the stream
+    ends. The channels and their filters are there in all three cases, and the body is always
+    to be escaped: to the answer of a link Pushpin 1.36 applies the filters of the answer
+    before it, 1.41 its own. (A lone % that 1.36 filters makes it crash.)
     """
     instruct = request.grip.start_instruct()
     if link is not None:
@@ -132,25 +139,27 @@ def instruct(
         instruct.set_hold_stream()
         instruct.set_keep_alive(sse.KEEP_ALIVE, sse.KEEP_ALIVE_SECONDS)
     for channel in session.channels:
-        grip_channel = Channel(events_channel(channel), prev_id=str(ids[channel]))
+        if channel in ids:
+            grip_channel = Channel(events_channel(channel), prev_id=str(ids[channel]))
+        else:
+            grip_channel = Channel(events_channel(channel, reliable=False))
         grip_channel.filters += ["build-id", "skip-users"]
         instruct.add_channel(grip_channel)
-    # Held without prev-id, so that what is sent to it needs none.
     grip_channel = Channel(user_channel(session.user_id))
     grip_channel.filters.append("require-sub")
     instruct.add_channel(grip_channel)
-    instruct.meta["id_format"] = id_format(session.channels)
-    instruct.meta["user"] = quote_user(session.user_id or ANONYMOUS)
+    instruct.meta["id_format"] = id_format(ids)
+    instruct.meta["user"] = quote_user(session.user_id)
 
 
-def id_format(channels: tuple[str, ...]) -> str:
-    """What the proxy puts behind an event's own id: the last ids of all its channels.
+def id_format(channels: Collection[str]) -> str:
+    """What the proxy puts behind an event's own id: the last ids of all reliable channels.
 
     The own id stands in the item, since %I shows the previous one of the item's own
     channel on Pushpin 1.41 (1.36 shows the right one). A single channel needs none of it,
     but an empty format is an error, so it gets a space.
     """
-    if len(channels) == 1:
+    if len(channels) < 2:
         return " "
     return "".join(
         f",{escape(sse.quote_channel(channel))}:%({conf.grip_prefix}{events_channel(channel)})s"

@@ -27,7 +27,7 @@ from .connection import Database, explained
 from .doorbell import LEADER_LOCK, LOCK_SPACE, Doorbell
 from .errors import NotLeading
 from .feed import Feed
-from .retention import prune
+from .retention import Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +114,13 @@ class Publisher:
             for proxy in self._proxies:
                 feed = Feed(proxy, self._database, self._stopping)
                 try:
-                    while count := feed.publish_next():
+                    while not self._stopping.is_set() and (count := feed.publish_next()):
                         published += count
                     feed.settle()
                     feed.finish()
                 finally:
                     feed.close()
-            prune(connection, self._stopping)
+            Sweep(connection, self._stopping).run_once()
             return published
 
     # Leading
@@ -186,8 +186,9 @@ class Publisher:
         while not over.is_set():
             try:
                 with self._database.connect("sweep") as connection:
+                    sweep = Sweep(connection, over)
                     while not over.is_set():
-                        prune(connection, over)
+                        sweep.run_once()
                         over.wait(_SWEEP_SECONDS)
             except psycopg.Error as e:
                 logger.warning("sweep: database: %s; trying again", explained(e))

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Final
 
 from django.db import connections
 
+from . import sse
 from .conf import conf
+from .permission import check_permission, reliable, user_id
+
+if TYPE_CHECKING:
+    from django.contrib.auth.models import AbstractBaseUser
 
 # What one response holds, unless a single event is larger. Pages follow each other without
 # delay, so they need not be long; short ones keep every process's memory flat.
 PAGE_BYTES = 64_000
 PAGE_EVENTS = 500
+
+#: In place of an eid: begin with the oldest event that is kept.
+EARLIEST: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +50,128 @@ class Recovered:
     reset: list[str]
     more: bool
 
+    def with_ids(self) -> Iterator[tuple[RecoveredEvent, dict[str, int]]]:
+        """Each event with the eids to go on from behind it."""
+        ids = self.start
+        for event in self.events:
+            ids = {**ids, event.channel: event.eid}
+            yield event, ids
 
-def recover(after: Mapping[str, int | None]) -> Recovered:
+
+@dataclass(frozen=True, slots=True)
+class ReceivedEvent:
+    """An event as a client receives it. ``data`` is text as it was sent; `json` parses it.
+
+    ``id`` is to go on from behind this event, ``eid`` its number in its channel.
+    """
+
+    id: str
+    channel: str
+    eid: int
+    type: str
+    data: str
+
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class EventPage:
+    """What `get_events` returns. Go on from ``last_event_id``, at once if there are ``more``.
+
+    ``reset`` names the channels of which events are gone that should have come first.
+    """
+
+    events: list[ReceivedEvent]
+    last_event_id: str
+    reset: list[str]
+    more: bool
+
+
+def get_events(
+    channels: Iterable[str],
+    last_event_id: str | None = None,
+    limit: int = 100,
+    user: AbstractBaseUser | EllipsisType | None = ...,
+) -> EventPage:
+    """The events that are kept of these channels behind an id, in commit order.
+
+    Without an id there are none yet, only the id to go on from; ``"earliest"`` gives all that
+    are kept. A page has at most ``limit`` events (500 at most), and not many more than 64 kB.
+    With a ``user`` (None for an anonymous one) it is what this user may see: without events
+    that skip them, and `EventPermissionError` is raised if they may not read a channel.
+
+    Raises `InvalidRequest` if the id is none that was ever sent.
+    """
+    wanted = tuple(channels)
+    if not isinstance(user, EllipsisType):
+        check_permission(user, wanted)
+    asked = parse_start(last_event_id, wanted)
+    missed = recover({c: asked.get(c) for c in reliable(wanted)}, min(limit, PAGE_EVENTS))
+    reader = None if isinstance(user, EllipsisType) else user_id(user)
+    events = [
+        ReceivedEvent(sse.make_id(ids), event.channel, event.eid, event.type, event.data)
+        for event, ids in missed.with_ids()
+        if reader not in event.skip_user_ids
+    ]
+    return EventPage(events, sse.make_id(missed.end), missed.reset, missed.more)
+
+
+def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[str, int]:
+    """Where to begin in each channel; channels that are not there begin now.
+
+    Raises `ResumeNotAllowed` and `InvalidRequest` as `sse.parse_id` does.
+    """
+    match (last_event_id or "").strip():
+        case "":
+            return {}
+        case "earliest":
+            return dict.fromkeys(channels, EARLIEST)
+        case given:
+            return sse.parse_id(given)
+
+
+def recover(after: Mapping[str, int | None], limit: int = PAGE_EVENTS) -> Recovered:
     """The events after the eid given for each channel, in commit order over all of them.
 
-    None stands for "from now on": a client that has seen nothing yet.
+    None stands for "from now on": a client that has seen nothing yet. `EARLIEST` for
+    everything that is kept.
     """
     asked = {channel: eid for channel, eid in after.items() if eid is not None}
+    from_earliest = [channel for channel, eid in asked.items() if eid == EARLIEST]
+    if from_earliest:
+        _, pruned = _tips_and_pruned(from_earliest)
+        asked.update(pruned)
     # First the events, then how far they are pruned: whatever is not pruned by then was
     # there to be read. The other way round, a sweep in between could tear a hole.
-    events, more = _page_after(asked)
+    events, more = _page_after(asked, limit)
     tips, pruned = _tips_and_pruned(list(after))
 
+    if any(pruned[channel] > asked[channel] for channel in from_earliest):
+        return recover(after, limit)  # the sweep went on meanwhile
     # An id from the future (the database is back from a backup) is as gone as a pruned one.
     reset = [c for c, eid in asked.items() if eid < pruned[c] or eid > tips[c]]
     events = [event for event in events if event.channel not in reset]
-    start = {c: tips[c] if eid is None or c in reset else eid for c, eid in after.items()}
+    start = {c: asked[c] if c in asked and c not in reset else tips[c] for c in after}
     end = dict(start)
     for event in events:
         end[event.channel] = event.eid
     return Recovered(events, start, end, reset, more)
 
 
-def _page_after(asked: Mapping[str, int]) -> tuple[list[RecoveredEvent], bool]:
+def get_current_event_id(channels: Iterable[str]) -> str:
+    """The id of the newest event of the channels, to begin a stream with.
+
+    A page that shows a state reads the id first and the state second; a client that then
+    resumes from the id gets every later event, and perhaps some that the state contains.
+    The other way round it could miss one. Unreliable channels have no ids and are left out.
+    """
+    names = reliable(channels)
+    tips, _ = _tips_and_pruned(names)
+    return sse.make_id({name: tips[name] for name in names})
+
+
+def _page_after(asked: Mapping[str, int], limit: int) -> tuple[list[RecoveredEvent], bool]:
     with connections[conf.database].cursor() as cursor:
         # Per channel one range of the index (channel, eid), as wide as a page since eids are
         # dense; then all are merged in commit order, and only what is on the page is looked
@@ -101,7 +211,7 @@ def _page_after(asked: Mapping[str, int]) -> tuple[list[RecoveredEvent], bool]:
             {
                 "channels": list(asked),
                 "eids": list(asked.values()),
-                "limit": PAGE_EVENTS,
+                "limit": limit,
                 "bytes": PAGE_BYTES,
             },
         )

@@ -8,58 +8,71 @@ from typing import Any
 import psycopg
 
 from .conf import conf
+from .permission import is_reliable
 
 _BATCH_EVENTS = 1000
+_SCAN_EVENTS = 10_000
+
+# One statement, so that no reader sees the event without its place in the stream or the
+# other way round; and the channel remembers how far it is pruned in the same one.
+_PRUNE = """
+    WITH old AS MATERIALIZED ({old}),
+    remembered AS (
+        INSERT INTO pg_eventstream_channel AS known (name, pruned)
+        SELECT channel, max(eid) FROM old GROUP BY channel
+        ON CONFLICT (name) DO UPDATE
+           SET pruned = greatest(known.pruned, excluded.pruned)
+    ),
+    unsaid AS (
+        DELETE FROM pg_eventstream_event
+         WHERE id = ANY(ARRAY(SELECT event_id FROM old))
+    )
+    DELETE FROM pg_eventstream_stream
+     WHERE position = ANY(ARRAY(SELECT position FROM old))
+"""
 
 
-def prune(connection: psycopg.Connection[Any], stopping: threading.Event | None = None) -> int:
-    """Prune all that is due, batch by batch, until ``stopping`` is set. Returns the events.
+class Sweep:
+    """Prunes all that is due with each `run_once`, until ``stopping`` is set.
 
-    ``connection`` is in autocommit mode. Raises `psycopg.Error`.
+    An event is due when it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at
+    least one of the configured proxies has acknowledged it; without proxies, the age decides
+    alone. What is not sequenced yet stays, however old. An unreliable event is due when all
+    proxies have acknowledged it, or after a minute.
+
+    ``connection`` is in autocommit mode.
     """
-    pruned = 0
-    while not (stopping and stopping.is_set()) and _outbox_batch(connection):
-        pass
-    while not (stopping and stopping.is_set()) and (batch := _batch(connection)):
-        pruned += batch
-    return pruned
 
+    def __init__(
+        self, connection: psycopg.Connection[Any], stopping: threading.Event | None = None
+    ) -> None:
+        self._connection = connection
+        self._stopping = stopping or threading.Event()
+        # How far the unreliable events are pruned: nothing below is looked at again.
+        self._scanned = -(2**63)
 
-def _batch(connection: psycopg.Connection[Any]) -> int:
-    """Prune up to 1,000 events, oldest first. Returns how many; 0 when there are none left.
+    def run_once(self) -> int:
+        """Returns how many events were pruned. Raises `psycopg.Error`."""
+        pruned = 0
+        while not self._stopping.is_set() and self._prune_outbox():
+            pass
+        while not self._stopping.is_set() and (batch := self._prune_old()):
+            pruned += batch
+        while not self._stopping.is_set() and (page := self._prune_unreliable()) is not None:
+            pruned += page
+        return pruned
 
-    An event goes when it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at
-    least one of the configured proxies has acknowledged it; without proxies, the age
-    decides alone. What is not sequenced yet stays, however old.
-    """
-    # One statement, so that no reader sees the event without its place in the stream or
-    # the other way round; and the channel remembers how far it is pruned in the same one.
-    # The lock keeps two sweeps apart; it conflicts with no reader and no sender.
-    with connection.transaction(), connection.cursor() as cursor:
-        cursor.execute("LOCK TABLE pg_eventstream_channel IN SHARE ROW EXCLUSIVE MODE")
-        cursor.execute(
+    def _prune_old(self) -> int:
+        """Up to 1,000 events past the retention, oldest first."""
+        return self._prune(
             """
-            WITH old AS MATERIALIZED (
-                SELECT position, channel, eid, event_id
-                  FROM (SELECT * FROM pg_eventstream_stream
-                         WHERE position <= CASE WHEN %(proxied)s
-                               THEN (SELECT coalesce(max(position), 0) FROM pg_eventstream_proxy)
-                               ELSE 9223372036854775807 END
-                         ORDER BY position LIMIT %(batch)s) AS oldest
-                 WHERE sequenced_at < statement_timestamp() - %(retention)s
-            ),
-            remembered AS (
-                INSERT INTO pg_eventstream_channel AS known (name, pruned)
-                SELECT channel, max(eid) FROM old GROUP BY channel
-                ON CONFLICT (name) DO UPDATE
-                   SET pruned = greatest(known.pruned, excluded.pruned)
-            ),
-            unsaid AS (
-                DELETE FROM pg_eventstream_event
-                 WHERE id = ANY(ARRAY(SELECT event_id FROM old))
-            )
-            DELETE FROM pg_eventstream_stream
-             WHERE position = ANY(ARRAY(SELECT position FROM old))
+            SELECT position, channel, eid, event_id
+              FROM (SELECT * FROM pg_eventstream_stream
+                     WHERE position <= CASE WHEN %(proxied)s
+                           THEN (SELECT coalesce(max(position), 0) FROM pg_eventstream_proxy)
+                           ELSE 9223372036854775807 END
+                     ORDER BY position LIMIT %(batch)s) AS oldest
+             WHERE sequenced_at < statement_timestamp() - %(retention)s
             """,
             {
                 "proxied": bool(conf.grip_proxies),
@@ -67,26 +80,69 @@ def _batch(connection: psycopg.Connection[Any]) -> int:
                 "retention": conf.retention,
             },
         )
-        return cursor.rowcount
 
+    def _prune_unreliable(self) -> int | None:
+        """Those among the next 10,000 events; None if there are none to look at.
 
-def _outbox_batch(connection: psycopg.Connection[Any]) -> int:
-    """Delete up to 1,000 outbox rows that are sequenced for certain. Returns how many.
-
-    Those are the rows of all transactions that were over when the cursor's snapshot was
-    taken. They are not kept for the retention: nothing reads them again.
-    """
-    with connection.cursor() as cursor:
-        cursor.execute(
+        Only the channel manager knows which they are, so each event is looked at once.
+        """
+        row = self._connection.execute(
             """
-            DELETE FROM pg_eventstream_outbox
-             WHERE (xid, seq) IN (
-                   SELECT xid, seq FROM pg_eventstream_outbox
-                    WHERE xid < (SELECT pg_snapshot_xmin(snapshot) FROM pg_eventstream_cursor
-                                  WHERE cluster = (SELECT system_identifier
-                                                     FROM pg_control_system()))
-                    ORDER BY xid, seq LIMIT %s)
+            SELECT max(position), array_agg(DISTINCT channel)
+              FROM (SELECT position, channel FROM pg_eventstream_stream
+                     WHERE position > %(scanned)s
+                       AND (position <= CASE WHEN %(proxied)s
+                            THEN (SELECT coalesce(min(position), 0) FROM pg_eventstream_proxy) END
+                            OR sequenced_at < statement_timestamp() - interval '1 minute')
+                     ORDER BY position LIMIT %(scan)s) AS page
             """,
-            [_BATCH_EVENTS],
-        )
-        return cursor.rowcount
+            {
+                "scanned": self._scanned,
+                "proxied": bool(conf.grip_proxies),
+                "scan": _SCAN_EVENTS,
+            },
+        ).fetchone()
+        if row is None or row[0] is None:
+            return None
+        last, channels = row
+        unreliable = [channel for channel in channels if not is_reliable(channel)]
+        pruned = 0
+        if unreliable:
+            pruned = self._prune(
+                """
+                SELECT position, channel, eid, event_id FROM pg_eventstream_stream
+                 WHERE position > %(scanned)s AND position <= %(last)s
+                   AND channel = ANY(%(unreliable)s)
+                """,
+                {"scanned": self._scanned, "last": last, "unreliable": unreliable},
+            )
+        self._scanned = last
+        return pruned
+
+    def _prune(self, old: str, params: dict[str, Any]) -> int:
+        # The lock keeps two sweeps apart; it conflicts with no reader and no sender.
+        with self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.execute("LOCK TABLE pg_eventstream_channel IN SHARE ROW EXCLUSIVE MODE")
+            cursor.execute(_PRUNE.format(old=old), params)
+            return cursor.rowcount
+
+    def _prune_outbox(self) -> int:
+        """Up to 1,000 outbox rows that are sequenced for certain.
+
+        Those are the rows of all transactions that were over when the cursor's snapshot was
+        taken. They are not kept for the retention: nothing reads them again.
+        """
+        with self._connection.cursor() as cursor:
+            cursor.execute(
+                """
+                DELETE FROM pg_eventstream_outbox
+                 WHERE (xid, seq) IN (
+                       SELECT xid, seq FROM pg_eventstream_outbox
+                        WHERE xid < (SELECT pg_snapshot_xmin(snapshot) FROM pg_eventstream_cursor
+                                      WHERE cluster = (SELECT system_identifier
+                                                         FROM pg_control_system()))
+                        ORDER BY xid, seq LIMIT %s)
+                """,
+                [_BATCH_EVENTS],
+            )
+            return cursor.rowcount

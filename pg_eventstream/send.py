@@ -19,6 +19,8 @@ from django.db import connections
 from .conf import conf
 from .errors import InvalidEvent
 
+#: Channels whose name begins so are the library's own: nobody reads them.
+RESERVED = "pg_eventstream:"
 _NAME_LENGTH = 255  # varchar(255) of event.channel and event.type
 _LINE_BREAK_OR_NUL = re.compile(r"[\r\n\0]")
 
@@ -38,6 +40,7 @@ def send_event(
     event_type: str,
     data: Any,
     skip_user_ids: Iterable[object] | None = None,
+    async_publish: bool = True,
     json_encode: bool = True,
     using: str | None = None,
 ) -> None:
@@ -50,17 +53,13 @@ def send_event(
     ``data`` is serialised by `DjangoJSONEncoder`; with ``json_encode=False`` it is a
     string that goes on the wire as it is. Users in ``skip_user_ids`` (primary keys) do
     not get the event. ``using`` is a database alias, by default ``EVENTSTREAM_DATABASE``.
+    ``async_publish`` makes no difference, since nothing is published here: it is where callers
+    of django-eventstream have it.
 
     Raises `InvalidEvent` (a ``ValueError``) if a name is empty, too long, or has a line
     break or NUL in it, or the data cannot be sent; nothing is written then.
     """
-    row = _row(NewEvent(channel, event_type, data, skip_user_ids, json_encode))
-    with connections[using or conf.database].cursor() as cursor:
-        cursor.execute(
-            "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)"
-            " VALUES (%s, %s, %s, %s)",
-            row,
-        )
+    insert(to_row(NewEvent(channel, event_type, data, skip_user_ids, json_encode)), using)
 
 
 async def asend_event(
@@ -68,12 +67,13 @@ async def asend_event(
     event_type: str,
     data: Any,
     skip_user_ids: Iterable[object] | None = None,
+    async_publish: bool = True,
     json_encode: bool = True,
     using: str | None = None,
 ) -> None:
     """`send_event` for asynchronous code; same guarantees, on Django's database thread."""
     await sync_to_async(send_event)(
-        channel, event_type, data, skip_user_ids, json_encode, using=using
+        channel, event_type, data, skip_user_ids, json_encode=json_encode, using=using
     )
 
 
@@ -82,7 +82,7 @@ def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None 
 
     Either all of them are written or, if one is refused, none.
     """
-    rows = [_row(NewEvent(*event)) for event in events]
+    rows = [to_row(NewEvent(*event)) for event in events]
     if not rows:
         return
     channels, types, texts, skips = zip(*rows, strict=True)
@@ -101,9 +101,22 @@ def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None 
         )
 
 
-def _row(event: NewEvent) -> tuple[str, str, str, list[str]]:
+def insert(row: tuple[str, str, str, list[str]], using: str | None) -> None:
+    """Write one event as it is: channel, type, data, ids of users to skip."""
+    with connections[using or conf.database].cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)"
+            " VALUES (%s, %s, %s, %s)",
+            row,
+        )
+
+
+def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:
+    channel = _name("channel", event.channel)
+    if channel.startswith(RESERVED):
+        raise InvalidEvent(f"Channel names that begin with {RESERVED!r} are reserved.")
     return (
-        _name("channel", event.channel),
+        channel,
         _name("event type", event.event_type),
         _text(event.data, event.json_encode),
         _user_ids(event.skip_user_ids),

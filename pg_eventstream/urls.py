@@ -3,7 +3,7 @@ from django.urls import path
 from . import hold, views
 
 urlpatterns = [
-    path("", views.events),
+    path("", views.events, name=views.EVENTS_URL),
     # The proxy's own requests; clients never see these addresses.
-    path(f"{hold.NEXT}<token>", views.next_link),
+    path(f"{hold.NEXT}<token>", views.next_link, name=views.NEXT_LINK_URL),
 ]

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from django.contrib.auth import get_user_model
+from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseBase
+from django.urls import NoReverseMatch, reverse
 from django.utils.http import escape_leading_slashes
-from django.views.decorators.http import require_safe
+from django.views.decorators.http import require_http_methods, require_safe
 
-from . import hold, sse
+from . import cors, hold, sse
 from .channelmanager import get_channelmanager
 from .conf import conf
-from .errors import ChannelsForbidden, InvalidRequest, ResumeNotAllowed
-from .recovery import Recovered, recover
+from .errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
+from .permission import ANONYMOUS, check_permission, reliable, user_id
+from .recovery import Recovered, parse_start, recover
+from .send import RESERVED
+
+if TYPE_CHECKING:
+    from django.contrib.auth.models import AbstractBaseUser
+
+#: Makes the path of a stream's next link from its token.
+LinkTo = Callable[[str], str]
+
+#: The names of the URL patterns.
+EVENTS_URL = "pg_eventstream-events"
+NEXT_LINK_URL = "pg_eventstream-next"
 
 _NO_PROXY = (
     "This endpoint streams through a GRIP proxy (Pushpin or Fanout), and this request did not"
@@ -29,52 +42,74 @@ _NO_PROXY = (
 _IMPOSSIBLE = re.compile("[\r\n\0\ud800-\udfff]")
 
 
-@require_safe
+@require_http_methods(["GET", "HEAD", "OPTIONS"])
 def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
-    """Open a stream, or resume one with Last-Event-ID."""
-    if not _came_through_proxy(request):
-        return _finish(HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
-    try:
-        session = _requested_session(request, kwargs)
-        ids = _requested_ids(request)
-        _check_permission(_user_of_request(request), session.channels)
-        missed = recover({channel: ids.get(channel) for channel in session.channels})
-    except ResumeNotAllowed as e:
-        # Not a stream: this status is what makes an EventSource stop trying.
-        return _finish(HttpResponseBadRequest(f"Invalid request: {e}.\n"))
-    except InvalidRequest as e:
-        return _error("bad-request", f"Invalid request: {e}.")
-    except ChannelsForbidden as e:
-        return _error("forbidden", str(e), {"channels": e.channels})
-    opening = sse.encode_open(sse.make_id(missed.start))
-    body, ids = _encode(missed, session.user_id, _FIRST_BYTES)
-    return _go_on(request, session, missed, opening + body, ids)
+    """Open a stream, or resume one with Last-Event-ID.
+
+    Mounted by `pg_eventstream.urls`, or called by a view of your own with the channels:
+    ``return events(request, channels=["room-1"])``. The latter wants `pg_eventstream.urls`
+    somewhere in the URLconf too: the proxy asks there how the stream goes on.
+    """
+    if request.method == "OPTIONS":
+        return cors.preflight(request)
+    return open_stream(request, kwargs, link_to=_next_link_of(request))
 
 
 @require_safe
 def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBase:
     """Tell the proxy how a stream goes on. Ends it if the user may not read it any more."""
+    base = request.path.removesuffix(f"{hold.NEXT}{token}")
+    return continue_stream(request, token, link_to=_beside(base))
+
+
+def open_stream(
+    request: HttpRequest, view_kwargs: Mapping[str, Any], link_to: LinkTo
+) -> HttpResponseBase:
+    """`events`, wherever it is mounted."""
     if not _came_through_proxy(request):
-        return _finish(HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
+        return _finish(request, HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
+    try:
+        channels = _requested_channels(request, view_kwargs)
+        user = get_channelmanager().get_user_for_request(request)
+        session = hold.Session(channels, user_id(user))
+        ids = parse_start(_requested_id(request), channels)
+        check_permission(user, channels)
+        missed = recover({channel: ids.get(channel) for channel in reliable(channels)})
+    except ResumeNotAllowed as e:
+        # Not a stream: this status is what makes an EventSource stop trying.
+        return _finish(request, HttpResponseBadRequest(f"Invalid request: {e}.\n"))
+    except InvalidRequest as e:
+        return _error(request, "bad-request", f"Invalid request: {e}.")
+    except EventPermissionError as e:
+        return _error(request, "forbidden", str(e), {"channels": e.channels})
+    opening = sse.encode_open(sse.make_id(missed.start))
+    body, ids = _encode(missed, session.user_id, _FIRST_BYTES)
+    return _go_on(request, session, missed, opening + body, ids, link_to)
+
+
+def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpResponseBase:
+    """`next_link`, wherever it is mounted."""
+    if not _came_through_proxy(request):
+        return _finish(request, HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
     try:
         session = hold.unsign(token)
         ids = session.cursor or hold.last_ids(
             request.grip.last,  # type: ignore[attr-defined]
-            session.channels,
+            reliable(session.channels),
         )
-        _check_permission(_user_of_session(session), session.channels)
-        missed = recover({channel: ids.get(channel) for channel in session.channels})
+        check_permission(_user_of_session(session), session.channels)
+        missed = recover({channel: ids.get(channel) for channel in reliable(session.channels)})
     except InvalidRequest as e:
         # The proxy drops the stream after a few tries, and the client comes back with
         # its own credentials and the id that it saw last.
-        return _finish(HttpResponse(f"{e}.\n", status=403, content_type="text/plain"))
-    except ChannelsForbidden as e:
+        return _finish(request, HttpResponse(f"{e}.\n", status=403, content_type="text/plain"))
+    except EventPermissionError as e:
         # Without a hold and a link the proxy ends the stream, behind this event.
         text = sse.encode_error("forbidden", str(e), {"channels": e.channels})
         hold.instruct(request, session, ids)
-        return _finish(HttpResponse(hold.escape(text), content_type=sse.CONTENT_TYPE))
+        return _finish(request, HttpResponse(hold.escape(text), content_type=sse.CONTENT_TYPE))
     body, ids = _encode(missed, session.user_id)
-    return _go_on(request, session, missed, body, ids, token=token)
+    return _go_on(request, session, missed, body, ids, link_to)
 
 
 def _came_through_proxy(request: HttpRequest) -> bool:
@@ -83,7 +118,32 @@ def _came_through_proxy(request: HttpRequest) -> bool:
     return grip is not None and grip.proxied
 
 
-def _requested_session(request: HttpRequest, view_kwargs: Mapping[str, Any]) -> hold.Session:
+def _next_link_of(request: HttpRequest) -> LinkTo:
+    if request.resolver_match and request.resolver_match.url_name == EVENTS_URL:
+        return _beside(request.path)
+    # Called by another view, whose path may have nothing below it.
+    return link_anywhere
+
+
+def link_anywhere(token: str) -> str:
+    try:
+        return reverse(NEXT_LINK_URL, kwargs={"token": token})
+    except NoReverseMatch as e:
+        raise ImproperlyConfigured(
+            "A view of your own streams events, so the proxy needs an address to ask how its"
+            ' streams go on: add path("events/", include("pg_eventstream.urls")) to the URLconf.'
+        ) from e
+
+
+def _beside(base: str) -> LinkTo:
+    """Links below the path at which the endpoint is mounted."""
+    # As it stands in a URL and in a header. A path that began with two slashes would name a
+    # host, to which the proxy would turn.
+    quoted = escape_leading_slashes(quote(base))
+    return lambda token: f"{quoted}{hold.NEXT}{token}"
+
+
+def _requested_channels(request: HttpRequest, view_kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     asked = get_channelmanager().get_channels_for_request(request, view_kwargs)
     # In one order, so that equal sessions get equal links.
     channels = tuple(sorted(set(asked)))
@@ -94,42 +154,26 @@ def _requested_session(request: HttpRequest, view_kwargs: Mapping[str, Any]) -> 
     for channel in channels:
         if not channel or len(channel) > 255 or _IMPOSSIBLE.search(channel):
             raise InvalidRequest("A channel name is empty, too long or has a line break or NUL")
-    user = _user_of_request(request)
-    return hold.Session(channels, None if user is None else str(user.pk))
+        if channel.startswith(RESERVED):
+            raise InvalidRequest(f"Channel names that begin with {RESERVED!r} are reserved")
+    return channels
 
 
-def _requested_ids(request: HttpRequest) -> dict[str, int]:
+def _requested_id(request: HttpRequest) -> str | None:
     """From the header, else from the query: the last one that is not empty."""
     candidates = [request.headers.get("Last-Event-ID", "")]
     candidates += reversed(request.GET.getlist("lastEventId"))
-    last_event_id = next((value for value in candidates if value.strip()), None)
-    return {} if last_event_id is None else sse.parse_id(last_event_id)
+    return next((value for value in candidates if value.strip()), None)
 
 
-def _user_of_request(request: HttpRequest) -> Any:
-    user = getattr(request, "user", None)
-    return user if user is not None and user.is_authenticated else None
-
-
-def _user_of_session(session: hold.Session) -> Any:
+def _user_of_session(session: hold.Session) -> AbstractBaseUser | None:
     """The user that opened the stream; the proxy's requests carry no cookies."""
-    if session.user_id is None:
+    if session.user_id == ANONYMOUS:
         return None
-    model = get_user_model()
-    try:
-        user = model._default_manager.get(pk=session.user_id)
-    except model.DoesNotExist as e:
-        raise ChannelsForbidden(session.channels) from e
-    if not user.is_active:
-        raise ChannelsForbidden(session.channels)
+    user = get_channelmanager().get_user(session.user_id)
+    if user is None:
+        raise EventPermissionError(session.channels)
     return user
-
-
-def _check_permission(user: Any, channels: tuple[str, ...]) -> None:
-    manager = get_channelmanager()
-    refused = [channel for channel in channels if not manager.can_read_channel(user, channel)]
-    if refused:
-        raise ChannelsForbidden(refused)
 
 
 #: Pushpin takes 100,000 bytes in the first response of a stream, and answers 502 to more
@@ -137,18 +181,15 @@ def _check_permission(user: Any, channels: tuple[str, ...]) -> None:
 _FIRST_BYTES = 45_000
 
 
-def _encode(
-    missed: Recovered, user_id: str | None, most_bytes: float = inf
-) -> tuple[str, dict[str, int]]:
+def _encode(missed: Recovered, reader: str, most_bytes: float = inf) -> tuple[str, dict[str, int]]:
     """The missed events that fit into so many bytes, and the ids behind the last of them."""
     ids = dict(missed.start)
     parts: list[str] = []
     size = 0
     if missed.reset:
         parts.append(sse.encode_reset(missed.reset, sse.make_id(ids)))
-    for event in missed.events:
-        ids_behind = {**ids, event.channel: event.eid}
-        if (user_id or hold.ANONYMOUS) not in event.skip_user_ids:
+    for event, ids_behind in missed.with_ids():
+        if reader not in event.skip_user_ids:
             part = sse.encode_event(event.type, event.data, sse.make_id(ids_behind))
             size += len(part.encode())
             if size > most_bytes:
@@ -164,34 +205,26 @@ def _go_on(
     missed: Recovered,
     body: str,
     ids: dict[str, int],
-    token: str | None = None,
-) -> HttpResponse:
+    link_to: LinkTo,
+) -> HttpResponseBase:
     """Send the body, then hold the stream; or fetch the next page if there are more events."""
     if request.method != "HEAD":  # which has nothing to hold open
         done = ids == missed.end and not missed.more
         follower = hold.Session(session.channels, session.user_id, cursor=None if done else ids)
-        link = f"{_base_path(request, token)}{hold.NEXT}{hold.sign(follower)}"
-        hold.instruct(request, session, ids, link=link, held=done)
-    return _finish(HttpResponse(hold.escape(body), content_type=sse.CONTENT_TYPE))
+        hold.instruct(request, session, ids, link=link_to(hold.sign(follower)), held=done)
+    return _finish(request, HttpResponse(hold.escape(body), content_type=sse.CONTENT_TYPE))
 
 
-def _base_path(request: HttpRequest, token: str | None) -> str:
-    """Where the endpoint is mounted, as it stands in a URL and in a header.
-
-    A path that began with two slashes would name a host, to which the proxy would turn.
-    """
-    path = request.path if token is None else request.path.removesuffix(f"{hold.NEXT}{token}")
-    return escape_leading_slashes(quote(path))
-
-
-def _error(condition: str, text: str, extra: Mapping[str, Any] | None = None) -> HttpResponseBase:
+def _error(
+    request: HttpRequest, condition: str, text: str, extra: Mapping[str, Any] | None = None
+) -> HttpResponseBase:
     # Status 200: only then does an EventSource show the event to the page.
-    return _finish(
-        HttpResponse(sse.encode_error(condition, text, extra), content_type=sse.CONTENT_TYPE)
-    )
+    body = sse.encode_error(condition, text, extra)
+    return _finish(request, HttpResponse(body, content_type=sse.CONTENT_TYPE))
 
 
-def _finish(response: HttpResponse) -> HttpResponse:
+def _finish(request: HttpRequest, response: HttpResponse) -> HttpResponseBase:
     response["Cache-Control"] = "no-cache, no-transform"
     response["X-Accel-Buffering"] = "no"  # nginx would hold events back
+    cors.add_headers(request, response)
     return response

@@ -6,9 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from django.contrib.auth.models import AbstractBaseUser, User
+from django.core.exceptions import PermissionDenied
+from django.db import connection
 from django.http import HttpRequest
 
 from pg_eventstream.channelmanager import DefaultChannelManager
+
+from .app.models import Membership
 
 
 class StaffOnly(DefaultChannelManager):
@@ -16,6 +20,52 @@ class StaffOnly(DefaultChannelManager):
 
     def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
         return not channel.startswith("staff") or (isinstance(user, User) and user.is_staff)
+
+
+class Members(DefaultChannelManager):
+    """Channels are for those who have a `Membership`, except the public ones."""
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        user_id = None if user is None else user.pk
+        return (
+            channel.startswith("public")
+            or Membership.objects.filter(user_id=user_id, channel=channel).exists()
+        )
+
+
+class SlowMembers(Members):
+    """Passes a gate, an advisory lock, once it has decided."""
+
+    GATE = 4711
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        decision = super().can_read_channel(user, channel)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_advisory_lock_shared(%s)", [self.GATE])
+            cursor.execute("SELECT pg_advisory_unlock_shared(%s)", [self.GATE])
+        return decision
+
+
+class Volatile(DefaultChannelManager):
+    """Channels whose name begins with "volatile" are not reliable."""
+
+    def is_channel_reliable(self, channel: str) -> bool:
+        return not channel.startswith("volatile")
+
+
+class Tokens(DefaultChannelManager):
+    """A user shows a token, ``user-NAME``, and reads the channel of that name."""
+
+    def get_user_for_request(self, request: HttpRequest) -> AbstractBaseUser | None:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if not token:
+            return None
+        if scheme != "Bearer" or not token.startswith("user-"):
+            raise PermissionDenied("This is no token of ours.")
+        return User.objects.get(username=token.removeprefix("user-"))
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        return user is not None and channel == f"of {user.get_username()}"
 
 
 class LoneSurrogates(DefaultChannelManager):

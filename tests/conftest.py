@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import subprocess
 import sys
 import tempfile
 import uuid
@@ -23,7 +25,10 @@ from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 
+from .browser import browser, page
 from .sse_client import SSEClient
+
+__all__ = ["browser", "page"]  # fixtures
 
 KEY = secrets.token_hex(24)
 _TEMPLATE = "template_migrated"
@@ -135,6 +140,26 @@ def pushpin(app_port: int) -> Iterator[Pushpin]:
         program=os.environ.get("PG_EVENTSTREAM_TEST_PUSHPIN", "pushpin"),
     ) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def node_directory() -> Path:
+    """A directory for Node.js programs, with its packages installed."""
+    if shutil.which("npm") is None and "CI" not in os.environ:
+        pytest.skip("needs Node.js and npm")
+    directory = DIRECTORY / "node"
+    source = Path(__file__).parent / "node"
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("node_modules"))
+    installed = subprocess.run(
+        ["npm", "ci", "--prefer-offline", "--ignore-scripts", "--no-audit", "--no-fund"],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert installed.returncode == 0, installed.stderr
+    return directory
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from base64 import b64encode
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ from pg_eventstream.channelmanager import DefaultChannelManager
 
 ROOT = Path(__file__).parent.parent
 PROXY = {"control_uri": "http://localhost:5561", "key": b"secret"}
+# Such as Fastly publishes one, for all services.
+PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE12NUd9d8F0ZJLl4SjLNKXrxGSezt
+Rbizbp3YBLq2NC66tZPoJEzbq0dFpXKldDTE2ICnwdIW302xBZnXmocmuQ==
+-----END PUBLIC KEY-----"""
+BASE64_KEY = b64encode(PUBLIC_KEY.encode()).decode()
+JSON_WEB_KEY = '{"kty": "EC", "crv": "P-256", "x": "CKo5", "y": "7gwJ"}'
+FASTLY = "https://api.fastly.com/service/ID?key=token&verify-iss=fastly:ID"
 OWN_MANAGER = "tests.test_checks.OwnChannelManager"
 NO_MANAGER = "tests.test_checks.NoChannelManager"
 
@@ -46,7 +55,12 @@ def check(**overrides: Any) -> list[CheckMessage]:
         {"GRIP_URL": "http://localhost:5561?key=secret"},
         {"GRIP_PROXIES": [PROXY]},
         {"GRIP_PROXIES": [PROXY, {**PROXY, "control_uri": "https://api.example/realm"}]},
-        {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561", "verify_key": b"public"}]},
+        {"GRIP_PROXIES": [{**PROXY, "verify_key": b"another secret"}]},
+        {"GRIP_PROXIES": [{**PROXY, "verify_key": PUBLIC_KEY, "verify_iss": "fastly:ID"}]},
+        {"GRIP_URL": FASTLY, "GRIP_VERIFY_KEY": PUBLIC_KEY},
+        {"GRIP_URL": FASTLY, "GRIP_VERIFY_KEY": PUBLIC_KEY.encode()},
+        {"GRIP_URL": f"{FASTLY}&verify-key=base64:{BASE64_KEY}"},
+        {"GRIP_URL": f"https://api.fanout.io/realm/R?iss=R&key=base64:{BASE64_KEY}"},
         {"GRIP_PROXIES": [], "MIDDLEWARE": []},
         {"EVENTSTREAM_DATABASE": "default"},
         {"EVENTSTREAM_RETENTION": timedelta(minutes=5)},
@@ -59,6 +73,17 @@ def check(**overrides: Any) -> list[CheckMessage]:
         {"EVENTSTREAM_SAFETY_POLL": 0.1},
         {"EVENTSTREAM_SAFETY_POLL": 60},
         {"EVENTSTREAM_CHANNELMANAGER_CLASS": OWN_MANAGER},
+        {"EVENTSTREAM_ALLOW_ORIGIN": "https://example.com"},
+        {"EVENTSTREAM_ALLOW_ORIGIN": "*"},
+        {"EVENTSTREAM_ALLOW_ORIGINS": "http://localhost:3000"},
+        {"EVENTSTREAM_ALLOW_ORIGINS": ["https://Example.com:8443", "http://[::1]:80443"]},
+        {"EVENTSTREAM_ALLOW_ORIGINS": ("capacitor://localhost", "https://xn--bcher-kva.example")},
+        {"EVENTSTREAM_ALLOW_ORIGINS": [], "EVENTSTREAM_ALLOW_CREDENTIALS": True},
+        {"EVENTSTREAM_ALLOW_ORIGIN": "https://a.example", "EVENTSTREAM_ALLOW_CREDENTIALS": True},
+        {"EVENTSTREAM_ALLOW_HEADERS": "Authorization, X-Requested-With"},
+        {"EVENTSTREAM_ALLOW_HEADERS": ["Authorization"]},
+        {"EVENTSTREAM_ALLOW_HEADERS": "*"},
+        {"EVENTSTREAM_STORAGE_CLASS": None},
     ],
 )
 def test_correct_project_is_silent(correct: dict[str, Any]) -> None:
@@ -95,8 +120,38 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("E008", {"GRIP_PROXIES": [{"key": b"secret"}]}),
     ("E008", {"GRIP_PROXIES": [{**PROXY, "control_uri": "tcp://localhost:5560"}]}),
     ("E009", {"GRIP_PROXIES": [PROXY], "MIDDLEWARE": []}),
+    ("E010", {"GRIP_URL": "http://localhost:5562?key=x", "GRIP_PROXIES": [PROXY]}),
+    ("E010", {"GRIP_URL": "http://localhost:5562?key=x", "GRIP_PROXIES": []}),
+    ("E011", {"GRIP_VERIFY_KEY": "secret", "GRIP_URL": "http://localhost:5561"}),
+    ("E011", {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561", "verify_key": b"x"}]}),
+    ("E012", {"GRIP_VERIFY_KEY": f"base64:{BASE64_KEY}", "GRIP_URL": FASTLY}),
+    ("E012", {"GRIP_VERIFY_KEY": JSON_WEB_KEY, "GRIP_URL": FASTLY}),
+    ("E012", {"GRIP_VERIFY_KEY": PUBLIC_KEY[:-60], "GRIP_URL": FASTLY}),
+    ("E012", {"GRIP_PROXIES": [{**PROXY, "key": "base64:c2VjcmV0"}]}),
+    ("E013", {"GRIP_URL": FASTLY}),
+    ("E013", {"GRIP_URL": FASTLY.partition("&")[0], "GRIP_VERIFY_KEY": PUBLIC_KEY}),
+    *[
+        ("E014", {name: value})
+        for name in ("EVENTSTREAM_ALLOW_ORIGIN", "EVENTSTREAM_ALLOW_ORIGINS")
+        for value in (
+            *("example.com", "https://example.com/", "https://example.com/path", "null"),
+            *("https://*.example.com", "https://a.example, https://b.example", "//example.com"),
+            *("https://example.com:443", "http://example.com:80", "https://user@example.com"),
+            *("https://bücher.example", " https://example.com", "https://example.com:x"),
+            *(["https://fine.example", "http://example.com?x"], [None], 5, True, {"a": "b"}),
+        )
+    ],
+    ("E015", {"EVENTSTREAM_ALLOW_CREDENTIALS": True, "EVENTSTREAM_ALLOW_ORIGIN": "*"}),
+    ("E015", {"EVENTSTREAM_ALLOW_CREDENTIALS": True, "EVENTSTREAM_ALLOW_ORIGINS": ["*"]}),
+    ("E016", {"EVENTSTREAM_ALLOW_HEADERS": "X-A: 1"}),
+    ("E016", {"EVENTSTREAM_ALLOW_HEADERS": ["X-A\r\nX-B"]}),
+    ("E016", {"EVENTSTREAM_ALLOW_HEADERS": 5}),
     ("W001", {"GRIP_URL": "http://localhost:5561"}),
     ("W001", {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561"}]}),
+    ("W001", {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561", "key": ""}]}),
+    ("W002", {"EVENTSTREAM_STORAGE_CLASS": "django_eventstream.storage.DjangoModelStorage"}),
+    ("W002", {"EVENTSTREAM_STORAGE_CONNECTION": {"host": "localhost"}}),
+    ("W002", {"EVENTSTREAM_REDIS": {"host": "localhost"}}),
 ]
 
 
@@ -172,10 +227,21 @@ def test_every_id_is_tested_and_stands_for_one_setting() -> None:
     settings_of: dict[str, set[str]] = {}
     for number, wrong in WRONG:
         name = next(iter(wrong))
-        # Either of the two names the proxies.
-        settings_of.setdefault(number, set()).add("GRIP" if name.startswith("GRIP_") else name)
+        # Any of these names the proxies, the origins, the storage.
+        group = re.match("GRIP_|EVENTSTREAM_ALLOW_ORIGIN", name)
+        name = "storage" if number == "W002" else group[0] if group else name
+        settings_of.setdefault(number, set()).add(name)
     assert ids == {*settings_of, "E002"}
     assert {number: names for number, names in settings_of.items() if len(names) > 1} == {}
+
+
+def test_public_key_without_cryptography_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "has_crypto", False)
+    (message,) = check(GRIP_URL=FASTLY, GRIP_VERIFY_KEY=PUBLIC_KEY)
+    assert message.id == "pg_eventstream.E012"
+    assert "pip install" in message.msg
 
 
 def test_settings_are_checked_by_every_command_that_checks() -> None:

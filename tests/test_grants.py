@@ -16,7 +16,7 @@ from pg_eventstream.demo.processes import Process, accepts, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.publisher import Publisher
 from pg_eventstream.recovery import recover
-from pg_eventstream.retention import prune
+from pg_eventstream.retention import Sweep
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .roles import MIGRATIONS, granted, run_file
@@ -99,7 +99,7 @@ def publish(dsn: str) -> None:
 
 def prune_only(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
-        prune(connection)
+        Sweep(connection).run_once()
 
 
 def serve(dsn: str) -> None:

@@ -117,7 +117,7 @@ def test_tampered_and_foreign_links_are_refused(origin: Origin) -> None:
     for wrong in (f"{value}:", f":{seal}", "x", "%00", "%ED%A0%80", "%F0%9F%8E%89", f".{token}"):
         assert is_refused(origin, f"{base}{hold.NEXT}{wrong}")
 
-    session = hold.Session(("c",), None)
+    session = hold.Session(("c",), "anonymous")
     with override_settings(SECRET_KEY="another key, just as long as the right one"):
         foreign = hold.sign(session)
     assert is_refused(origin, f"{base}{hold.NEXT}{foreign}")

@@ -104,7 +104,7 @@ class ControlPort:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.02])
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> ControlPort:

@@ -342,11 +342,11 @@ INVALID: dict[str, tuple[Any, ...]] = {
 
 
 def send(*event: Any) -> None:
-    send_event(*event)
+    send_event(**NewEvent(*event)._asdict())
 
 
 def asend(*event: Any) -> None:
-    async_to_sync(asend_event)(*event)
+    async_to_sync(asend_event)(**NewEvent(*event)._asdict())
 
 
 def send_among_others(*event: Any) -> None:
@@ -399,7 +399,7 @@ def test_refusal_says_what_is_wrong_and_is_a_value_error(database: Database) -> 
         (("c", "t", 1, None, False), "json_encode=False the data must be a string, not int"),
     ]:
         with pytest.raises(InvalidEvent, match=message):
-            send_event(*event)  # type: ignore[arg-type]
+            send(*event)
 
 
 def test_events_that_fail_to_arrive_from_their_source_are_not_sent_in_part(
@@ -419,10 +419,17 @@ def test_events_that_fail_to_arrive_from_their_source_are_not_sent_in_part(
 
 def test_public_names() -> None:
     assert pg_eventstream.__all__ == [
+        "EventPage",
+        "EventPermissionError",
         "EventStreamError",
         "InvalidEvent",
+        "InvalidRequest",
         "NewEvent",
+        "ReceivedEvent",
         "asend_event",
+        "channel_permission_changed",
+        "get_current_event_id",
+        "get_events",
         "send_event",
         "send_events",
     ]
@@ -430,14 +437,27 @@ def test_public_names() -> None:
 
 
 def test_sending_synchronously_and_asynchronously_takes_the_same_arguments() -> None:
-    expected = ["channel", "event_type", "data", "skip_user_ids", "json_encode", "using"]
+    names = ["channel", "event_type", "data", "skip_user_ids"]
+    # As django-eventstream's callers have it, who may give async_publish by position.
+    expected = [*names, "async_publish", "json_encode", "using"]
     for function in (send_event, asend_event):
         parameters = inspect.signature(function).parameters
         assert list(parameters) == expected
-        assert [p.default for p in parameters.values()][3:] == [None, True, None]
+        assert [p.default for p in parameters.values()][3:] == [None, True, True, None]
     assert inspect.iscoroutinefunction(asend_event)
     # What NewEvent holds is what send_event takes.
-    assert list(NewEvent._fields) == expected[:-1]
+    assert list(NewEvent._fields) == [*names, "json_encode"]
+
+
+def test_callers_of_django_eventstream_may_go_on_naming_async_publish(database: Database) -> None:
+    send_event("c", "t", "<b>", None, False, False)
+    send_event("c", "t", 1, async_publish=False)
+    async_to_sync(asend_event)("c", "t", "<i>", [], False, json_encode=False)
+    assert database.fetch("SELECT data FROM pg_eventstream_event ORDER BY id") == [
+        ("<b>",),
+        ("1",),
+        ("<i>",),
+    ]
 
 
 def run_python(program: str, **environment: str) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ import pytest
 
 from pg_eventstream.demo.processes import wait_until
 
-from .conftest import DIRECTORY, Database, PublisherProcess
+from .conftest import Database, PublisherProcess
 from .roles import granted, psql
 from .sse_client import SSEClient
 
@@ -58,28 +56,15 @@ class Result:
     constraint: str | None = None
 
 
-@pytest.fixture(scope="session")
-def node() -> Callable[[str, Sequence[Any]], list[Result]]:
+@pytest.fixture
+def node(node_directory: Path) -> Callable[[str, Sequence[Any]], list[Result]]:
     """Runs queries with Node's client, given a connection string."""
-    if shutil.which("npm") is None and "CI" not in os.environ:
-        pytest.skip("needs Node.js and npm")
-    directory = DIRECTORY / "node"
-    shutil.copytree(NODE, directory, ignore=shutil.ignore_patterns("node_modules"))
-    installed = subprocess.run(
-        ["npm", "ci", "--prefer-offline", "--ignore-scripts", "--no-audit", "--no-fund"],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert installed.returncode == 0, installed.stderr
 
     def run(dsn: str, queries: Sequence[Any]) -> list[Result]:
         done = subprocess.run(
             ["node", "sender.js", dsn],
             input=json.dumps(queries),
-            cwd=directory,
+            cwd=node_directory,
             capture_output=True,
             text=True,
             timeout=60,

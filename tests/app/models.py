@@ -1,6 +1,16 @@
 from django.db import models
 
 
+class Membership(models.Model):
+    """Who may read a channel; without a user, everybody who is not logged in."""
+
+    user_id = models.BigIntegerField(null=True)
+    channel = models.CharField(max_length=255)
+
+    def __str__(self) -> str:
+        return f"{self.user_id} reads {self.channel}"
+
+
 class Counter(models.Model):
     """A row that transactions contend for."""
 

@@ -9,7 +9,7 @@ from django.db import connections
 
 from pg_eventstream.conf import conf
 from pg_eventstream.connection import Database
-from pg_eventstream.retention import prune
+from pg_eventstream.retention import Sweep
 
 
 class Command(BaseCommand):
@@ -32,7 +32,7 @@ class Command(BaseCommand):
             )
         try:
             with Database(alias).connect("prune") as connection:
-                pruned = prune(connection)
+                pruned = Sweep(connection).run_once()
         except psycopg.Error as e:
             raise CommandError(f"Database: {e}") from e
         self.stdout.write(f"{pruned} events pruned.")

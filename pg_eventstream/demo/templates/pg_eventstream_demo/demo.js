@@ -1,3 +1,5 @@
+import { ReconnectingEventSource } from "./static/pg_eventstream/reconnecting-eventsource.mjs";
+
 const SHOWN = 100; // rows kept in each list
 const LOOK_EVERY = 100; // ms between two looks at what the database knows
 const GIVE_UP_AFTER = 10_000; // ms until a committed event should have been published
@@ -24,7 +26,7 @@ function prepend(listId, hintId, row) {
 
 // What arrives
 
-const source = new EventSource(`events/?channel=${encodeURIComponent(channel)}`);
+const source = new ReconnectingEventSource(`events/?channel=${encodeURIComponent(channel)}`);
 
 function showState(className, text) {
   find("state").className = `state ${className}`;
@@ -45,9 +47,10 @@ function showEvent(event, text) {
 }
 
 source.addEventListener("stream-open", () => showState("open", "connected"));
-source.addEventListener("error", () => showState("lost", "connection lost, trying again"));
+source.addEventListener("error", () => {
+  if (source.readyState !== source.CLOSED) showState("lost", "connection lost, trying again");
+});
 source.addEventListener("stream-error", (event) => {
-  source.close();
   showState("lost", JSON.parse(event.data).text);
 });
 source.addEventListener("message", (event) => showEvent(event, event.data));

@@ -1,0 +1,79 @@
+"""Who may read: asked when a stream opens and goes on, and again when that changes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .channelmanager import get_channelmanager
+from .errors import EventPermissionError
+from .send import RESERVED, insert
+
+if TYPE_CHECKING:
+    from django.contrib.auth.models import AbstractBaseUser
+
+logger = logging.getLogger(__name__)
+
+#: In place of a primary key: visitors that are not logged in.
+ANONYMOUS = "anonymous"
+
+#: The channel of our own that says whose permission changed, in order with all events.
+CHANGES = f"{RESERVED}permission"
+
+
+def user_id(user: AbstractBaseUser | None) -> str:
+    """As it stands in ``skip_user_ids``, in links and at the proxy."""
+    return ANONYMOUS if user is None else str(user.pk)
+
+
+def check_permission(user: AbstractBaseUser | None, channels: Iterable[str]) -> None:
+    """Raise `EventPermissionError` with the channels that the user may not read."""
+    manager = get_channelmanager()
+    refused = [channel for channel in channels if not manager.can_read_channel(user, channel)]
+    if refused:
+        raise EventPermissionError(refused)
+
+
+def is_reliable(channel: str) -> bool:
+    """Whether the events of the channel have ids; as far as can be told, they do."""
+    if channel.startswith(RESERVED):
+        return False
+    try:
+        return get_channelmanager().is_channel_reliable(channel)
+    except Exception:
+        # Not to be able to tell is no reason to stop all streams, or to prune what matters.
+        logger.exception("is_channel_reliable(%r) failed; taken for reliable", channel)
+        return True
+
+
+def reliable(channels: Iterable[str]) -> list[str]:
+    """Those of the channels whose events have ids."""
+    return [channel for channel in channels if is_reliable(channel)]
+
+
+def channel_permission_changed(
+    user: AbstractBaseUser | None, channel: str, using: str | None = None
+) -> None:
+    """End the user's open streams of the channel, unless the user may still read it.
+
+    Call it in the transaction that makes the change. If that commits, the channel manager
+    is asked again for each stream of the user (None for anonymous visitors) that has the
+    channel, at every proxy. Streams without permission end with a ``stream-error``; nothing
+    that commits later reaches them. If it is rolled back, nothing happens.
+    """
+    change = json.dumps({"user": user_id(user), "channel": channel})
+    insert((CHANGES, "permission-changed", change, []), using)
+
+
+def parse_change(data: str) -> tuple[str, str]:
+    """The user id and the channel of a change.
+
+    Raises `ValueError` if it is not one of ours: whoever may send events may write one.
+    """
+    change = json.loads(data)
+    match change:
+        case {"user": str() as user, "channel": str() as channel}:
+            return user, channel
+    raise ValueError(f"not a change of permission: {data:.100}")

@@ -1,0 +1,78 @@
+export interface ReconnectingEventSourceInit extends EventSourceInit {
+  /** The longest wait before another attempt, in milliseconds. Default: 10,000. */
+  max_retry_time?: number;
+  /**
+   * A connection on which nothing arrives for so many milliseconds is replaced. Default: 45,000;
+   * the server sends a keep-alive event every 20 seconds. `Infinity` for servers that send none.
+   */
+  max_silence_time?: number;
+  /** Where to start: an id that was received before, or `earliest`. Default: now. */
+  lastEventId?: string;
+  /** Sent with each request, for instance `{ Authorization: "Bearer …" }`. */
+  headers?: HeadersInit;
+  /** Ignored: the stream is read with `fetch()`. */
+  eventSourceClass?: unknown;
+}
+
+/** Thrown by the constructor where there is no `fetch()`. */
+export declare class EventSourceNotAvailableError extends Error {
+  constructor();
+}
+
+type Handler<E extends Event> = ((this: EventSource, event: E) => any) | null;
+
+/**
+ * An `EventSource` that always comes back, and goes on exactly where it stopped. It ends only by
+ * `close()`, by a `stream-error` event of the condition `forbidden` or `bad-request`, by status
+ * 204, and by status 400 to the id of a `stream-error`.
+ */
+export declare class ReconnectingEventSource extends EventTarget implements EventSource {
+  static readonly CONNECTING: 0;
+  static readonly OPEN: 1;
+  static readonly CLOSED: 2;
+  readonly CONNECTING: 0;
+  readonly OPEN: 1;
+  readonly CLOSED: 2;
+  /** Throws a `TypeError` for a URL that is not valid. */
+  constructor(url: string | URL, options?: ReconnectingEventSourceInit);
+  readonly url: string;
+  readonly readyState: 0 | 1 | 2;
+  readonly withCredentials: boolean;
+  onopen: Handler<Event>;
+  onmessage: Handler<MessageEvent>;
+  /** `readyState` tells whether it tries again (`CONNECTING`) or has given up (`CLOSED`). */
+  onerror: Handler<Event>;
+  close(): void;
+  addEventListener<K extends keyof EventSourceEventMap>(
+    type: K,
+    listener: (this: EventSource, event: EventSourceEventMap[K]) => any,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
+  addEventListener(
+    type: string,
+    listener: (this: EventSource, event: MessageEvent) => any,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
+  addEventListener(
+    type: string,
+    listener: EventListenerOrEventListenerObject | null,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
+  removeEventListener<K extends keyof EventSourceEventMap>(
+    type: K,
+    listener: (this: EventSource, event: EventSourceEventMap[K]) => any,
+    options?: boolean | EventListenerOptions,
+  ): void;
+  removeEventListener(
+    type: string,
+    listener: (this: EventSource, event: MessageEvent) => any,
+    options?: boolean | EventListenerOptions,
+  ): void;
+  removeEventListener(
+    type: string,
+    listener: EventListenerOrEventListenerObject | null,
+    options?: boolean | EventListenerOptions,
+  ): void;
+}
+
+export default ReconnectingEventSource;

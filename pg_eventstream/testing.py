@@ -1,0 +1,144 @@
+"""For the tests of your project: what was sent, without a publisher and without a commit.
+
+`captured_events` is for any test, the fixture `sent_events` for pytest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from asgiref.sync import sync_to_async
+from django.db import Error, connections
+
+from .conf import conf
+from .permission import CHANGES, parse_change
+from .send import RESERVED
+
+__all__ = ["SentEvent", "SentEvents", "captured_events"]
+
+
+@dataclass(frozen=True, slots=True)
+class SentEvent:
+    """An event as it was sent. ``data`` is text as it goes on the wire; `json` parses it."""
+
+    channel: str
+    type: str
+    data: str
+    skip_user_ids: tuple[str, ...] = ()
+
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+def captured_events(using: str | None = None) -> SentEvents:
+    """Capture what is sent in a block: ``with captured_events() as sent:``.
+
+    Inside the block ``sent`` is read anew at each look, behind it stands what there was at
+    its end. In asynchronous code say ``async with``, and look behind the block.
+
+    Captured is every event whose INSERT ran during the block, by whatever means, and that
+    Django's connection then sees: what this connection sent and did not roll back,
+    committed or not, and what others (threads, a live server) sent and committed. A block
+    that breaks its transaction, so that the database takes nothing more, has sent nothing.
+
+    ``using`` is a database alias, by default ``EVENTSTREAM_DATABASE``. Reads the database
+    once at the begin and once at the end of the block. Raises `django.db.Error`.
+    """
+    return SentEvents(using or conf.database)
+
+
+class SentEvents(Sequence[SentEvent]):
+    """The events of a block, in the order in which they were sent. Equal to a list of them."""
+
+    def __init__(self, using: str) -> None:
+        self._using = using
+        self._begin = 0
+        self._final: list[SentEvent] | None = None
+
+    @property
+    def permission_changes(self) -> list[tuple[str, str]]:
+        """What `channel_permission_changed` was called with, which is no event to clients.
+
+        Per call the user's id as text, "anonymous" for None, and the channel.
+        """
+        return [parse_change(e.data) for e in self._everything() if e.channel == CHANGES]
+
+    @overload
+    def __getitem__(self, index: int) -> SentEvent: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SentEvent]: ...
+    def __getitem__(self, index: int | slice) -> SentEvent | list[SentEvent]:
+        return self._events()[index]
+
+    def __iter__(self) -> Iterator[SentEvent]:
+        return iter(self._events())
+
+    def __len__(self) -> int:
+        return len(self._events())
+
+    def __eq__(self, other: object) -> bool:
+        return self._events() == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self._events())
+
+    def __enter__(self) -> SentEvents:
+        # The sequence behind the ids and not the highest id: it counts what other sessions
+        # have sent and not committed yet, too, and a rollback does not turn it back.
+        with connections[self._using].cursor() as cursor:
+            cursor.execute(
+                "SELECT coalesce(pg_sequence_last_value("
+                "pg_get_serial_sequence('pg_eventstream_event', 'id')::regclass), 0)"
+            )
+            (self._begin,) = cursor.fetchone()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._final = self._everything()
+        except Error:
+            # The block's own exception says why; it must not be hidden behind this one.
+            if exc_type is None:
+                raise
+            self._final = []
+
+    async def __aenter__(self) -> SentEvents:
+        return await sync_to_async(self.__enter__)()
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        await sync_to_async(self.__exit__)(exc_type)
+
+    def _events(self) -> list[SentEvent]:
+        return [e for e in self._everything() if not e.channel.startswith(RESERVED)]
+
+    def _everything(self) -> list[SentEvent]:
+        if self._final is not None:
+            return self._final
+        with connections[self._using].cursor() as cursor:
+            cursor.execute(
+                "SELECT channel, type, data, skip_user_ids FROM pg_eventstream_event"
+                " WHERE id > %s ORDER BY id",
+                [self._begin],
+            )
+            rows = cursor.fetchall()
+        return [SentEvent(channel, type_, data, tuple(skip)) for channel, type_, data, skip in rows]
+
+
+try:
+    import pytest
+except ImportError:
+    pass
+else:
+
+    @pytest.fixture
+    def sent_events(request: pytest.FixtureRequest) -> Iterator[SentEvents]:
+        """What the test sends, from `captured_events`. With pytest-django it asks for ``db``."""
+        if request.config.pluginmanager.hasplugin("django"):
+            request.getfixturevalue("db")
+        with captured_events() as sent:
+            yield sent

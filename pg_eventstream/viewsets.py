@@ -1,0 +1,139 @@
+"""The endpoint as views of Django REST Framework.
+
+DRF's authentication, permissions and throttles decide who opens a stream, and as which user;
+the channel manager decides, here as everywhere, which channels that user may read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest, HttpResponseBase
+from django.urls import NoReverseMatch
+from rest_framework.decorators import action
+from rest_framework.exceptions import ParseError
+from rest_framework.renderers import BaseRenderer, BrowsableAPIRenderer
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.settings import api_settings
+from rest_framework.views import APIView
+from rest_framework.viewsets import ViewSetMixin
+
+from . import cors, views
+from .channelmanager import get_channelmanager
+from .renderers import BrowsableAPIEventStreamRenderer, SSEEventRenderer, StreamDescription
+
+
+def _renderers(configured: Sequence[Any]) -> list[type[BaseRenderer]]:
+    """The renderers of events among these. Without any, the page is there if other views have one.
+
+    Streams come first: they are what a client gets that accepts anything.
+    """
+    streams = [r for r in configured if issubclass(r, SSEEventRenderer)]
+    pages = [r for r in configured if issubclass(r, BrowsableAPIEventStreamRenderer)]
+    if not streams and not pages and any(issubclass(r, BrowsableAPIRenderer) for r in configured):
+        pages = [BrowsableAPIEventStreamRenderer]
+    return [*(streams or [SSEEventRenderer]), *pages]
+
+
+class EventsView(APIView):
+    """Events of channels, as they are sent.
+
+    Channels are those of the view, else those that the query names: ?channels=news,sport
+    """
+
+    #: What is streamed. If there are none, the request says: ``?channels=``, else what the
+    #: channel manager makes of the URL and ``?channel=``.
+    channels: Sequence[str] = ()
+    #: What the page shows, ``message`` or what ``?messages_types=`` says if there are none.
+    #: Streams carry all types.
+    messages_types: Sequence[str] = ()
+    renderer_classes: Sequence[type[BaseRenderer]] = _renderers(
+        api_settings.DEFAULT_RENDERER_CLASSES
+    )
+
+    def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        # A browser asks this without credentials, so it must not be asked for any.
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            return cors.preflight(request)
+        return super().dispatch(request, *args, **kwargs)
+
+    def get(self, request: Request, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        return self._stream(request, self.channels, views.link_anywhere)
+
+    def _stream(
+        self, request: Request, channels: Sequence[str], link_to: views.LinkTo
+    ) -> HttpResponseBase:
+        channels = _one_of(request, "channels", channels)
+        types = _one_of(request, "messages_types", self.messages_types)
+        view_kwargs = {**self.kwargs, "channels": channels} if channels else self.kwargs
+        if isinstance(request.accepted_renderer, SSEEventRenderer):
+            return views.open_stream(request._request, view_kwargs, link_to)
+        names = get_channelmanager().get_channels_for_request(request._request, view_kwargs)
+        return Response(StreamDescription(channels=[*names], messages_types=types or ["message"]))
+
+
+class EventsViewSet(ViewSetMixin, EventsView):
+    """Events of channels, as they are sent.
+
+    Channels are those of the view set, else those that the address names: /news/ or
+    ?channels=news,sport
+    """
+
+    def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        # The proxy's own request. It has no credentials, so no policy applies to it: its token
+        # was signed for a request that they let in.
+        if self.action_map.get("get") == "next_link" and request.method in ("GET", "HEAD"):
+            go_on: Any = self.next_link  # bound, which its type hides
+            response: HttpResponseBase = go_on(request, **kwargs)
+            return response
+        return super().dispatch(request, *args, **kwargs)
+
+    def list(self, request: Request, format: Any = None, **mount: Any) -> HttpResponseBase:
+        return self._stream(request, self.channels, partial(self._link_to, mount))
+
+    @action(detail=False, url_path="(?P<channel>[^/]+)")
+    def channel(
+        self, request: Request, channel: str, format: Any = None, **mount: Any
+    ) -> HttpResponseBase:
+        if self.channels:
+            raise ParseError("The channels of this address are fixed: leave the last part out.")
+        return self._stream(request, [channel], partial(self._link_to, mount))
+
+    @action(detail=False, url_path="next/(?P<token>[^/]+)", url_name="next-link", schema=None)
+    def next_link(
+        self, request: HttpRequest, token: str, format: Any = None, **mount: Any
+    ) -> HttpResponseBase:
+        return views.continue_stream(request, token, partial(self._link_to, mount))
+
+    def get_extra_action_url_map(self) -> dict[str, str]:
+        return {}  # for the page: no link there can name a channel or a token
+
+    def _link_to(self, mount: Mapping[str, Any], token: str) -> str:
+        try:
+            # Without the request: a path, and no part of its query.
+            return self.reverse_action("next-link", kwargs={**mount, "token": token}, request=None)
+        except NoReverseMatch:  # not mounted by a router
+            return views.link_anywhere(token)
+
+
+def configure_events_view_set(
+    channels: Sequence[str] | None = None, messages_types: Sequence[str] | None = None
+) -> type[EventsViewSet]:
+    """An `EventsViewSet` with these channels, whose page shows these types of events."""
+    attributes = {"channels": channels or (), "messages_types": messages_types or ()}
+    return type("EventsViewSet", (EventsViewSet,), {"__doc__": EventsViewSet.__doc__, **attributes})
+
+
+def _one_of(request: Request, name: str, configured: Sequence[str]) -> list[str]:
+    """What the view says, or else the query."""
+    if isinstance(configured, str):  # which is a sequence too, of its characters
+        raise ImproperlyConfigured(f"{name} of a view of events must be a list: [{configured!r}].")
+    texts = request.query_params.getlist(name)
+    asked = [item for text in texts for item in text.split(",") if item]
+    if configured and asked:
+        raise ParseError(f"The {name} of this address are fixed: leave ?{name}= out.")
+    return list(configured) or asked
