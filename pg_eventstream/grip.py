@@ -170,8 +170,8 @@ def _ask_again(event: StreamEvent) -> bytes:
     """
     try:
         user, channel = permission.parse_change(event.data or "")
-    except ValueError:
-        logger.error("event %d is no change of permission; nothing to publish", event.position)
+    except ValueError as e:
+        logger.error("event %d is no change of permission (%s): ignored", event.position, e)
         user = channel = ""
     # Its filter looks for the channel among the names that the session holds.
     sub = conf.grip_prefix + hold.events_channel(channel, permission.is_reliable(channel))

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .channelmanager import get_channelmanager
-from .errors import EventPermissionError
+from .errors import EventPermissionError, InvalidEvent
 from .send import RESERVED, insert
 
 if TYPE_CHECKING:
-    from django.contrib.auth.models import AbstractBaseUser
+    from django.contrib.auth.models import AbstractBaseUser, AnonymousUser
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,19 @@ ANONYMOUS = "anonymous"
 CHANGES = f"{RESERVED}permission"
 
 
-def user_id(user: AbstractBaseUser | None) -> str:
-    """As it stands in ``skip_user_ids``, in links and at the proxy."""
-    return ANONYMOUS if user is None else str(user.pk)
+def user_id(user: AbstractBaseUser | AnonymousUser | None) -> str:
+    """As it stands in ``skip_user_ids``, in links and at the proxy.
+
+    Raises `InvalidEvent` if the user has no primary key, not yet or not any more.
+    """
+    if user is None or getattr(user, "is_anonymous", False):
+        return ANONYMOUS
+    if user.pk is None:
+        raise InvalidEvent(
+            f"The user {user} has no primary key. Before it is saved it has no streams; if it is"
+            " to be deleted, call this before."
+        )
+    return str(user.pk)
 
 
 def check_permission(user: AbstractBaseUser | None, channels: Iterable[str]) -> None:
@@ -54,7 +64,7 @@ def reliable(channels: Iterable[str]) -> list[str]:
 
 
 def channel_permission_changed(
-    user: AbstractBaseUser | None, channel: str, using: str | None = None
+    user: AbstractBaseUser | AnonymousUser | None, channel: str, using: str | None = None
 ) -> None:
     """End the user's open streams of the channel, unless the user may still read it.
 
@@ -62,6 +72,8 @@ def channel_permission_changed(
     is asked again for each stream of the user (None for anonymous visitors) that has the
     channel, at every proxy. Streams without permission end with a ``stream-error``; nothing
     that commits later reaches them. If it is rolled back, nothing happens.
+
+    Raises `InvalidEvent` if the user has no primary key, as after ``user.delete()``.
     """
     change = json.dumps({"user": user_id(user), "channel": channel})
     insert((CHANGES, "permission-changed", change, []), using)
@@ -72,8 +84,12 @@ def parse_change(data: str) -> tuple[str, str]:
 
     Raises `ValueError` if it is not one of ours: whoever may send events may write one.
     """
-    change = json.loads(data)
+    try:
+        change = json.loads(data)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
     match change:
         case {"user": str() as user, "channel": str() as channel}:
+            (user + channel).encode()  # no lone surrogates, which JSON can hold
             return user, channel
-    raise ValueError(f"not a change of permission: {data:.100}")
+    raise ValueError("neither user nor channel")

@@ -10,13 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from types import TracebackType
-from typing import Any
 from urllib.parse import urlsplit
-
-from pg_eventstream.demo.processes import HOST
 
 from . import pages
 from .classic_script import STATIC
+from .http_service import HttpService
 
 
 @dataclass(frozen=True)
@@ -47,40 +45,18 @@ def answer(text: str, *, hold: bool = False, headers: Mapping[str, str] | None =
     return Answer([text.encode()], hold=hold, headers=headers or {})
 
 
-class ScriptedServer:
+class ScriptedServer(HttpService):
     """Answers requests below ``/events`` one by one; the last answer is repeated.
 
     It has the pages of `pages`, too, and nothing else.
     """
 
     def __init__(self, *answers: Answer) -> None:
+        super().__init__()
         self.answers = list(answers)
         self.requests: list[Request] = []
         self.closing = threading.Event()
         self._lock = threading.Lock()
-        scripted = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.0"  # the end of the connection ends the response
-
-            def do_GET(self) -> None:
-                scripted._answer(self)
-
-            do_OPTIONS = do_GET
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer((HOST, 0), Handler)
-        self._server.daemon_threads = True
-        self._server.block_on_close = False
-        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.05], daemon=True)
-        self.port = self._server.server_port
-        self.url = f"http://{HOST}:{self.port}"
-
-    def __enter__(self) -> ScriptedServer:
-        self._thread.start()
-        return self
 
     def __exit__(
         self,
@@ -89,13 +65,11 @@ class ScriptedServer:
         traceback: TracebackType | None,
     ) -> None:
         self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(10)
+        super().__exit__(kind, error, traceback)
 
-    def _answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
         with suppress(ConnectionError):  # the client has gone
-            self._send(handler, self._choose(handler))
+            self._send(request, self._choose(request))
 
     def _choose(self, handler: http.server.BaseHTTPRequestHandler) -> Answer:
         path = urlsplit(handler.path).path

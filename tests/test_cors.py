@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from pg_eventstream.demo.pushpin import Pushpin
 
 from .browser import Browser
 from .conftest import Database
+from .http_service import HttpService, respond
 from .origin import Origin, behind_a_proxy, sequence, signature
 
 PAGE = "https://app.example"
@@ -218,25 +218,16 @@ def test_django_cors_headers_does_it_instead(database: Database) -> None:
 # Through a real proxy
 
 
+class EmptyPages(HttpService):
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        respond(request, 200, content_type="text/html")
+
+
 @pytest.fixture
 def pages() -> Iterator[int]:
     """The port of a server whose every page is empty; localhost is another origin."""
-
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        thread = threading.Thread(target=server.serve_forever, args=[0.02])
-        thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join()
+    with EmptyPages() as server:
+        yield server.port
 
 
 @pytest.fixture

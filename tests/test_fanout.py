@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import json
 import sys
-import threading
 import time
 import uuid
 from base64 import b64encode
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from email.message import Message
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import jwt
@@ -37,6 +36,7 @@ from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.publisher import Publisher
 
 from .conftest import DIRECTORY, KEY, Database, PublisherProcess, child_environment
+from .http_service import HttpService, body_of, respond
 from .origin import Origin
 from .sse_client import SSEClient
 
@@ -48,13 +48,16 @@ SECRET = bytes(range(150, 214))  # not text
 TOKEN = "an-api-token"
 
 
-class Cloud:
+class Cloud(HttpService):
     """A control endpoint that takes what Fanout Cloud and Fastly take, and nothing else.
 
     Either tokens of an issuer, signed with a key, or one bearer token.
     """
 
+    protocol = "HTTP/1.1"
+
     def __init__(self) -> None:
+        super().__init__()
         self.path = ""
         """Where it takes events."""
         self.keys: dict[str, bytes] = {}
@@ -64,38 +67,12 @@ class Cloud:
         self.refused: list[str] = []
         """What was wrong with each request that was refused."""
         self.authorizations: list[str] = []
-        outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                status, problem = outer.judge(self.path, self.headers, body)
-                if problem:
-                    outer.refused.append(problem)
-                text = (problem or "Published").encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True  # connections are kept alive
-        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.02])
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Cloud:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        status, problem = self.judge(request.path, request.headers, body_of(request))
+        if problem:
+            self.refused.append(problem)
+        respond(request, status, (problem or "Published").encode())
 
     def judge(self, path: str, headers: Message, body: bytes) -> tuple[int, str]:
         if path != f"{self.path}/publish/":

@@ -7,10 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,47 +26,26 @@ from pg_eventstream.demo.processes import Process, free_port, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 
 from .conftest import KEY, Database
+from .http_service import HttpService, body_of, respond
 
 SECRET = bytes(range(200, 232))
 
 
-class Service:
+class Service(HttpService):
     """Answers every request alike, and writes down what was asked."""
 
     def __init__(self, status: int = 200, body: str = "") -> None:
+        super().__init__()
         self.status, self.body = status, body
         self.requests: list[tuple[str, str]] = []
         self.forms: list[dict[str, str]] = []
         self.headers: list[dict[str, str]] = []
-        outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.requests.append((self.command, self.path))
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                outer.forms.append(dict(parse_qsl(body.decode())))
-                outer.headers.append(dict(self.headers))
-                self.send_response(outer.status)
-                self.end_headers()
-                self.wfile.write(outer.body.encode())
-
-            do_POST = do_GET
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.02])
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Service:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.requests.append((request.command, request.path))
+        self.forms.append(dict(parse_qsl(body_of(request).decode())))
+        self.headers.append(dict(request.headers))
+        respond(request, self.status, self.body.encode())
 
 
 def tunnel(url: str, to: str = "http://localhost:8000") -> dict[str, Any]:

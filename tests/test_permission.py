@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from django.contrib.auth.models import User
+from django.contrib.auth.models import AnonymousUser, User
 from django.db import transaction
 from django.test import override_settings
 
@@ -228,7 +228,13 @@ def test_only_streams_of_the_channel_ask_again_and_not_all_of_the_user(
         assert there.events == []
 
 
-@pytest.mark.parametrize("data", ["x", "{}", '{"user": 1, "channel": "c"}', "[]", '{"user": ""}'])
+FORGED = [
+    *("x", "{}", "[]", "", "9" * 5000, "[" * 100_000, '{"user": 1, "channel": "c"}'),
+    *('{"user": ""}', r'{"user": "\ud800", "channel": ""}', '{"user": "", "channel": "\\udcff"}'),
+]
+
+
+@pytest.mark.parametrize("data", FORGED, ids=range(len(FORGED)))
 def test_forged_change_of_permission_stops_nothing(
     database: Database,
     publisher: PublisherProcess,
@@ -270,6 +276,17 @@ def test_revocation_counts_at_every_proxy(
             leave(ann, channel)
             for client in (here, there):
                 assert_ended(client, channel)
+
+
+def test_user_without_a_primary_key_is_no_one_whose_streams_could_end(database: Database) -> None:
+    ann = User.objects.create_user("ann")
+    ann.delete()
+    with pytest.raises(InvalidEvent, match="call this before"):
+        channel_permission_changed(ann, "c")
+    channel_permission_changed(AnonymousUser(), "c")
+    assert database.fetch("SELECT data FROM pg_eventstream_event") == [
+        ('{"user": "anonymous", "channel": "c"}',)
+    ]
 
 
 # Channels of our own

@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jwt
@@ -24,6 +25,7 @@ from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.publisher import Publisher
 
 from .conftest import DIRECTORY, KEY, Database, PublisherProcess
+from .http_service import HttpService, body_of, respond
 from .sse_client import SSEClient
 
 NewPublisher = Callable[..., PublisherProcess]
@@ -68,10 +70,11 @@ def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
     )
 
 
-class ControlPort:
+class ControlPort(HttpService):
     """A control port that misbehaves as told, and writes down what it took."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.items: list[dict[str, Any]] = []
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
@@ -82,40 +85,28 @@ class ControlPort:
         self.silent = threading.Event()
         """While set, requests get no answer."""
         self.answering = threading.Event()
-        outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.bodies.append(body)
-                outer.headers.append(dict(self.headers))
-                if outer.silent.is_set():
-                    outer.answering.wait(60)
-                status = outer.answers.pop(0) if outer.answers else 200
-                if status == 200 and outer.refused.encode() in body:
-                    status = 400
-                if status == 200:
-                    outer.items += json.loads(body)["items"]
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(b"Published" if status == 200 else b"no")
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        body = body_of(request)
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        if self.silent.is_set():
+            self.answering.wait(60)
+        status = self.answers.pop(0) if self.answers else 200
+        if status == 200 and self.refused.encode() in body:
+            status = 400
+        if status == 200:
+            self.items += json.loads(body)["items"]
+        respond(request, status, b"Published" if status == 200 else b"no")
 
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.02])
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> ControlPort:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.answering.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__exit__(kind, error, traceback)
 
     @property
     def ids(self) -> list[str | None]:
