@@ -70,6 +70,7 @@ class Feed:
                 continue
             if not published and not self._stopping.is_set():
                 self._news.wait(self._idle_seconds())
+        self.settle()
         self.finish()
 
     def publish_next(self) -> int:

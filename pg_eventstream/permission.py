@@ -7,9 +7,11 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from django.db import close_old_connections
+
 from .channelmanager import get_channelmanager
 from .errors import EventPermissionError, InvalidEvent
-from .send import RESERVED, insert
+from .send import NAME_LENGTH, RESERVED, check_name, insert
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import AbstractBaseUser, AnonymousUser
@@ -53,7 +55,9 @@ def is_reliable(channel: str) -> bool:
     try:
         return get_channelmanager().is_channel_reliable(channel)
     except Exception:
-        # Not to be able to tell is no reason to stop all streams, or to prune what matters.
+        # Not to be able to tell is no reason to stop all streams, or to prune what matters. A
+        # manager that asks the database may have met a connection that broke long ago.
+        close_old_connections()
         logger.exception("is_channel_reliable(%r) failed; taken for reliable", channel)
         return True
 
@@ -73,9 +77,10 @@ def channel_permission_changed(
     channel, at every proxy. Streams without permission end with a ``stream-error``; nothing
     that commits later reaches them. If it is rolled back, nothing happens.
 
-    Raises `InvalidEvent` if the user has no primary key, as after ``user.delete()``.
+    Raises `InvalidEvent` if the user has no primary key, as after ``user.delete()``, or if no
+    channel can have that name.
     """
-    change = json.dumps({"user": user_id(user), "channel": channel})
+    change = json.dumps({"user": user_id(user), "channel": check_name("channel", channel)})
     insert((CHANGES, "permission-changed", change, []), using)
 
 
@@ -89,7 +94,9 @@ def parse_change(data: str) -> tuple[str, str]:
     except RecursionError as e:
         raise ValueError("nested too deeply") from e
     match change:
-        case {"user": str() as user, "channel": str() as channel}:
+        case {"user": str() as user, "channel": str() as channel} if (
+            max(len(user), len(channel)) <= NAME_LENGTH
+        ):
             (user + channel).encode()  # no lone surrogates, which JSON can hold
             return user, channel
     raise ValueError("neither user nor channel")

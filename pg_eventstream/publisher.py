@@ -192,7 +192,9 @@ class Publisher:
                         over.wait(_SWEEP_SECONDS)
             except psycopg.Error as e:
                 logger.warning("sweep: database: %s; trying again", explained(e))
-                over.wait(_SWEEP_SECONDS)
+            except Exception:
+                logger.exception("sweep: unexpected error; trying again")
+            over.wait(_SWEEP_SECONDS)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -104,11 +104,12 @@ def get_events(
     Raises `InvalidRequest` if the id is none that was ever sent.
     """
     wanted = tuple(channels)
-    if not isinstance(user, EllipsisType):
-        check_permission(user, wanted)
     asked = parse_start(last_event_id, wanted)
-    missed = recover({c: asked.get(c) for c in reliable(wanted)}, min(limit, PAGE_EVENTS))
-    reader = None if isinstance(user, EllipsisType) else user_id(user)
+    missed = recover({c: asked.get(c) for c in reliable(wanted)}, max(1, min(limit, PAGE_EVENTS)))
+    reader = None
+    if not isinstance(user, EllipsisType):
+        check_permission(user, wanted)  # after reading, as in views.open_stream
+        reader = user_id(user)
     events = [
         ReceivedEvent(sse.make_id(ids), event.channel, event.eid, event.type, event.data)
         for event, ids in missed.with_ids()

@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 
 from .conf import conf
-from .permission import is_reliable
+from .permission import CHANGES, is_reliable
 
 _BATCH_EVENTS = 1000
 _SCAN_EVENTS = 10_000
@@ -38,7 +38,8 @@ class Sweep:
     An event is due when it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at
     least one of the configured proxies has acknowledged it; without proxies, the age decides
     alone. What is not sequenced yet stays, however old. An unreliable event is due when all
-    proxies have acknowledged it, or after a minute.
+    proxies have acknowledged it, or after a minute; a change of permission never that soon,
+    since the streams that it ends would stay open.
 
     ``connection`` is in autocommit mode.
     """
@@ -113,8 +114,15 @@ class Sweep:
                 SELECT position, channel, eid, event_id FROM pg_eventstream_stream
                  WHERE position > %(scanned)s AND position <= %(last)s
                    AND channel = ANY(%(unreliable)s)
+                   AND (channel <> %(changes)s
+                        OR position <= (SELECT min(position) FROM pg_eventstream_proxy))
                 """,
-                {"scanned": self._scanned, "last": last, "unreliable": unreliable},
+                {
+                    "scanned": self._scanned,
+                    "last": last,
+                    "unreliable": unreliable,
+                    "changes": CHANGES,
+                },
             )
         self._scanned = last
         return pruned

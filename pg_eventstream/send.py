@@ -21,7 +21,7 @@ from .errors import InvalidEvent
 
 #: Channels whose name begins so are the library's own: nobody reads them.
 RESERVED = "pg_eventstream:"
-_NAME_LENGTH = 255  # varchar(255) of event.channel and event.type
+NAME_LENGTH = 255  # varchar(255) of event.channel and event.type
 _LINE_BREAK_OR_NUL = re.compile(r"[\r\n\0]")
 
 
@@ -112,25 +112,25 @@ def insert(row: tuple[str, str, str, list[str]], using: str | None) -> None:
 
 
 def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:
-    channel = _name("channel", event.channel)
+    channel = check_name("channel", event.channel)
     if channel.startswith(RESERVED):
         raise InvalidEvent(f"Channel names that begin with {RESERVED!r} are reserved.")
     return (
         channel,
-        _name("event type", event.event_type),
+        check_name("event type", event.event_type),
         _text(event.data, event.json_encode),
         _user_ids(event.skip_user_ids),
     )
 
 
-def _name(what: str, value: str) -> str:
+def check_name(what: str, value: str) -> str:
     # The table's CHECK constraints say the same to senders that are not Python.
     if not isinstance(value, str):
         raise InvalidEvent(f"The {what} must be a string, not {type(value).__name__}.")
     if not value:
         raise InvalidEvent(f"The {what} must not be empty.")
-    if len(value) > _NAME_LENGTH:
-        raise InvalidEvent(f"The {what} has {len(value)} characters; the limit is {_NAME_LENGTH}.")
+    if len(value) > NAME_LENGTH:
+        raise InvalidEvent(f"The {what} has {len(value)} characters; the limit is {NAME_LENGTH}.")
     if _LINE_BREAK_OR_NUL.search(value):
         raise InvalidEvent(f"The {what} {value!r} must not contain CR, LF or NUL.")
     return _encodable(what, value)

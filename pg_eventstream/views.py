@@ -73,8 +73,9 @@ def open_stream(
         user = get_channelmanager().get_user_for_request(request)
         session = hold.Session(channels, user_id(user))
         ids = parse_start(_requested_id(request), channels)
-        check_permission(user, channels)
         missed = recover({channel: ids.get(channel) for channel in reliable(channels)})
+        # Last: an event that was sent after a revocation cannot have been read before it.
+        check_permission(user, channels)
     except ResumeNotAllowed as e:
         # Not a stream: this status is what makes an EventSource stop trying.
         return _finish(request, HttpResponseBadRequest(f"Invalid request: {e}.\n"))
@@ -97,8 +98,8 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
             request.grip.last,  # type: ignore[attr-defined]
             reliable(session.channels),
         )
-        check_permission(_user_of_session(session), session.channels)
         missed = recover({channel: ids.get(channel) for channel in reliable(session.channels)})
+        check_permission(_user_of_session(session), session.channels)  # last, as above
     except InvalidRequest as e:
         # The proxy drops the stream after a few tries, and the client comes back with
         # its own credentials and the id that it saw last.

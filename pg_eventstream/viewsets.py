@@ -26,6 +26,9 @@ from . import cors, views
 from .channelmanager import get_channelmanager
 from .renderers import BrowsableAPIEventStreamRenderer, SSEEventRenderer, StreamDescription
 
+# What a channel manager takes from the URLconf; the query must not take its place.
+_NAMING = frozenset({"format-channels", "channels", "channel"})
+
 
 def _renderers(configured: Sequence[Any]) -> list[type[BaseRenderer]]:
     """The renderers of events among these. Without any, the page is there if other views have one.
@@ -67,6 +70,8 @@ class EventsView(APIView):
     def _stream(
         self, request: Request, channels: Sequence[str], link_to: views.LinkTo
     ) -> HttpResponseBase:
+        if "channels" in request.query_params and not _NAMING.isdisjoint(self.kwargs):
+            raise ParseError("The channels of this address are fixed: leave ?channels= out.")
         channels = _one_of(request, "channels", channels)
         types = _one_of(request, "messages_types", self.messages_types)
         view_kwargs = {**self.kwargs, "channels": channels} if channels else self.kwargs
@@ -99,7 +104,7 @@ class EventsViewSet(ViewSetMixin, EventsView):
     def channel(
         self, request: Request, channel: str, format: Any = None, **mount: Any
     ) -> HttpResponseBase:
-        if self.channels:
+        if self.channels or "channels" in self.kwargs:
             raise ParseError("The channels of this address are fixed: leave the last part out.")
         return self._stream(request, [channel], partial(self._link_to, mount))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
 
 from django.contrib.auth.models import AbstractBaseUser, User
 from django.core.exceptions import PermissionDenied
@@ -43,6 +43,19 @@ class SlowMembers(Members):
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_advisory_lock_shared(%s)", [self.GATE])
             cursor.execute("SELECT pg_advisory_unlock_shared(%s)", [self.GATE])
+        return decision
+
+
+class Racing(DefaultChannelManager):
+    """Somebody loses the permission just when it was granted."""
+
+    allowed = True
+    meanwhile: ClassVar[list[Callable[[], None]]] = []
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        decision = Racing.allowed
+        while Racing.meanwhile:
+            Racing.meanwhile.pop()()
         return decision
 
 

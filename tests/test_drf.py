@@ -443,3 +443,25 @@ def test_page_says_that_its_stream_was_refused(
     page.wait_for("document.querySelector('[data-role=state]').textContent === 'ended'")
     text = page.evaluate("document.querySelector('[data-role=events]').textContent")
     assert "forbidden" in text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/mounted/view/?channels=secret", "/mounted/news/view/?channels=secret"),
+        *("/mounted/set/?channels=secret", "/mounted/set/secret/"),
+    ],
+)
+def test_query_never_takes_the_place_of_what_the_urlconf_says(
+    database: Database, origin: Origin, path: str
+) -> None:
+    send_events([("secret", "message", "for nobody here")])
+    sequence(database)
+    settings = {
+        "ROOT_URLCONF": "tests.drf_mounts",
+        "EVENTSTREAM_CHANNELMANAGER_CLASS": "pg_eventstream.channelmanager.DefaultChannelManager",
+    }
+    with override_settings(**settings):
+        answer = origin.ask(path, {**EVENT_SOURCE, "Last-Event-ID": "earliest"})
+    assert answer.status == 400
+    assert "for nobody here" not in answer.body

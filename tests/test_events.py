@@ -155,6 +155,15 @@ def test_pages_follow_each_other_without_a_gap(database: Database) -> None:
     assert get_events(["c", "d"], third.id).events[0].data == "3"
 
 
+def test_page_has_500_events_at_most_and_one_at_least_whatever_the_limit(
+    database: Database,
+) -> None:
+    send(database, *(str(n) for n in range(502)))
+    for limit, count in ((1000, 500), (1, 1), (0, 1), (-2, 1)):
+        page = get_events(["c"], "earliest", limit=limit)
+        assert (len(page.events), page.more) == (count, True)
+
+
 def test_without_an_id_there_is_only_the_id_to_go_on_from(database: Database) -> None:
     send(database, "1")
     page = get_events(["c"])

@@ -138,6 +138,23 @@ def test_link_tells_no_more_than_the_proxy_signed_for(origin: Origin) -> None:
     assert "?" not in answer.next_link
 
 
+def test_last_id_of_another_channel_does_not_stand_in_for_one_that_is_missing(
+    origin: Origin,
+) -> None:
+    link = opened(origin, "c").next_link
+    assert origin.ask(link, {"Grip-Last": "events-d; last-id=0"}).status == 403
+    assert origin.ask(link, {"Grip-Last": "events-c; last-id=0, events-d; last-id=0"}).held
+
+
+def test_held_stream_goes_on_from_what_the_proxy_sent_and_not_from_where_it_opened(
+    database: Database, origin: Origin
+) -> None:
+    link = opened(origin, "c").next_link
+    send_events([("c", "message", n) for n in range(2)])
+    sequence(database)
+    assert origin.ask(link, {"Grip-Last": "events-c; last-id=1"}).data == ["1"]
+
+
 # Whose stream it is
 
 

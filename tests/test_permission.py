@@ -12,12 +12,18 @@ from django.contrib.auth.models import AnonymousUser, User
 from django.db import transaction
 from django.test import override_settings
 
-from pg_eventstream import InvalidEvent, channel_permission_changed, permission, send_event
+from pg_eventstream import (
+    InvalidEvent,
+    channel_permission_changed,
+    get_events,
+    permission,
+    send_event,
+)
 from pg_eventstream.demo.processes import Process, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 
 from .app.models import Membership
-from .channelmanagers import SlowMembers
+from .channelmanagers import Racing, SlowMembers
 from .conftest import KEY, Database, PublisherProcess
 from .origin import Origin, behind_a_proxy, log_in, sequence
 from .sse_client import SSEClient
@@ -228,8 +234,37 @@ def test_only_streams_of_the_channel_ask_again_and_not_all_of_the_user(
         assert there.events == []
 
 
+@behind_a_proxy
+@override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.channelmanagers.Racing")
+@pytest.mark.parametrize("how", ["open", "go on", "get_events"])
+def test_nothing_is_read_before_permission_is_asked_for(
+    database: Database, channel: str, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    origin = Origin()
+    monkeypatch.setattr(Racing, "allowed", True)
+    first = origin.open(channel)
+
+    def revoke() -> None:
+        Racing.allowed = False
+        channel_permission_changed(None, channel)
+        send_event(channel, "message", "secret")
+        sequence(database)
+
+    Racing.meanwhile.append(revoke)
+    if how == "open":
+        answer = origin.open(channel, last_event_id="earliest").body
+    elif how == "go on":
+        answer = origin.follow(first).body
+    else:
+        answer = str(get_events([channel], "earliest", user=None))
+    assert not Racing.allowed
+    assert "secret" not in answer
+
+
 FORGED = [
     *("x", "{}", "[]", "", "9" * 5000, "[" * 100_000, '{"user": 1, "channel": "c"}'),
+    *(json.dumps({"user": "%" * 190_000, "channel": "c"}),),
+    *(json.dumps({"user": "u", "channel": "%" * 190_000}),),
     *('{"user": ""}', r'{"user": "\ud800", "channel": ""}', '{"user": "", "channel": "\\udcff"}'),
 ]
 
@@ -283,6 +318,9 @@ def test_user_without_a_primary_key_is_no_one_whose_streams_could_end(database: 
     ann.delete()
     with pytest.raises(InvalidEvent, match="call this before"):
         channel_permission_changed(ann, "c")
+    for name in ("", "a\nb", "x" * 300, 5):
+        with pytest.raises(InvalidEvent, match="channel"):
+            channel_permission_changed(None, name)  # type: ignore[arg-type]
     channel_permission_changed(AnonymousUser(), "c")
     assert database.fetch("SELECT data FROM pg_eventstream_event") == [
         ('{"user": "anonymous", "channel": "c"}',)

@@ -18,6 +18,7 @@ from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.publisher import Publisher
+from pg_eventstream.retention import Sweep
 
 from .channelmanagers import Volatile
 from .conftest import KEY, Database, PublisherProcess
@@ -255,3 +256,55 @@ def test_manager_that_fails_stops_nothing(
     call_command_quietly("eventstream_prune")
     assert kept(database) == ["kept"]
     assert "is_channel_reliable('volatile') failed" in caplog.text
+
+
+def test_change_of_permission_waits_for_every_proxy_however_long(
+    database: Database, channel: str
+) -> None:
+    permission.channel_permission_changed(None, channel)
+    sequence(database)
+    database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 hour'")
+    database.execute("INSERT INTO pg_eventstream_proxy VALUES ('near', 1), ('far', 0)")
+    with behind_a_proxy:
+        call_command_quietly("eventstream_prune")
+        assert len(kept(database)) == 1
+        database.execute("UPDATE pg_eventstream_proxy SET position = 1")
+        call_command_quietly("eventstream_prune")
+    assert kept(database) == []
+
+
+def test_no_id_is_used_again_when_a_channel_was_taken_for_reliable_for_a_while(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Volatile, channel: str) -> bool:
+        raise ZeroDivisionError
+
+    with database.connect() as connection:
+        sweep = Sweep(connection)
+
+        def send_and_sweep() -> list[int]:
+            send("volatile", "x", "y")
+            sequence(database)
+            eids = database.fetch("SELECT eid FROM pg_eventstream_stream ORDER BY position")
+            database.execute(
+                "UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 hour'"
+            )
+            sweep.run_once()
+            return [eid for (eid,) in eids][-2:]
+
+        with monkeypatch.context() as failing:
+            failing.setattr(Volatile, "is_channel_reliable", fail)
+            assert send_and_sweep() == [1, 2]
+        assert [send_and_sweep() for _ in range(3)] == [[3, 4], [5, 6], [7, 8]]
+
+
+def test_sweep_that_goes_on_skips_no_event(database: Database) -> None:
+    with database.connect() as connection:
+        sweep = Sweep(connection)
+        for _ in range(3):
+            send("volatile", "x")
+            sequence(database)
+            database.execute(
+                "UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '61 seconds'"
+            )
+            assert sweep.run_once() == 1

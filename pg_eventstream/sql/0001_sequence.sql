@@ -4,7 +4,7 @@
 -- slows down while an old snapshot keeps dead rows from being vacuumed.
 CREATE FUNCTION pg_eventstream_tip(of_channel text) RETURNS bigint
 LANGUAGE sql STABLE AS $$
-    SELECT coalesce(
+    SELECT greatest(
         (SELECT eid FROM pg_eventstream_stream
           WHERE channel = of_channel ORDER BY eid DESC LIMIT 1),
         (SELECT pruned FROM pg_eventstream_channel WHERE name = of_channel),
