@@ -10,13 +10,13 @@ export PYTHON
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.installed-demo ## see events arrive in a browser; ARGS=--check checks without one
-	@.ci/need pushpin
-	@.venv/bin/python -m pg_eventstream.demo $(ARGS)
+demo: .venv/.installed-demo ## events in a browser; ARGS=--check checks without one; PROXY=pushpin adds Pushpin
+	@$(if $(filter pushpin,$(PROXY)),.ci/need pushpin)
+	@.venv/bin/python -m pg_eventstream.demo $(PROXY:%=--proxy %) $(ARGS)
 
 test: lint ## lint, then run the tests; ARGS goes to pytest
 	@.ci/need pushpin node npm chromium
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 lint: .venv/.installed-test ## ruff and mypy
 	.venv/bin/ruff check

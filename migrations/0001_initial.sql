@@ -206,6 +206,10 @@ BEGIN
         INSERT INTO pg_eventstream_cursor (position, snapshot, cluster)
         VALUES (coalesce(last.position, 0) + moved, cur, here);
     END IF;
+    IF moved > 0 THEN
+        -- For those who stream to clients by themselves; nothing to do with the doorbell.
+        PERFORM pg_notify('pg_eventstream_news', '');
+    END IF;
     RETURN moved;
 END
 $$;

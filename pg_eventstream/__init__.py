@@ -14,14 +14,17 @@ The way of an event, and the module of each step:
     recovery    what a client has missed
     hold        tells the proxy to hold a stream: channels, ids, signed next links
     views       the endpoint
+    direct      streams from this very process, without a proxy
+    subscription    one reader of channels: what was missed, then what comes
+    hub         reads the stream, once for all readers of the process
     cors        lets pages of other origins read it
     static/     the browser's client
     retention   prunes what is past its day
 
-Beside it: `channelmanager` is what a project overrides to decide who reads what, `conf` holds
-the settings, `checks` validates them, `errors` is what can be raised, `connection` opens the
-publisher's own connections. `viewsets` and `renderers` are the endpoint for Django REST
-Framework, `testing` is for the tests of a project, `importing` moves one from
+Beside it: `listener` is LISTEN, `channelmanager` is what a project overrides to decide who
+reads what, `conf` holds the settings, `checks` validates them, `errors` is what can be raised,
+`connection` opens connections that live for long. `viewsets` and `renderers` are the endpoint
+for Django REST Framework, `testing` is for the tests of a project, `importing` moves one from
 django-eventstream.
 """
 
@@ -29,15 +32,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import EventPermissionError, EventStreamError, InvalidEvent, InvalidRequest
+from .errors import (
+    EventPermissionError,
+    EventsPruned,
+    EventStreamError,
+    InvalidEvent,
+    InvalidRequest,
+)
 from .permission import channel_permission_changed
 from .recovery import EventPage, ReceivedEvent, get_current_event_id, get_events
 from .send import NewEvent, asend_event, send_event, send_events
+from .subscription import subscribe
 
 __all__ = [
     "EventPage",
     "EventPermissionError",
     "EventStreamError",
+    "EventsPruned",
     "InvalidEvent",
     "InvalidRequest",
     "NewEvent",
@@ -48,6 +59,7 @@ __all__ = [
     "get_events",
     "send_event",
     "send_events",
+    "subscribe",
 ]
 
 

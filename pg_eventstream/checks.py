@@ -96,6 +96,15 @@ def _check_numbers() -> list[CheckMessage]:
                 id="pg_eventstream.E005",
             )
         )
+    max_age = getattr(settings, "EVENTSTREAM_MAX_AGE", None)
+    if max_age is not None and (not _is_number(max_age) or max_age <= 0):
+        messages.append(
+            Error(
+                "EVENTSTREAM_MAX_AGE must be a positive number of seconds, or None for no end.",
+                hint="A stream without a proxy ends after that time, and its client comes back.",
+                id="pg_eventstream.E017",
+            )
+        )
     poll = getattr(settings, "EVENTSTREAM_SAFETY_POLL", 5.0)
     if poll is not None and (not _is_number(poll) or poll <= 0):
         messages.append(

@@ -48,6 +48,15 @@ class Conf:
         return int(getattr(settings, "EVENTSTREAM_NEXT_LINK_TIMEOUT", 600))
 
     @property
+    def max_age(self) -> float | None:
+        """Seconds after which a stream without a proxy ends, so that its client comes back.
+
+        None, the default, for never.
+        """
+        value = getattr(settings, "EVENTSTREAM_MAX_AGE", None)
+        return None if value is None else float(value)
+
+    @property
     def channelmanager_class(self) -> str:
         """Dotted path of the channel manager."""
         return str(

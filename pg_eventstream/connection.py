@@ -60,6 +60,14 @@ class Database:
                 params.pop(name, None)
         params = {**_KEEPALIVE, **params, "application_name": f"pg_eventstream {role}"}
         connection = psycopg.connect(**params, autocommit=True)
+        try:
+            self._set_up(connection, assume_role)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _set_up(self, connection: psycopg.Connection[Any], assume_role: str | None) -> None:
         connection.execute(
             "SELECT set_config(name, value, false)"
             " FROM unnest(%s::text[], %s::text[]) AS setting (name, value)",
@@ -73,7 +81,6 @@ class Database:
             connection.execute(
                 psycopg.sql.SQL("SET ROLE {}").format(psycopg.sql.Identifier(assume_role))
             )
-        return connection
 
     def __str__(self) -> str:
         if self.dsn is not None:

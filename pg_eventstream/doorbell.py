@@ -19,13 +19,13 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import os
-import select
 import time
 from collections import deque
 from typing import Any
 
 import psycopg
+
+from .listener import Listener
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,6 @@ AWAKE_POLL = 0.003
 #: Rounds that found something, per second: above the first wake up, below the second doze.
 BUSY, CALM = 50, 25
 _DROWSY_POLL_LEAST, _DROWSY_POLL_MOST = 0.02, 0.25
-#: Without a working LISTEN there is nothing but polling.
-_DEAF_POLL = 0.1
 
 
 class State(enum.Enum):
@@ -65,18 +63,10 @@ class Doorbell:
         self._listener = listener
         self._locker = locker
         self._safety_poll = safety_poll
-        self._rings = 0
         self._busy_rounds: deque[float] = deque(maxlen=BUSY)
-        self._wake_reader, self._wake_writer = os.pipe()
-        os.set_blocking(self._wake_reader, False)
-        os.set_blocking(self._wake_writer, False)
         self._drowsy_since = 0.0
         self._doze_horizon: int | None = None
-        self.deaf = False
-
-        listener.add_notify_handler(self._on_notify)
-        listener.execute(f"LISTEN {CHANNEL}")
-        self._hear_oneself()
+        self._ears = Listener(listener, CHANNEL)
         # Another publisher may have died a moment ago, and writers that saw it awake may
         # not have committed yet; its connection may even linger and hold the bell lock.
         # So start awake, and do not sleep before the lock was ours once.
@@ -86,13 +76,11 @@ class Doorbell:
     def close(self) -> None:
         with contextlib.suppress(psycopg.Error):  # the connection may be what ended us
             self._release_bell()
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
+        self._ears.close()
 
     def wake(self) -> None:
         """End a wait from another thread or a signal handler."""
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of wakes already
-            os.write(self._wake_writer, b"w")
+        self._ears.wake()
 
     def wait(self, sequenced: int) -> None:
         """Wait for the next round, given how many events the last one found.
@@ -108,20 +96,20 @@ class Doorbell:
             if rate < CALM and self._bell_was_ours():
                 self._doze(now)
             else:
-                self._sleep(AWAKE_POLL if rate else _DROWSY_POLL_LEAST)
+                self._ears.wait(AWAKE_POLL if rate else _DROWSY_POLL_LEAST)
         elif rate >= BUSY:
             # Not to sleep now: writers fall silent with this, and the last of them that rang
             # may be the one that woke us for this round.
             self._awake()
         elif self.state is State.ASLEEP:
-            self._sleep(_DEAF_POLL if self.deaf else self._safety_poll)
+            self._ears.wait(self._safety_poll)
         elif self._all_over():
             # One more round before the sleep: for what the last of them committed.
             self._enter(State.ASLEEP)
         else:
             # A straggler waits a tenth longer than its commit took anyway.
             longer = (now - self._drowsy_since) / 10
-            self._sleep(min(max(longer, _DROWSY_POLL_LEAST), _DROWSY_POLL_MOST))
+            self._ears.wait(min(max(longer, _DROWSY_POLL_LEAST), _DROWSY_POLL_MOST))
 
     def _rate(self, now: float) -> int:
         """How many of the last rounds found something, within the last second."""
@@ -184,45 +172,6 @@ class Doorbell:
                 return
             except psycopg.errors.QueryCanceled:
                 continue  # the cancellation came late and hit this statement instead
-
-    # Waiting
-
-    def _sleep(self, timeout: float | None) -> None:
-        if not self._rings:
-            select.select([self._listener.fileno(), self._wake_reader], [], [], timeout)
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_reader, 1024)
-            self._drain()
-        self._rings = 0
-
-    def _drain(self) -> None:
-        self._listener.pgconn.consume_input()
-        while self._listener.pgconn.notifies():
-            self._rings += 1
-
-    def _on_notify(self, notify: psycopg.Notify) -> None:
-        self._rings += 1  # it arrived while a statement ran
-
-    def _hear_oneself(self) -> None:
-        """Find out whether notifications arrive at all.
-
-        A pooler in transaction mode (PgBouncer) accepts LISTEN and delivers nothing.
-        """
-        self._listener.execute("SELECT pg_notify(%s, '')", [CHANNEL])
-        deadline = time.monotonic() + 2
-        while not self._rings and (left := deadline - time.monotonic()) > 0:
-            select.select([self._listener.fileno()], [], [], left)
-            self._drain()
-        self.deaf = not self._rings
-        self._rings = 0
-        if self.deaf:
-            logger.warning(
-                "LISTEN does not work on this connection, so the publisher polls every %d ms."
-                " Most likely there is a pooler in transaction mode in between (PgBouncer),"
-                " which breaks session locks as well: give the publisher a direct connection"
-                " with --database or --dsn.",
-                _DEAF_POLL * 1000,
-            )
 
 
 def _is_cancel(result: psycopg.pq.abc.PGresult) -> bool:

@@ -4,6 +4,7 @@ EventStreamError
 ├── InvalidEvent          an event that cannot be sent as it is (also a ValueError)
 ├── InvalidRequest        a request for a stream that cannot be served as it is
 ├── ResumeNotAllowed      a client that resumes after a stream-error
+├── EventsPruned          a subscription asks for events that are not kept any more
 ├── EventPermissionError  a user may not read some of the channels asked for
 └── NotLeading            another publisher leads, so this one may not publish
 """
@@ -27,6 +28,18 @@ class InvalidRequest(EventStreamError):
 
 class ResumeNotAllowed(EventStreamError):
     """The client asks to go on after a ``stream-error``, which ends a stream for good."""
+
+
+class EventsPruned(EventStreamError):
+    """Events of ``channels`` are gone; go on from ``last_event_id`` with a fresh state."""
+
+    def __init__(self, channels: Sequence[str], last_event_id: str) -> None:
+        self.channels = list(channels)
+        self.last_event_id = last_event_id
+        super().__init__(
+            f"Events of {', '.join(channels)} that should come next are not kept any more. Read"
+            f" the present state, and go on from {last_event_id!r}."
+        )
 
 
 class EventPermissionError(EventStreamError):

@@ -8,13 +8,15 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.asgi import ASGIRequest
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseBase
 from django.urls import NoReverseMatch, reverse
 from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_http_methods, require_safe
 
-from . import cors, hold, sse
+from . import cors, direct, hold, sse
 from .channelmanager import get_channelmanager
 from .conf import conf
 from .errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
@@ -33,10 +35,11 @@ EVENTS_URL = "pg_eventstream-events"
 NEXT_LINK_URL = "pg_eventstream-next"
 
 _NO_PROXY = (
-    "This endpoint streams through a GRIP proxy (Pushpin or Fanout), and this request did not"
-    " come through one.\n"
-    "Send clients to the proxy's address, and check that GRIP_URL holds the key that the proxy"
-    " signs its requests with (sig_key in pushpin.conf).\n"
+    "This request did not come through a GRIP proxy (Pushpin or Fanout), and without one this"
+    " endpoint streams under ASGI only.\n"
+    "Run the application with an ASGI server (uvicorn, daphne), or send clients to the proxy's"
+    " address, and check that GRIP_URL holds the key that the proxy signs its requests with"
+    " (sig_key in pushpin.conf).\n"
 )
 # No event can have them in its channel; surrogates stand for bytes that are no text.
 _IMPOSSIBLE = re.compile("[\r\n\0\ud800-\udfff]")
@@ -66,15 +69,18 @@ def open_stream(
     request: HttpRequest, view_kwargs: Mapping[str, Any], link_to: LinkTo
 ) -> HttpResponseBase:
     """`events`, wherever it is mounted."""
-    if not _came_through_proxy(request):
+    proxied = _came_through_proxy(request)
+    if not proxied and not _streams_directly(request):
         return _finish(request, HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
     try:
         channels = _requested_channels(request, view_kwargs)
         user = get_channelmanager().get_user_for_request(request)
         session = hold.Session(channels, user_id(user))
-        ids = parse_start(_requested_id(request), channels)
-        missed = recover({channel: ids.get(channel) for channel in reliable(channels)})
-        # Last: an event that was sent after a revocation cannot have been read before it.
+        after = parse_start(_requested_id(request), channels)
+        if not proxied:
+            check_permission(user, channels)
+            return _stream(request, session, after)
+        missed = recover({channel: after.get(channel) for channel in reliable(channels)})
         check_permission(user, channels)
     except ResumeNotAllowed as e:
         # Not a stream: this status is what makes an EventSource stop trying.
@@ -88,6 +94,18 @@ def open_stream(
     return _go_on(request, session, missed, opening + body, ids, link_to)
 
 
+def _stream(
+    request: HttpRequest, session: hold.Session, after: Mapping[str, int]
+) -> HttpResponseBase:
+    if request.method == "HEAD":
+        return _finish(request, HttpResponse(content_type=sse.CONTENT_TYPE))
+
+    def check() -> None:
+        check_permission(_user_of_session(session), session.channels)
+
+    return _finish(request, direct.stream(session.channels, after, session.user_id, check))
+
+
 def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpResponseBase:
     """`next_link`, wherever it is mounted."""
     if not _came_through_proxy(request):
@@ -99,7 +117,8 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
             reliable(session.channels),
         )
         missed = recover({channel: ids.get(channel) for channel in reliable(session.channels)})
-        check_permission(_user_of_session(session), session.channels)  # last, as above
+        # In this order: nothing that was sent after a revocation may be on the page.
+        check_permission(_user_of_session(session), session.channels)
     except InvalidRequest as e:
         # The proxy drops the stream after a few tries, and the client comes back with
         # its own credentials and the id that it saw last.
@@ -117,6 +136,12 @@ def _came_through_proxy(request: HttpRequest) -> bool:
     """Whether a proxy of ours made the request; GripMiddleware has verified its signature."""
     grip = getattr(request, "grip", None)
     return grip is not None and grip.proxied
+
+
+def _streams_directly(request: HttpRequest) -> bool:
+    """Whether this process can stream by itself, and may."""
+    required = getattr(settings, "GRIP_PROXY_REQUIRED", False)
+    return isinstance(request, ASGIRequest) and not required
 
 
 def _next_link_of(request: HttpRequest) -> LinkTo:
@@ -224,8 +249,11 @@ def _error(
     return _finish(request, HttpResponse(body, content_type=sse.CONTENT_TYPE))
 
 
-def _finish(request: HttpRequest, response: HttpResponse) -> HttpResponseBase:
+def _finish(request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:
     response["Cache-Control"] = "no-cache, no-transform"
     response["X-Accel-Buffering"] = "no"  # nginx would hold events back
+    # So that no middleware applies another. Django 5.2 would make each piece a gzip file of its
+    # own (middleware/gzip.py), and browsers show the first of these only.
+    response["Content-Encoding"] = "identity"
     cors.add_headers(request, response)
     return response

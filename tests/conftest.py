@@ -44,7 +44,14 @@ _postgres = Postgres(
 )
 
 
+def _only_hands_out_tests(config: pytest.Config) -> bool:
+    """Whether this process runs none itself (pytest-xdist). Those that do have own servers."""
+    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if _only_hands_out_tests(config):
+        return
     DIRECTORY.chmod(0o755)
     _postgres.start()
     with psycopg.connect(_postgres.dsn(), autocommit=True) as connection:
@@ -62,7 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    _postgres.stop("immediate")
+    if not _only_hands_out_tests(config):
+        _postgres.stop("immediate")
     _directory.cleanup()
 
 

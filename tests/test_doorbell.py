@@ -122,7 +122,7 @@ def test_where_listen_does_not_work_the_publisher_says_so_and_polls(
         database.connect() as locker,
         closing(Doorbell(listener, locker, safety_poll=None)) as doorbell,
     ):
-        assert "give the publisher a direct connection" in caplog.text
+        assert "give it a direct connection" in caplog.text
         deadline = time.monotonic() + 10
         while doorbell.state is not State.ASLEEP:
             doorbell.wait(0)

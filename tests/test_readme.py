@@ -47,13 +47,14 @@ SETTINGS, URLS, PAGE = "INSTALLED_APPS +=", '"rooms/<room>/events/"', "import { 
 MANAGER, MANAGER_SETTING = "def can_read_channel", "EVENTSTREAM_CHANNELMANAGER_CLASS ="
 REVOKE, SEND, READ, TEST = "user.groups.remove", "order.paid = True", "page = get_", "OrderTest"
 ROLE, INSERT, NODE, UNIT = "CREATE ROLE", "BEGIN;", "client.query", "[Service]"
+FOLLOW = "async def follow"
 ORIGINS, API, PROXIES = "_ALLOW_CRED", "NewsViewSet(", "GRIP_PROXIES = ["
 INSTALL, INSTALL_DRF = "install pg-", "[drf]"
 # Run by make itself, and by tests/test_moving.py.
 ELSEWHERE = ["make demo", "grep -rlE", "eventstream_import\n"]
 HERE = [
     *(SETTINGS, URLS, PAGE, MANAGER, MANAGER_SETTING, REVOKE, SEND, READ, TEST),
-    *(ROLE, INSERT, NODE, UNIT, ORIGINS, API, PROXIES, INSTALL, INSTALL_DRF),
+    *(ROLE, INSERT, NODE, UNIT, FOLLOW, ORIGINS, API, PROXIES, INSTALL, INSTALL_DRF),
 ]
 
 
@@ -102,6 +103,10 @@ TEMPLATES = [{
 MODELS = """
 from django.db import models, transaction
 from pg_eventstream import send_event
+
+class Checkpoint(models.Model):
+    name = models.TextField()
+    event_id = models.TextField(default="")
 
 class Order(models.Model):
     paid = models.BooleanField(default=False)
@@ -267,6 +272,17 @@ def test_rest_framework(project: Project, pushpin: Pushpin, app_port: int, page:
         assert opened == "id: " + ",".join(f"{channel}:0" for channel in channels) + "\n"
     page.goto(f"{pushpin.url}/api/news/")
     page.wait_for("document.body.innerText.includes('headline')")
+
+
+def test_worker_follows_from_its_checkpoint(project: Project) -> None:
+    migrate(project)
+    before = "from shop.models import *; Checkpoint.objects.get_or_create(name='orders')"
+    after = "import asyncio\nasyncio.run(asyncio.wait_for(follow(), 3))"
+    for n in range(2):
+        sent = f"Order.objects.create().pay() # {n}"
+        code = f"{before}\n{sent}\n{example(FOLLOW).code}\ntry:\n  {after.splitlines()[0]}\n"
+        code += f"  {after.splitlines()[1]}\nexcept asyncio.TimeoutError: pass"
+        assert project.manage("shell", "--no-imports", "-c", code) == f"paid {{'order': {n + 1}}}\n"
 
 
 def test_tests_of_a_project(project: Project) -> None:

@@ -422,6 +422,7 @@ def test_public_names() -> None:
         "EventPage",
         "EventPermissionError",
         "EventStreamError",
+        "EventsPruned",
         "InvalidEvent",
         "InvalidRequest",
         "NewEvent",
@@ -432,6 +433,7 @@ def test_public_names() -> None:
         "get_events",
         "send_event",
         "send_events",
+        "subscribe",
     ]
     assert all(hasattr(pg_eventstream, name) for name in pg_eventstream.__all__)
 

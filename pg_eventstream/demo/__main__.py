@@ -1,7 +1,8 @@
-"""Runs the demo: `python -m pg_eventstream.demo [--check] [--directory DIR]`.
+"""Runs the demo: `python -m pg_eventstream.demo [--proxy pushpin] [--check] [--directory DIR]`.
 
-Starts PostgreSQL, Pushpin, an application server and the publisher, each of its own on the
-loopback interface, and stops them again. This process only minds the others.
+Starts PostgreSQL and an application server, which streams by itself, or has Pushpin in front and
+the publisher beside it. Each is the demo's own, on the loopback interface, and stopped with it.
+This process only minds the others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pg_eventstream.demo.processes import HOST, Process, ServerError, accepts, f
 from pg_eventstream.demo.pushpin import Pushpin, PushpinNotInstalled
 
 _DATABASE = "demo"
+# Browsers use "http" either way; the other two are for a proxy.
 _PORTS = ("postgres", "http", "control", "application")
 _CHECK_SECONDS = 120
 
@@ -37,7 +39,8 @@ def main() -> int:
     try:
         with ExitStack() as stack:  # stops everything, in reverse order
             try:
-                return Demo(arguments.directory.absolute(), stack).run(check=arguments.check)
+                demo = Demo(arguments.directory.absolute(), stack)
+                return demo.run(proxied=arguments.proxy is not None, check=arguments.check)
             finally:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, signal.SIG_IGN)  # the stopping is not interrupted
@@ -61,12 +64,16 @@ class Demo:
         self._processes: list[Process] = []
         self._environment = dict(os.environ)
 
-    def run(self, *, check: bool) -> int:
+    def run(self, *, proxied: bool, check: bool) -> int:
         """Start all servers, then check them, or wait for a signal."""
-        print(f"pg_eventstream demo in {self._directory}\n")
+        way = "through Pushpin" if proxied else "without a proxy"
+        print(f"pg_eventstream demo {way}, in {self._directory}\n")
         self._lock()
         kept = _kept_from_last_run(self._directory / "kept.json")
-        pushpin = self._start_pushpin(kept)
+        url = f"http://{HOST}:{kept['http']}"
+        if proxied:
+            pushpin = self._start_pushpin(kept)
+            self._environment["DEMO_GRIP_URL"] = f"{pushpin.control_url}?key={kept['key']}"
         postgres = self._start_postgres(kept)
         self._environment |= {
             "PYTHONUNBUFFERED": "1",
@@ -74,15 +81,15 @@ class Demo:
             "DEMO_SECRET_KEY": kept["secret"],
             "DEMO_DSN": postgres.dsn(_DATABASE),
             "DEMO_PSQL": str(postgres.program("psql")),
-            "DEMO_GRIP_URL": f"{pushpin.control_url}?key={kept['key']}",
-            "DEMO_URL": pushpin.url,
+            "DEMO_URL": url,
         }
         self._migrate()
-        self._start_application(int(kept["application"]))
-        self._start_publisher(postgres)
+        self._start_application(int(kept["application" if proxied else "http"]))
+        if proxied:
+            self._start_publisher(postgres)
         if check:
             return self._check()
-        print(f"\nOpen {pushpin.url}/ in a browser. Ctrl-C stops everything.", flush=True)
+        print(f"\nOpen {url}/ in a browser. Ctrl-C stops everything.", flush=True)
         self._mind()
         return 0
 
@@ -190,6 +197,12 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pg_eventstream.demo",
         description="Events from committed transactions to a page in your browser, live.",
+    )
+    parser.add_argument(
+        "--proxy",
+        choices=["pushpin"],
+        help="let it carry the streams, fed by the publisher (default: the application streams by"
+        " itself, without either)",
     )
     parser.add_argument(
         "--check",

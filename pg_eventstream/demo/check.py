@@ -379,7 +379,8 @@ def main() -> int:
                 print(f"  Client {client.name}: {client.error}")
         print("\n  FAILED")
         return 1
-    print("\n  Everything arrived once, in commit order.")
+    way = "through Pushpin" if settings.PROXIED else "without a proxy"
+    print(f"\n  Everything arrived once, in commit order, {way}.")
     return 0
 
 

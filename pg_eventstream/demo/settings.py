@@ -27,14 +27,16 @@ DATABASES = {
     }
 }
 
-# The control port of the proxy, and the key with which it signs its requests to us.
-GRIP_URL = os.environ["DEMO_GRIP_URL"]
-
 INSTALLED_APPS = ["pgtrigger", "pg_eventstream", "pg_eventstream.demo"]
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
-    "django_grip.GripMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
 ]
+PROXIED = "DEMO_GRIP_URL" in os.environ
+if PROXIED:
+    MIDDLEWARE.insert(0, "django_grip.GripMiddleware")
+    # The control port of the proxy, and the key with which it signs its requests to us.
+    GRIP_URL = os.environ["DEMO_GRIP_URL"]
+
 ROOT_URLCONF = "pg_eventstream.demo.urls"
 TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]

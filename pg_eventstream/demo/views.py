@@ -33,6 +33,7 @@ def page(request: HttpRequest) -> HttpResponse:
             "channel": CHANNEL,
             "counter": Counter.objects.get_or_create(name=_COUNTER)[0].value,
             "longest_text": _LONGEST_TEXT,
+            "proxied": settings.PROXIED,
             "psql": f"{settings.PSQL} {settings.DSN}",
         },
     )
@@ -73,18 +74,22 @@ def send(request: HttpRequest) -> JsonResponse:
 @require_safe
 @never_cache
 def seen(request: HttpRequest, event_id: int) -> JsonResponse:
-    """What PostgreSQL and the publisher know of an event."""
+    """What PostgreSQL knows of an event, and the publisher if there is one."""
     place = Stream.objects.filter(channel=CHANNEL, event_id=event_id).first()
-    acknowledged = Proxy.objects.aggregate(position=Min("position"))["position"]
     return JsonResponse(
         {
             "row": Event.objects.filter(id=event_id).exists(),
             "id": None if place is None else str(place),
-            "published": place is not None
-            and acknowledged is not None
-            and place.position <= acknowledged,
+            "published": place is not None and _is_published(place),
         }
     )
+
+
+def _is_published(place: Stream) -> bool:
+    if not settings.PROXIED:
+        return True  # the application streams what has a place
+    acknowledged = Proxy.objects.aggregate(position=Min("position"))["position"]
+    return acknowledged is not None and place.position <= acknowledged
 
 
 def _id_of_last_event() -> int:

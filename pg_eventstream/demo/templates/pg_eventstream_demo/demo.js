@@ -7,6 +7,7 @@ const QUIET_FOR = 2_000; // ms after which a rolled-back event is taken as never
 
 const channel = document.querySelector("main").dataset.channel;
 const find = (id) => document.getElementById(id);
+const columns = Array.from(document.querySelectorAll("th"), (head) => head.dataset.cell);
 const later = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const attempts = new Map(); // token -> what happens to that transaction
 
@@ -71,7 +72,7 @@ source.addEventListener("counted", (event) => {
 function newAttempt(text, rollsBack) {
   const row = document.createElement("tr");
   const cells = {};
-  for (const name of ["text", "counter", "row", "id", "published", "received"]) {
+  for (const name of columns) {
     cells[name] = element("td", "waiting", "…");
     row.append(cells[name]);
   }
@@ -83,6 +84,7 @@ function newAttempt(text, rollsBack) {
     clicked: performance.now(),
     received: false,
     mark(name, className, content) {
+      if (!cells[name]) return; // "published", where no proxy is
       cells[name].className = className;
       cells[name].textContent = content;
     },

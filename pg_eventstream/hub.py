@@ -1,0 +1,337 @@
+"""One per process and database: reads what is sequenced, once, for all who follow it here.
+
+A thread of its own reads the stream over one connection, upon notifications, and hands each
+page to the event loops in which somebody subscribed; a loop hands it on to its subscribers.
+It runs as long as there are any. If no publisher leads it sequences by itself, so that
+development needs no other process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import psycopg
+
+from . import permission
+from .conf import conf
+from .connection import Database, explained
+from .doorbell import CHANNEL, LEADER_LOCK, LOCK_SPACE
+from .listener import Listener
+
+logger = logging.getLogger(__name__)
+
+#: What sequence() rings when there are new rows in the stream.
+NEWS = "pg_eventstream_news"
+
+_PAGE_EVENTS = 200
+#: A larger event is not handed around; each subscriber reads it from the database.
+_EVENT_BYTES = 64_000
+# Pages that a loop has not taken yet; then the hub waits for it.
+_PAGES_AHEAD = 4
+_FIRST_RETRY, _MOST_RETRY = 0.1, 5.0
+
+
+@dataclass(slots=True)
+class News:
+    """An event in the stream. ``data`` is None if it is to be read from the database."""
+
+    channel: str
+    eid: int
+    type: str
+    data: str | None
+    skip_user_ids: list[str]
+    reliable: bool
+    #: As it goes to streams of this channel alone, once it was needed.
+    sse: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PermissionChange:
+    """The user's permission for the channel may have changed at this place in the stream."""
+
+    user: str
+    channel: str
+
+
+class Subscriber(Protocol):
+    """Who is offered the news of its channels. Called in its event loop only."""
+
+    @property
+    def channels(self) -> tuple[str, ...]: ...
+    def offer(self, news: News | PermissionChange) -> None:
+        """Take it, or remember that there was something to read."""
+
+    def read_anew(self) -> None:
+        """Something may be missing: read it from the database."""
+
+    def end(self) -> None:
+        """The process ends."""
+
+
+class _Group:
+    """The subscribers of one event loop. All but `post` is called in that loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.subscribers: set[Subscriber] = set()
+        self._by_channel: defaultdict[str, set[Subscriber]] = defaultdict(set)
+        self._room = threading.Semaphore(_PAGES_AHEAD)
+
+    def add(self, subscriber: Subscriber) -> None:
+        self.subscribers.add(subscriber)
+        for channel in subscriber.channels:
+            self._by_channel[channel].add(subscriber)
+
+    def discard(self, subscriber: Subscriber) -> None:
+        self.subscribers.discard(subscriber)
+        for channel in subscriber.channels:
+            self._by_channel[channel].discard(subscriber)
+            if not self._by_channel[channel]:
+                del self._by_channel[channel]
+
+    def post(self, page: list[News | PermissionChange], stopping: threading.Event) -> None:
+        """From the hub's thread. A loop that is busy holds the hub up, rather than memory."""
+        while not self._room.acquire(timeout=1):
+            if stopping.is_set() or self.loop.is_closed():
+                return
+        self.call(self._deliver, page)
+
+    def call(self, function: Any, *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and with it all its streams
+            self.loop.call_soon_threadsafe(function, *arguments)
+
+    def _deliver(self, page: list[News | PermissionChange]) -> None:
+        self._room.release()
+        for news in page:
+            for subscriber in self._by_channel.get(news.channel, ()):
+                subscriber.offer(news)
+
+    def read_anew(self) -> None:
+        for subscriber in self.subscribers:
+            subscriber.read_anew()
+
+    def end(self) -> None:
+        for subscriber in self.subscribers:
+            subscriber.end()
+
+
+class Hub:
+    """Offers everything in the stream, in order and without a gap, to its subscribers."""
+
+    def __init__(self, alias: str) -> None:
+        self._database = Database(alias)
+        # Of all that follows. A signal handler may take it where its own thread holds it.
+        self._lock = threading.RLock()
+        self._groups: dict[asyncio.AbstractEventLoop, _Group] = {}
+        self._followed: Counter[str] = Counter()
+        self._reader: _Reader | None = None
+
+    def add(self, subscriber: Subscriber) -> None:
+        """From now on. What is in the stream already is the subscriber's to read, behind this."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._forget_closed_loops()
+            self._groups.setdefault(loop, _Group(loop)).add(subscriber)
+            self._followed.update(subscriber.channels)
+            if self._reader is None:
+                self._reader = _Reader(self)
+                self._reader.start()
+
+    def discard(self, subscriber: Subscriber) -> None:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            group = self._groups.get(loop)
+            if group is not None and subscriber in group.subscribers:
+                group.discard(subscriber)
+                self._followed -= Counter(subscriber.channels)
+                if not group.subscribers:
+                    del self._groups[loop]
+            self._stop_unless_needed()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether all that comes from now on is offered. `Subscriber.read_anew` says when."""
+        reader = self._reader
+        return reader is not None and reader.position is not None
+
+    def end(self) -> None:
+        """End all streams: the process is about to end."""
+        with self._lock:
+            groups = list(self._groups.values())
+        for group in groups:
+            group.call(group.end)
+
+    def audience(self, reader: _Reader) -> tuple[list[_Group], list[str]]:
+        """Whom the reader serves, and the channels that they follow; nobody if it is not needed."""
+        with self._lock:
+            self._forget_closed_loops()
+            self._stop_unless_needed()
+            if reader is not self._reader:
+                return [], []
+            return list(self._groups.values()), list(self._followed)
+
+    def _forget_closed_loops(self) -> None:
+        for loop, group in list(self._groups.items()):
+            if loop.is_closed():
+                for subscriber in group.subscribers:
+                    self._followed -= Counter(subscriber.channels)
+                del self._groups[loop]
+
+    def _stop_unless_needed(self) -> None:
+        if not self._groups and self._reader is not None:
+            self._reader.stop()
+            self._reader = None
+
+
+class _Reader(threading.Thread):
+    """The hub's thread."""
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(name="pg_eventstream hub", daemon=True)
+        self._hub = hub
+        self._stopping = threading.Event()
+        self._listener: Listener | None = None
+        self.position: int | None = None
+        self._may_sequence = True
+
+    def stop(self) -> None:
+        self._stopping.set()
+        listener = self._listener
+        if listener is not None:
+            listener.wake()
+
+    def run(self) -> None:
+        delay = _FIRST_RETRY
+        while not self._stopping.is_set():
+            try:
+                with self._hub._database.connect("hub") as connection:
+                    self._follow(connection)
+            except psycopg.Error as e:
+                logger.warning("hub: database: %s; connecting again", explained(e))
+                if self.position is not None:  # it worked before
+                    delay = min(delay, 1.0)
+            except Exception:
+                logger.exception("hub: unexpected error; connecting again")
+            else:
+                break
+            self._stopping.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311
+            delay = min(delay * 2, _MOST_RETRY)
+
+    def _follow(self, connection: psycopg.Connection[Any]) -> None:
+        self._listener = listener = Listener(connection, NEWS, CHANNEL)
+        try:
+            # Rings of a time when nobody listened may have been lost.
+            rung = {CHANNEL}
+            while not self._stopping.is_set():
+                if CHANNEL in rung:
+                    self._sequence(connection)
+                if self.position is None:
+                    self._begin(connection)
+                while not self._stopping.is_set() and self._read_page(connection):
+                    pass
+                # The safety poll: nobody may have been there when it rang.
+                rung = listener.wait(conf.safety_poll) or {CHANNEL}
+        finally:
+            self._listener = None
+            listener.close()
+
+    def _begin(self, connection: psycopg.Connection[Any]) -> None:
+        row = connection.execute(
+            "SELECT coalesce(max(position), 0) FROM pg_eventstream_stream"
+        ).fetchone()
+        assert row is not None  # noqa: S101
+        self.position = int(row[0])
+        # For those who waited for this.
+        for group in self._hub.audience(self)[0]:
+            group.call(group.read_anew)
+
+    def _sequence(self, connection: psycopg.Connection[Any]) -> None:
+        """What the publisher does, if none leads: it holds this lock exclusively."""
+        if not self._may_sequence:
+            return
+        try:
+            connection.execute(
+                f"SELECT CASE WHEN pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
+                " THEN pg_eventstream_sequence() END"
+            )
+        except psycopg.errors.InsufficientPrivilege:
+            self._may_sequence = False
+            logger.info(
+                "hub: this role may not sequence events, so streams wait for the publisher"
+                " (manage.py eventstream_publisher)"
+            )
+
+    def _read_page(self, connection: psycopg.Connection[Any]) -> int:
+        # The rows of all channels, so that the position says what has been passed by; the
+        # data only of those that somebody follows.
+        rows = connection.execute(
+            """
+            WITH news AS MATERIALIZED (
+                SELECT position, channel, eid, event_id FROM pg_eventstream_stream
+                 WHERE position > %s ORDER BY position LIMIT %s
+            )
+            SELECT news.position, news.channel, news.eid, coalesce(event.type, ''),
+                   CASE WHEN octet_length(event.data) <= %s THEN event.data END,
+                   coalesce(event.skip_user_ids, '{}')
+              FROM news
+              LEFT JOIN LATERAL (
+                   SELECT * FROM pg_eventstream_event
+                    WHERE id = news.event_id AND news.channel = ANY(%s) OFFSET 0
+                   ) AS event ON true
+             ORDER BY news.position
+            """,
+            [
+                self.position,
+                _PAGE_EVENTS,
+                _EVENT_BYTES,
+                [*self._hub.audience(self)[1], permission.CHANGES],
+            ],
+        ).fetchall()
+        if rows:
+            page = _news(row[1:] for row in rows)
+            for group in self._hub.audience(self)[0]:
+                group.post(page, self._stopping)
+            self.position = rows[-1][0]
+        return len(rows)
+
+
+def _news(rows: Iterable[tuple[Any, ...]]) -> list[News | PermissionChange]:
+    reliable: dict[str, bool] = {}
+    page: list[News | PermissionChange] = []
+    for channel, eid, event_type, data, skip_user_ids in rows:
+        if channel == permission.CHANGES:
+            try:
+                page.append(PermissionChange(*permission.parse_change(data or "")))
+            except ValueError as e:
+                logger.error("an event is no change of permission (%s): ignored", e)
+            continue
+        if channel not in reliable:
+            reliable[channel] = permission.is_reliable(channel)
+        page.append(News(channel, eid, event_type, data, skip_user_ids, reliable[channel]))
+    return page
+
+
+_hubs: dict[str, Hub] = {}
+_hubs_lock = threading.RLock()
+
+
+def hub_of(alias: str) -> Hub:
+    """The process's hub for a database alias."""
+    with _hubs_lock:
+        return _hubs.setdefault(alias, Hub(alias))
+
+
+def end_all() -> None:
+    """End all streams of the process."""
+    with _hubs_lock:
+        hubs = list(_hubs.values())
+    for hub in hubs:
+        hub.end()

@@ -1,0 +1,102 @@
+"""LISTEN on a connection that runs statements as well."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import threading
+import time
+from typing import Any
+
+import psycopg
+
+logger = logging.getLogger(__name__)
+
+#: Without a working LISTEN there is nothing but polling.
+DEAF_POLL = 0.1
+
+
+class Listener:
+    """Waits for notifications on channels. ``deaf`` if none arrive on this connection.
+
+    Raises `psycopg.OperationalError` if the connection is lost.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any], *channels: str) -> None:
+        self._connection = connection
+        self._rung: set[str] = set()
+        # A signal handler may take it where its own thread holds it.
+        self._closing = threading.RLock()
+        self._closed = False
+        connection.add_notify_handler(self._on_notify)
+        for channel in channels:
+            connection.execute(f"LISTEN {channel}")
+        self.deaf = not self._hears_itself(channels[0])
+        if self.deaf:
+            logger.warning(
+                "LISTEN does not work on this connection, so it polls every %d ms. Most likely"
+                " there is a pooler in transaction mode in between (PgBouncer), which breaks"
+                " session locks as well: give it a direct connection (the publisher by --database"
+                " or --dsn).",
+                DEAF_POLL * 1000,
+            )
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
+
+    def close(self) -> None:
+        with self._closing:
+            self._closed = True
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+
+    def wake(self) -> None:
+        """End a wait from another thread or a signal handler."""
+        # Once closed, the number of the pipe may be that of another file, or of a connection.
+        with self._closing, contextlib.suppress(BlockingIOError):  # it is full of wakes already
+            if not self._closed:
+                os.write(self._wake_writer, b"w")
+
+    def wait(self, timeout: float | None) -> set[str]:
+        """The channels that rang since the last wait, at once if there are any.
+
+        None after so many seconds (without end if that is None), or when woken.
+        """
+        if not self._rung:
+            if self.deaf:
+                timeout = DEAF_POLL if timeout is None else min(timeout, DEAF_POLL)
+            _wait_readable(timeout, self._connection.fileno(), self._wake_reader)
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_reader, 1024)
+            self._drain()
+        rung, self._rung = self._rung, set()
+        return rung
+
+    def _drain(self) -> None:
+        self._connection.pgconn.consume_input()
+        while notify := self._connection.pgconn.notifies():
+            self._rung.add(notify.relname.decode())
+
+    def _on_notify(self, notify: psycopg.Notify) -> None:
+        self._rung.add(notify.channel)  # it arrived while a statement ran
+
+    def _hears_itself(self, channel: str) -> bool:
+        """A pooler in transaction mode (PgBouncer) accepts LISTEN and delivers nothing."""
+        self._connection.execute("SELECT pg_notify(%s, '')", [channel])
+        deadline = time.monotonic() + 2
+        while not self._rung and (left := deadline - time.monotonic()) > 0:
+            _wait_readable(left, self._connection.fileno())
+            self._drain()
+        heard = bool(self._rung)
+        self._rung.clear()
+        return heard
+
+
+def _wait_readable(timeout: float | None, *files: int) -> None:
+    # Not select(), which takes no number above 1023: a server of many streams has those.
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    poll.poll(None if timeout is None else max(0, timeout) * 1000)

@@ -1,0 +1,295 @@
+"""Follows channels from a place in the stream on: what was missed, then what comes.
+
+Reading and live news join without a gap or a repeat, by the eids, which are dense. Whoever
+falls behind reads from the database again, so nothing is lost and memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TypeVar
+
+from django.db import Error, connections
+
+from . import sse
+from .conf import conf
+from .errors import EventsPruned
+from .hub import News, PermissionChange, hub_of
+from .permission import reliable
+from .recovery import ReceivedEvent, Recovered, RecoveredEvent, parse_start, recover
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+# What waits in memory for a subscriber that is slow; beyond, it reads from the database again.
+_QUEUE_EVENTS, _QUEUE_BYTES = 250, 500_000
+_FIRST_RETRY, _MOST_RETRY = 0.1, 5.0
+
+
+async def subscribe(
+    channels: Iterable[str], after: str | None = None
+) -> AsyncIterator[ReceivedEvent]:
+    """Every event of these channels behind an id, then all that come, for ever.
+
+    Each once, in commit order per channel, whatever happens to the database or to its
+    connections meanwhile. ``after`` is an event's ``id``, ``"earliest"`` for all that are kept,
+    None for those from now on. Store the ``id`` of an event in the transaction that handles it,
+    and begin behind it the next time: then each is handled exactly once.
+
+    No permission is checked and no event is skipped. Events of unreliable channels come with
+    the id of what came before them.
+
+    Raises `EventsPruned` if events are gone that should come next, and `InvalidRequest` if the
+    id is none that was ever sent.
+    """
+    names = tuple(dict.fromkeys(channels))
+    async with Subscription(names, parse_start(after, names)) as subscription:
+        while not (batch := await subscription.next_batch()).ended:
+            if batch.reset:
+                raise EventsPruned(batch.reset, sse.make_id(batch.start or {}))
+            for event, ids in batch.events:
+                yield ReceivedEvent(
+                    sse.make_id(ids), event.channel, event.eid, event.type, event.data or ""
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What came: events, each with the eids behind it. Nothing at all if the time was over.
+
+    ``reset`` names the channels of which events are gone that should come first, ``start`` is
+    set when this was read from the database: the eids before the first event. ``ended``: the
+    process is about to end.
+    """
+
+    events: list[tuple[News | RecoveredEvent, Mapping[str, int]]] = field(default_factory=list)
+    reset: list[str] = field(default_factory=list)
+    start: Mapping[str, int] | None = None
+    ended: bool = False
+
+
+class Subscription:
+    """One reader of some channels: an async context manager.
+
+    `next_batch` waits for what comes next. It may be cancelled; nothing is lost then.
+
+    ``reader`` is the user id whose events these are: those that skip this user are left out,
+    and ``check`` is called, in a thread, before anything is passed on that may have been sent
+    after a change of this user's permissions. What it raises, `next_batch` raises.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[str, ...],
+        after: Mapping[str, int],
+        reader: str | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.channels = channels
+        self._after = after
+        self._reader = reader
+        self._check = check
+        self._hub = hub_of(conf.database)
+        self._ids: dict[str, int] | None = None  # of the reliable channels
+        self._queue: deque[News | PermissionChange] = deque()
+        self._queued_bytes = 0
+        self._behind = True
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Subscription:
+        # First this, then what is in the stream already: so nothing falls in between.
+        self._hub.add(self)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._hub.discard(self)
+
+    async def next_batch(self, timeout: float | None = None) -> Batch:
+        """The next events, as soon as there are any; an empty batch after so many seconds."""
+        deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        delay = _FIRST_RETRY
+        while not self._ended:
+            if not self._hub.has_begun:
+                if not await self._wait(deadline):
+                    return Batch()
+            elif self._behind:
+                try:
+                    return await self._read()
+                except Error as e:
+                    logger.warning("stream: database: %s; trying again", e)
+                    if not await self._wait(deadline, delay):
+                        return Batch()
+                    delay = min(delay * 2, _MOST_RETRY)
+            elif self._queue:
+                if events := await self._take():
+                    return Batch(events)
+            elif not await self._wait(deadline):
+                return Batch()
+        return Batch(ended=True)
+
+    async def _wait(self, deadline: float | None, delay: float | None = None) -> bool:
+        """Until something is offered, or so many seconds long; False at the deadline."""
+        loop = asyncio.get_running_loop()
+        self._waiter = waiter = loop.create_future()
+        until = deadline
+        if delay is not None:
+            until = min(loop.time() + delay, deadline or math.inf)
+        timer = None if until is None else loop.call_at(until, self._wake)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+        return deadline is None or loop.time() < deadline
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # What the hub calls
+
+    def offer(self, news: News | PermissionChange) -> None:
+        if isinstance(news, PermissionChange) and news.user != self._reader:
+            return
+        if len(self._queue) >= _QUEUE_EVENTS or self._queued_bytes >= _QUEUE_BYTES:
+            self.read_anew()
+            return
+        self._queue.append(news)
+        if isinstance(news, News):
+            self._queued_bytes += len(news.data or "")
+        self._wake()
+
+    def read_anew(self) -> None:
+        self._queue.clear()
+        self._queued_bytes = 0
+        self._behind = True
+        self._wake()
+
+    def end(self) -> None:
+        self._ended = True
+        self._wake()
+
+    # What comes next
+
+    async def _read(self) -> Batch:
+        """The next page from the database; then permission is asked for, in this order."""
+        # What is offered meanwhile is queued: it may or may not be on the page.
+        self._behind = False
+        try:
+            missed = await in_thread(self._recover)
+        except BaseException:
+            self._behind = True
+            raise
+        self._ids = missed.end
+        self._behind = self._behind or missed.more
+        events: list[tuple[News | RecoveredEvent, Mapping[str, int]]] = [
+            (event, ids)
+            for event, ids in missed.with_ids()
+            if self._reader not in event.skip_user_ids
+        ]
+        return Batch(events, missed.reset, missed.start)
+
+    def _recover(self) -> Recovered:
+        ids = self._after if self._ids is None else self._ids
+        missed = recover({channel: ids.get(channel) for channel in reliable(self.channels)})
+        self._check()
+        return missed
+
+    async def _take(self) -> list[tuple[News | RecoveredEvent, Mapping[str, int]]]:
+        """What is queued, up to a change of permission or a gap."""
+        events: list[tuple[News | RecoveredEvent, Mapping[str, int]]] = []
+        ids = self._ids or {}
+        while self._queue:
+            news = self._queue[0]
+            if isinstance(news, PermissionChange):
+                if events:
+                    break
+                await in_thread(self._check)
+                if self._behind:  # it was cleared meanwhile
+                    break
+                self._queue.popleft()
+                continue
+            self._queue.popleft()
+            self._queued_bytes -= len(news.data or "")
+            if news.reliable:
+                at = ids.get(news.channel, news.eid)
+                if news.eid <= at:
+                    continue  # it was on a page
+                if news.eid > at + 1 or news.data is None:
+                    self._behind = True
+                    break
+                self._ids = ids = {**ids, news.channel: news.eid}
+            if news.data is not None and self._reader not in news.skip_user_ids:
+                events.append((news, ids))
+        return events
+
+
+# Reading
+
+
+class _Threads:
+    """A few threads, whose database connections are open only while there is work."""
+
+    _MOST = 4
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._started = self._idle = 0
+
+    def submit(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            if not self._idle and self._started < self._MOST:
+                self._started += 1
+                threading.Thread(
+                    target=self._work, name="pg_eventstream reader", daemon=True
+                ).start()
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                connections.close_all()
+                with self._lock:
+                    self._idle += 1
+                job = self._jobs.get()
+                with self._lock:
+                    self._idle -= 1
+            job()
+
+
+_threads = _Threads()
+
+
+async def in_thread(function: Callable[[], _T]) -> _T:
+    """Call a function that uses the database."""
+    result: Future[_T] = Future()
+
+    def job() -> None:
+        if result.set_running_or_notify_cancel():
+            try:
+                result.set_result(function())
+            except BaseException as e:  # noqa: BLE001  (it is raised where it is awaited)
+                result.set_exception(e)
+
+    _threads.submit(job)
+    return await asyncio.wrap_future(result)
