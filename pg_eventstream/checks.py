@@ -52,7 +52,8 @@ def _check_database() -> list[CheckMessage]:
         return [
             Error(
                 f"The database {alias!r} is not PostgreSQL, so it cannot hold the events.",
-                hint="Name a PostgreSQL database in EVENTSTREAM_DATABASE.",
+                hint="Name a PostgreSQL database in EVENTSTREAM_DATABASE, and keep the tables out"
+                " of the others with a database router.",
                 id="pg_eventstream.E002",
             )
         ]

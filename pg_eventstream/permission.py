@@ -40,8 +40,12 @@ def user_id(user: AbstractBaseUser | AnonymousUser | None) -> str:
     return str(user.pk)
 
 
-def check_permission(user: AbstractBaseUser | None, channels: Iterable[str]) -> None:
+def check_permission(
+    user: AbstractBaseUser | AnonymousUser | None, channels: Iterable[str]
+) -> None:
     """Raise `EventPermissionError` with the channels that the user may not read."""
+    if getattr(user, "is_anonymous", False):
+        user = None  # as managers know visitors who are not logged in
     manager = get_channelmanager()
     refused = [channel for channel in channels if not manager.can_read_channel(user, channel)]
     if refused:

@@ -12,10 +12,11 @@ from django.db import connections
 
 from . import sse
 from .conf import conf
+from .errors import InvalidRequest
 from .permission import check_permission, reliable, user_id
 
 if TYPE_CHECKING:
-    from django.contrib.auth.models import AbstractBaseUser
+    from django.contrib.auth.models import AbstractBaseUser, AnonymousUser
 
 # What one response holds, unless a single event is larger. Pages follow each other without
 # delay, so they need not be long; short ones keep every process's memory flat.
@@ -92,7 +93,7 @@ def get_events(
     channels: Iterable[str],
     last_event_id: str | None = None,
     limit: int = 100,
-    user: AbstractBaseUser | EllipsisType | None = ...,
+    user: AbstractBaseUser | AnonymousUser | EllipsisType | None = ...,
 ) -> EventPage:
     """The events that are kept of these channels behind an id, in commit order.
 
@@ -103,7 +104,7 @@ def get_events(
 
     Raises `InvalidRequest` if the id is none that was ever sent.
     """
-    wanted = tuple(channels)
+    wanted = as_names(channels)
     asked = parse_start(last_event_id, wanted)
     missed = recover({c: asked.get(c) for c in reliable(wanted)}, max(1, min(limit, PAGE_EVENTS)))
     reader = None
@@ -116,6 +117,13 @@ def get_events(
         if reader not in event.skip_user_ids
     ]
     return EventPage(events, sse.make_id(missed.end), missed.reset, missed.more)
+
+
+def as_names(channels: Iterable[str]) -> tuple[str, ...]:
+    """Raises `InvalidRequest` for a string, which would be a channel per character."""
+    if isinstance(channels, str):
+        raise InvalidRequest(f"The channels must be a list: [{channels!r}].")
+    return tuple(dict.fromkeys(channels))
 
 
 def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[str, int]:
@@ -167,7 +175,7 @@ def get_current_event_id(channels: Iterable[str]) -> str:
     resumes from the id gets every later event, and perhaps some that the state contains.
     The other way round it could miss one. Unreliable channels have no ids and are left out.
     """
-    names = reliable(channels)
+    names = reliable(as_names(channels))
     tips, _ = _tips_and_pruned(names)
     return sse.make_id({name: tips[name] for name in names})
 

@@ -82,7 +82,7 @@ def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None 
 
     Either all of them are written or, if one is refused, none.
     """
-    rows = [to_row(NewEvent(*event)) for event in events]
+    rows = [to_row(_new_event(event)) for event in events]
     if not rows:
         return
     channels, types, texts, skips = zip(*rows, strict=True)
@@ -99,6 +99,16 @@ def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None 
             """,
             [list(channels), list(types), list(texts), [json.dumps(ids) for ids in skips]],
         )
+
+
+def _new_event(event: NewEvent | tuple[Any, ...]) -> NewEvent:
+    try:
+        return NewEvent(*event)
+    except TypeError as e:
+        raise InvalidEvent(
+            f"An event must be (channel, event_type, data, skip_user_ids, json_encode), the last"
+            f" two of which may be left out; not {event!r}."
+        ) from e
 
 
 def insert(row: tuple[str, str, str, list[str]], using: str | None) -> None:
@@ -171,7 +181,8 @@ def _user_ids(skip_user_ids: Iterable[object] | None) -> list[str]:
         raise InvalidEvent(
             f"skip_user_ids must be a list of user ids, not the {kind} {skip_user_ids!r}."
         )
-    ids = [_encodable("user id", str(user_id)) for user_id in skip_user_ids]
+    # A user, in place of its primary key, would otherwise be skipped by its name: never.
+    ids = [_encodable("user id", str(getattr(user, "pk", user))) for user in skip_user_ids]
     if any("\0" in user_id for user_id in ids):
         raise InvalidEvent("A user id must not contain NUL.")
     return ids

@@ -25,7 +25,7 @@ from .conf import conf
 from .errors import EventsPruned
 from .hub import News, PermissionChange, hub_of
 from .permission import reliable
-from .recovery import ReceivedEvent, Recovered, RecoveredEvent, parse_start, recover
+from .recovery import ReceivedEvent, Recovered, RecoveredEvent, as_names, parse_start, recover
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ async def subscribe(
     Raises `EventsPruned` if events are gone that should come next, and `InvalidRequest` if the
     id is none that was ever sent.
     """
-    names = tuple(dict.fromkeys(channels))
+    names = as_names(channels)
     async with Subscription(names, parse_start(after, names)) as subscription:
         while not (batch := await subscription.next_batch()).ended:
             if batch.reset:

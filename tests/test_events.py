@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from django.contrib.auth.models import User
+from django.contrib.auth.models import AnonymousUser, User
 from django.http import HttpRequest, HttpResponseBase
 from django.template import Context, Template
 from django.test import RequestFactory, override_settings
@@ -23,6 +23,7 @@ from pg_eventstream import (
     send_events,
     views,
 )
+from pg_eventstream.channelmanager import DefaultChannelManager
 
 from .conftest import Database, PublisherProcess
 from .origin import Answer, Origin, behind_a_proxy, prune, sequence, signature
@@ -191,6 +192,22 @@ def test_id_that_was_never_sent_is_refused(database: Database) -> None:
         get_events(["c"], "error")
 
 
+def test_string_in_place_of_a_list_of_names_is_refused(database: Database) -> None:
+    for read in (get_events, get_current_event_id):
+        with pytest.raises(InvalidRequest, match=r"must be a list: \['room'\]"):
+            read("room")
+
+
+class VisitorsOnly(DefaultChannelManager):
+    def can_read_channel(self, user: User | None, channel: str) -> bool:
+        return user is None
+
+
+@override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.test_events.VisitorsOnly")
+def test_managers_know_visitors_as_none(database: Database) -> None:
+    assert get_events(["c"], user=AnonymousUser()).events == []
+
+
 @staff_only
 def test_page_for_a_user_has_only_what_this_user_may_see(database: Database) -> None:
     ann = User.objects.create_user("ann")
@@ -205,7 +222,8 @@ def test_page_for_a_user_has_only_what_this_user_may_see(database: Database) -> 
     assert seen(ann) == [2]
     assert seen(None) == [1]
     assert len(get_events(["c", "staff"], "earliest").events) == 3  # without a user: all
-    for user in (ann, None):
+    assert [e.json() for e in get_events(["c"], "earliest", user=AnonymousUser()).events] == [1]
+    for user in (ann, None, AnonymousUser()):
         with pytest.raises(EventPermissionError) as raised:
             get_events(["c", "staff"], "earliest", user=user)
         assert raised.value.channels == ["staff"]

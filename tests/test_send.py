@@ -17,6 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 from asgiref.sync import async_to_sync
+from django.contrib.auth.models import User
 from django.db import DataError, connection, connections, models, transaction
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
@@ -449,6 +450,20 @@ def test_sending_synchronously_and_asynchronously_takes_the_same_arguments() -> 
     assert inspect.iscoroutinefunction(asend_event)
     # What NewEvent holds is what send_event takes.
     assert list(NewEvent._fields) == [*names, "json_encode"]
+
+
+def test_users_can_be_skipped_as_objects_too(database: Database) -> None:
+    ann, bob = (User.objects.create_user(name) for name in ("ann", "bob"))
+    send_event("c", "t", 1, skip_user_ids=User.objects.order_by("pk"))
+    send_events([("c", "t", 1, [ann, bob.pk])])
+    expected = ([str(ann.pk), str(bob.pk)],)
+    assert database.fetch("SELECT skip_user_ids FROM pg_eventstream_event") == [expected] * 2
+
+
+def test_tuple_that_is_no_event_is_refused_with_what_it_should_be(database: Database) -> None:
+    for wrong in (("c", "t"), ("c", "t", 1, None, True, "more"), ()):
+        with pytest.raises(InvalidEvent, match=r"must be \(channel, event_type, data"):
+            send_events([wrong])
 
 
 def test_callers_of_django_eventstream_may_go_on_naming_async_publish(database: Database) -> None:
