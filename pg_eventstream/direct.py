@@ -21,7 +21,7 @@ from .conf import conf
 from .errors import EventPermissionError
 from .hub import News
 from .recovery import RecoveredEvent
-from .subscription import Batch, Subscription, in_thread
+from .subscription import Batch, Subscription
 
 # What one piece of a response holds, unless a single event is larger.
 _PIECE_CHARACTERS = 64_000
@@ -34,11 +34,11 @@ def stream(
 
     ``check`` raises `EventPermissionError` when the reader may not go on.
     """
-    pieces = _pieces(Subscription(channels, after, reader, check), check)
+    pieces = _pieces(Subscription(channels, after, reader, check))
     return StreamingHttpResponse(pieces, content_type=sse.CONTENT_TYPE)
 
 
-async def _pieces(subscription: Subscription, check: Callable[[], None]) -> AsyncIterator[bytes]:
+async def _pieces(subscription: Subscription) -> AsyncIterator[bytes]:
     await _let_go_of_request()
     _end_streams_with_the_process()
     now = asyncio.get_running_loop().time
@@ -50,7 +50,7 @@ async def _pieces(subscription: Subscription, check: Callable[[], None]) -> Asyn
         try:
             while now() < ends_at and not _process_ends:
                 if now() >= check_at:
-                    await in_thread(check)
+                    subscription.ask_again()
                     check_at = now() + conf.next_link_timeout
                 due = min(ends_at, check_at, keep_alive_at)
                 batch = await subscription.next_batch(due - now())

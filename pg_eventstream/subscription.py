@@ -128,17 +128,17 @@ class Subscription:
             if not self._hub.has_begun:
                 if not await self._wait(deadline):
                     return Batch()
-            elif self._behind:
+            elif self._behind or self._queue:
                 try:
-                    return await self._read()
+                    if self._behind:
+                        return await self._read()
+                    if events := await self._take():
+                        return Batch(events)
                 except Error as e:
                     logger.warning("stream: database: %s; trying again", e)
                     if not await self._wait(deadline, delay):
                         return Batch()
                     delay = min(delay * 2, _MOST_RETRY)
-            elif self._queue:
-                if events := await self._take():
-                    return Batch(events)
             elif not await self._wait(deadline):
                 return Batch()
         return Batch(ended=True)
@@ -163,7 +163,7 @@ class Subscription:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    # What the hub calls
+    # What the hub calls, but for `ask_again`
 
     def offer(self, news: News | PermissionChange) -> None:
         if isinstance(news, PermissionChange) and news.user != self._reader:
@@ -175,6 +175,10 @@ class Subscription:
         if isinstance(news, News):
             self._queued_bytes += len(news.data or "")
         self._wake()
+
+    def ask_again(self) -> None:
+        """As if the reader's permissions had changed."""
+        self.offer(PermissionChange(self._reader or "", ""))
 
     def read_anew(self) -> None:
         self._queue.clear()

@@ -34,13 +34,15 @@ class Members(DefaultChannelManager):
 
 
 class SlowMembers(Members):
-    """Passes a gate, an advisory lock, once it has decided."""
+    """Says that it has decided, by NOTIFY, then passes a gate, an advisory lock."""
 
     GATE = 4711
+    DECIDED = "slow_members_decided"
 
     def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
         decision = super().can_read_channel(user, channel)
         with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify(%s, '')", [self.DECIDED])
             cursor.execute("SELECT pg_advisory_lock_shared(%s)", [self.GATE])
             cursor.execute("SELECT pg_advisory_unlock_shared(%s)", [self.GATE])
         return decision
