@@ -1,0 +1,27 @@
+"""BENCHMARK_PACKAGE chooses the package, PG* variables the database."""
+
+import os
+
+PACKAGE = os.environ.get("BENCHMARK_PACKAGE", "pg_eventstream")
+
+SECRET_KEY = "a key for benchmarks only, long enough for HS256"
+ALLOWED_HOSTS = ["*"]
+USE_TZ = True
+DATABASES = {
+    "default": {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": os.environ.get("PGDATABASE", ""),
+        "USER": os.environ.get("PGUSER", ""),
+        "HOST": os.environ.get("PGHOST", ""),
+        "PORT": os.environ.get("PGPORT", ""),
+    }
+}
+INSTALLED_APPS = ["django.contrib.contenttypes", "django.contrib.auth", PACKAGE]
+if PACKAGE == "pg_eventstream":
+    INSTALLED_APPS.append("pgtrigger")
+else:
+    EVENTSTREAM_STORAGE_CLASS = "django_eventstream.storage.DjangoModelStorage"
+MIDDLEWARE = ["django_grip.GripMiddleware"]
+ROOT_URLCONF = "benchmarks.project.urls"
+ASGI_APPLICATION = "benchmarks.project.asgi.application"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
