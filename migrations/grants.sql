@@ -30,6 +30,12 @@ GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_chan
 GRANT EXECUTE ON FUNCTION pg_eventstream_tip(text) TO :"endpoint";
 \endif
 
+-- A sequencer: a web application that streams without a proxy where no publisher runs.
+\if :{?sequencer}
+GRANT USAGE ON SCHEMA :"schema" TO :"sequencer";
+GRANT EXECUTE ON FUNCTION pg_eventstream_sequence() TO :"sequencer";
+\endif
+
 -- The publisher: eventstream_publisher, which sequences, publishes and prunes.
 \if :{?publisher}
 GRANT USAGE ON SCHEMA :"schema" TO :"publisher";

@@ -37,9 +37,8 @@ class Sweep:
 
     An event is due when it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at
     least one of the configured proxies has acknowledged it; without proxies, the age decides
-    alone. What is not sequenced yet stays, however old. An unreliable event is due when all
-    proxies have acknowledged it, or after a minute; a change of permission never that soon,
-    since the streams that it ends would stay open.
+    alone. What is not sequenced yet stays, however old. An unreliable event is due after a
+    minute: by then every proxy and every process has passed it on, or will not.
 
     ``connection`` is in autocommit mode.
     """
@@ -90,23 +89,20 @@ class Sweep:
         row = self._connection.execute(
             """
             SELECT max(position), array_agg(DISTINCT channel)
-              FROM (SELECT position, channel FROM pg_eventstream_stream
-                     WHERE position > %(scanned)s
-                       AND (position <= CASE WHEN %(proxied)s
-                            THEN (SELECT coalesce(min(position), 0) FROM pg_eventstream_proxy) END
-                            OR sequenced_at < statement_timestamp() - interval '1 minute')
-                     ORDER BY position LIMIT %(scan)s) AS page
+              FROM (SELECT position, channel,
+                           bool_and(sequenced_at < statement_timestamp() - interval '1 minute')
+                           OVER (ORDER BY position) AS old
+                      FROM (SELECT * FROM pg_eventstream_stream WHERE position > %s
+                             ORDER BY position LIMIT %s) AS following) AS page
+             WHERE old
             """,
-            {
-                "scanned": self._scanned,
-                "proxied": bool(conf.grip_proxies),
-                "scan": _SCAN_EVENTS,
-            },
+            [self._scanned, _SCAN_EVENTS],
         ).fetchone()
         if row is None or row[0] is None:
             return None
         last, channels = row
-        unreliable = [channel for channel in channels if not is_reliable(channel)]
+        # Changes of permission are kept: whoever is late ends its streams then.
+        unreliable = [c for c in channels if c != CHANGES and not is_reliable(c)]
         pruned = 0
         if unreliable:
             pruned = self._prune(
@@ -114,15 +110,8 @@ class Sweep:
                 SELECT position, channel, eid, event_id FROM pg_eventstream_stream
                  WHERE position > %(scanned)s AND position <= %(last)s
                    AND channel = ANY(%(unreliable)s)
-                   AND (channel <> %(changes)s
-                        OR position <= (SELECT min(position) FROM pg_eventstream_proxy))
                 """,
-                {
-                    "scanned": self._scanned,
-                    "last": last,
-                    "unreliable": unreliable,
-                    "changes": CHANGES,
-                },
+                {"scanned": self._scanned, "last": last, "unreliable": unreliable},
             )
         self._scanned = last
         return pruned

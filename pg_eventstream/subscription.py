@@ -260,7 +260,9 @@ class _Threads:
 
     def submit(self, job: Callable[[], None]) -> None:
         with self._lock:
-            if not self._idle and self._started < self._MOST:
+            if self._idle:
+                self._idle -= 1  # one that waits takes this job, or one that is done before
+            elif self._started < self._MOST:
                 self._started += 1
                 threading.Thread(
                     target=self._work, name="pg_eventstream reader", daemon=True
@@ -276,8 +278,6 @@ class _Threads:
                 with self._lock:
                     self._idle += 1
                 job = self._jobs.get()
-                with self._lock:
-                    self._idle -= 1
             job()
 
 

@@ -74,6 +74,26 @@ def test_events_arrive_when_every_role_has_its_grants_only(
     assert "permission denied" not in publisher.log
 
 
+def test_server_alone_streams_with_its_grants_only(
+    database: Database, app_port: int, channel: str
+) -> None:
+    role = granted(database, "endpoint", "sequencer")
+    server = Process(
+        "the application server",
+        [sys.executable, "-m", "uvicorn", "tests.asgi:application", f"--port={app_port}"],
+        log_path=DIRECTORY / "app.log",
+        environment=child_environment(PG_EVENTSTREAM_TEST_DSN=as_role(database, role)),
+    )
+    server.start(ready=lambda: accepts(app_port))
+    try:
+        with SSEClient(f"http://127.0.0.1:{app_port}/events/", [channel]) as client:
+            client.wait_open()
+            database.send(channel, "1")
+            assert [event.data for event in client.wait_count(1)] == ["1"]
+    finally:
+        server.kill()
+
+
 def test_publisher_prunes_with_its_grants_only(
     database: Database, new_publisher: Callable[..., PublisherProcess], channel: str
 ) -> None:
@@ -112,6 +132,11 @@ def serve(dsn: str) -> None:
     finally:
         connections.close_all()
         wrapper.settings_dict["USER"] = owner
+
+
+def sequence(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("SELECT pg_eventstream_sequence()")
 
 
 def send(dsn: str) -> None:
@@ -180,6 +205,7 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
             serve,
             {"event": "SELECT", "stream": "SELECT", "channel": "SELECT", "tip": "EXECUTE"},
         ),
+        ("sequencer", sequence, {"sequence": "EXECUTE"}),
         (
             "publisher",
             publish,

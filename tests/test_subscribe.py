@@ -16,6 +16,7 @@ from django.db import connections
 
 from pg_eventstream import EventsPruned, InvalidRequest, ReceivedEvent, send_event, subscribe
 from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.subscription import in_thread
 
 from .conftest import Database, child_environment
 from .load import Load
@@ -187,3 +188,18 @@ def test_projection_that_keeps_its_checkpoint_handles_each_event_once_however_of
     )
     assert rows == [row[0] for row in stream]
     assert len(rows) == len(load.committed)
+
+
+def test_readers_do_not_wait_for_each_other(database: Database) -> None:
+    meeting = threading.Barrier(2, timeout=20)
+
+    async def two_at_once() -> None:
+        await asyncio.gather(in_thread(meeting.wait), in_thread(meeting.wait))
+
+    async def one_then_two() -> None:
+        for _ in range(20):
+            await in_thread(lambda: None)  # there is a thread, and it has nothing to do
+            await asyncio.sleep(0.01)
+            await two_at_once()
+
+    run(one_then_two)
