@@ -9,24 +9,18 @@ the same PostgreSQL), in turns. Each event is committed on its own by a view of 
     latency   events are sent at a rate that both can keep up with; from an event's commit to
               its arrival at a client, over all clients
 
-    python -m benchmarks.fanout [--rounds 5] [--streams 100 1000] [--quick]
-
-Needs ``pip install 'pg-eventstream[bench]'``.
+    python -m benchmarks.fanout [--quick] [--rounds 5]
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
-import tempfile
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
 
-from pg_eventstream.demo.postgres import Postgres
-
-from .site import OURS, PEER, Site, print_versions
+from . import report
+from .report import Comparison, Report, at_least, at_most, say
+from .servers import OURS, PEER, Database, Site, postgres
 from .streams import Streams
 
 BURST_DELIVERIES = 100_000
@@ -34,19 +28,49 @@ BURST_DELIVERIES = 100_000
 STEADY_DELIVERIES = 1_000
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    deliveries_per_second: float
-    p50: float  # milliseconds
-    p99: float
-    lost: int
-    repeated: int
-    disordered: int
-    connections: int  # to PostgreSQL
-    memory: float  # kB of the server per stream
+def benchmark(options: report.Options) -> Report:
+    found = Report([])
+    faults: Counter[str] = Counter()
+    # The peer holds a connection for each stream.
+    with postgres(max_connections="1200") as server:
+        databases = [Database(server, package, package) for package in (OURS, PEER)]
+        for count in (100, 1000):
+            rate, p50, p99 = (
+                Comparison(f"{count} streams: {what}", unit, OURS, PEER, goal)
+                for what, unit, goal in (
+                    ("events sent at once", "deliveries/s", at_least(3)),
+                    ("latency, median", "ms", None),
+                    ("latency, 99th percentile", "ms", at_most(1)),
+                )
+            )
+            found.comparisons += [rate, p50, p99]
+            for n in range(options.rounds):
+                for database in databases:
+                    with database.site() as site:
+                        measured = asyncio.run(
+                            measure(site, database, count, 3 if options.quick else 10, faults)
+                        )
+                        connections, memory = measured[3:]
+                    for comparison, figure in zip((rate, p50, p99), measured, strict=False):
+                        comparison.add(database.name, figure)
+                    say(
+                        "fanout",
+                        f"{count} streams, round {n + 1}, {database.name}: {measured[0]:,.0f}/s,"
+                        f" p50 {measured[1]:.1f} ms, p99 {measured[2]:.1f} ms",
+                    )
+                    found.facts[f"{count} streams, {database.name}: connections"] = connections
+                    found.facts[f"{count} streams, {database.name}: kB a stream"] = round(memory)
+    for name in (OURS, PEER):
+        for fault in ("lost", "repeated"):
+            found.facts[f"{name}: deliveries {fault}"] = faults[f"{name} {fault}"]
+    return found
 
 
-async def measure(site: Site, count: int, seconds: float) -> Figures:
+async def measure(
+    site: Site, database: Database, count: int, seconds: float, faults: Counter[str]
+) -> tuple[float, float, float, int, float]:
+    """Deliveries per second; p50 and p99 in ms; connections; kB a stream."""
+    name = database.name
     await site.send(0, 1)  # all that is loaded late
     before = site.memory()
     async with Streams(site.port, count) as streams:
@@ -56,13 +80,16 @@ async def measure(site: Site, count: int, seconds: float) -> Figures:
         streams.expect(events)
         committed = await site.send(1, events)
         await streams.wait()
-        lost = repeated = disordered = 0
+        delivered = 0
         for stream in streams.streams:
             numbers = stream.numbers.tolist()
-            lost += events - len(set(numbers))
-            repeated += len(numbers) - len(set(numbers))
-            disordered += numbers != sorted(numbers)
-        rate = (count * events - lost) / (streams.last_time - committed[0])
+            different = len(set(numbers))
+            delivered += different
+            faults[f"{name} lost"] += events - different
+            faults[f"{name} repeated"] += len(numbers) - different
+            if name == OURS:
+                assert numbers == list(range(1, events + 1)), "an event is lost, or out of order"
+        rate = delivered / (streams.last_time - committed[0])
 
         latencies: list[float] = []
         pause = count / STEADY_DELIVERIES
@@ -72,62 +99,15 @@ async def measure(site: Site, count: int, seconds: float) -> Figures:
             await asyncio.sleep(pause)
             await streams.wait()
             for stream in streams.streams:
-                lost += n not in stream.numbers
+                faults[f"{name} lost"] += n not in stream.numbers
                 latencies += [time - at for time in stream.times]
-        connections = site.connections()
-    cuts = statistics.quantiles(latencies, n=100)
-    return Figures(
-        rate, cuts[49] * 1000, cuts[98] * 1000, lost, repeated, disordered, connections, memory
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--streams", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--seconds", type=float, default=10, help="of steady sending, per round")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 3 seconds")
-    options = parser.parse_args()
-    if options.quick:
-        options.rounds, options.seconds = 2, 3.0
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
-        # The peer holds a connection for each stream.
-        settings = {"max_connections": str(max(options.streams) + 100)}
-        postgres = stack.enter_context(Postgres(directory / "postgres", settings=settings))
-        sites = [Site(package, postgres, directory) for package in (OURS, PEER)]
-        for site in sites:
-            site.migrate()
-        print_versions()
-        for count in options.streams:
-            report(count, [one_round(sites, count, options) for _ in range(options.rounds)])
-
-
-def one_round(
-    sites: list[Site], count: int, options: argparse.Namespace
-) -> tuple[Figures, Figures]:
-    figures = []
-    for site in sites:
-        with site:
-            figures.append(asyncio.run(measure(site, count, options.seconds)))
-        f = figures[-1]
-        print(
-            f"{count:5} streams  {site.package:19} {f.deliveries_per_second:9.0f}/s"
-            f"  p50 {f.p50:7.1f} ms  p99 {f.p99:7.1f} ms"
-            f"  lost {f.lost}, repeated {f.repeated}, streams out of order {f.disordered},"
-            f" {f.connections} connections, {f.memory:.0f} kB a stream",
-            flush=True,
+        connections = database.value(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
-    return figures[0], figures[1]
-
-
-def report(count: int, rounds: list[tuple[Figures, Figures]]) -> None:
-    print(f"{count:5} streams, medians of {len(rounds)} rounds' ratios to django-eventstream")
-    for what in ("deliveries_per_second", "p50", "p99"):
-        ratios = [getattr(ours, what) / getattr(peer, what) for ours, peer in rounds]
-        middle = statistics.median(ratios)
-        print(f"    {what:22} {middle:6.2f}  ({min(ratios):.2f}-{max(ratios):.2f})")
+    cuts = statistics.quantiles(latencies, n=100)
+    return rate, cuts[49] * 1000, cuts[98] * 1000, connections, memory
 
 
 if __name__ == "__main__":
-    main()
+    report.main("fanout", __doc__, benchmark)

@@ -5,27 +5,21 @@ an event's commit to its arrival, is measured beside another client that stopped
 without it, in turns. In each turn a burst of events fills the sockets' buffers first.
 In the end that client reads on: it must get every event, once and in order.
 
-    python -m benchmarks.slow_client [--rounds 5] [--seconds 10]
-
-Needs ``pip install 'pg-eventstream[bench]'``.
+    python -m benchmarks.slow_client [--quick] [--rounds 5]
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
-import tempfile
-from contextlib import ExitStack
-from pathlib import Path
 
-from pg_eventstream.demo.postgres import Postgres
-
-from .site import OURS, Site, print_versions
+from . import report
+from .report import Comparison, Report, at_most, say
+from .servers import OURS, Database, Site, postgres
 from .streams import Streams
 
 #: About 18 kB an event; the burst is far more than what the buffers of a connection hold.
-LENGTH, BURST = 200, 1000
+LENGTH, BURST = 200, 600
 EVENTS_PER_SECOND = 20
 
 
@@ -62,38 +56,26 @@ async def measure(site: Site, beside: bool, seconds: float) -> tuple[float, floa
     return cuts[49] * 1000, cuts[98] * 1000, grown
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=10, help="of steady sending, per turn")
-    options = parser.parse_args()
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
-        postgres = stack.enter_context(Postgres(directory / "postgres"))
-        site = Site(OURS, postgres, directory)
-        site.migrate()
-        print_versions()
-        ratios: list[tuple[float, float]] = []
+def benchmark(options: report.Options) -> Report:
+    beside, without = "beside a client that stopped reading", "without it"
+    p50, p99 = (
+        Comparison(f"100 streams: latency, {what}", "ms", beside, without, at_most(1.1))
+        for what in ("median", "99th percentile")
+    )
+    memory = 0.0
+    with postgres() as server:
+        database = Database(server, OURS)
         for n in range(options.rounds):
-            figures = {}
-            for beside in (False, True) if n % 2 else (True, False):
-                with site:
-                    p50, p99, grown = asyncio.run(measure(site, beside, options.seconds))
-                figures[beside] = p50, p99
-                print(
-                    f"{'beside a stopped client' if beside else 'without one':24}"
-                    f" p50 {p50:6.1f} ms  p99 {p99:6.1f} ms, {grown / 1000:.1f} MB more",
-                    flush=True,
-                )
-            ratios.append(
-                (figures[True][0] / figures[False][0], figures[True][1] / figures[False][1])
-            )
-        print(f"100 streams, medians of {options.rounds} ratios, beside it to without it")
-        for name, values in zip(("p50", "p99"), zip(*ratios, strict=True), strict=True):
-            print(
-                f"    {name} {statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-            )
+            for way in (beside, without) if n % 2 else (without, beside):
+                with database.site() as site:
+                    figures = asyncio.run(measure(site, way == beside, 4 if options.quick else 10))
+                p50.add(way, figures[0])
+                p99.add(way, figures[1])
+                if way == beside:
+                    memory = max(memory, figures[2] / 1000)
+                say("slow_client", f"{way}: p50 {figures[0]:.1f} ms, p99 {figures[1]:.1f} ms")
+    return Report([p50, p99], {"most that the process grew by, MB": round(memory, 1)})
 
 
 if __name__ == "__main__":
-    main()
+    report.main("slow_client", __doc__, benchmark)

