@@ -19,7 +19,7 @@ from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import HOST, Process, accepts, free_port, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 
-OURS, PEER = "pg_eventstream", "django_eventstream"
+OURS, PEER, PUBSUB = "pg_eventstream", "django_eventstream", "pgpubsub"
 SIG_KEY = "a key for benchmarks only, long enough for HS256"
 
 
@@ -56,7 +56,7 @@ class Database:
         }
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}")
-        self.manage("migrate", "--verbosity=0")
+        self.manage("migrate", "--run-syncdb", "--verbosity=0")
 
     def manage(self, *arguments: str) -> None:
         """Run a management command, to its end."""

@@ -20,13 +20,18 @@ DATABASES = {
         "PORT": os.environ.get("PGPORT", ""),
     }
 }
-INSTALLED_APPS = ["django.contrib.contenttypes", "django.contrib.auth", PACKAGE]
-if PACKAGE == "pg_eventstream":
-    INSTALLED_APPS.append("pgtrigger")
-else:
+INSTALLED_APPS = [
+    "django.contrib.contenttypes",
+    "django.contrib.auth",
+    "pgtrigger",
+    PACKAGE,
+    "benchmarks.project",
+]
+if PACKAGE == "django_eventstream":
     EVENTSTREAM_STORAGE_CLASS = "django_eventstream.storage.DjangoModelStorage"
 MIDDLEWARE = ["django_grip.GripMiddleware"]
-ROOT_URLCONF = "benchmarks.project.urls"
+if PACKAGE != "pgpubsub":  # which has no streams
+    ROOT_URLCONF = "benchmarks.project.urls"
 ASGI_APPLICATION = "benchmarks.project.asgi.application"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
