@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint sql js clean
+.PHONY: help demo test bench lint sql js clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,11 @@ demo: .venv/.installed-demo ## events in a browser; ARGS=--check checks without 
 test: lint ## lint, then run the tests; ARGS goes to pytest
 	@.ci/need pushpin node npm chromium
 	.venv/bin/pytest --numprocesses=2 --dist=loadfile $(ARGS)
+
+bench: ## measure everything against its peers (half an hour); ARGS=--quick takes a few minutes
+	@.ci/need pushpin
+	@VENV=.venv-bench .ci/install bench
+	.venv-bench/bin/python -m benchmarks $(ARGS)
 
 lint: .venv/.installed-test ## ruff and mypy
 	.venv/bin/ruff check
@@ -30,7 +35,7 @@ js: .venv/.installed-test ## write the browser client's classic script from the 
 	@.venv/bin/python -m tests.classic_script
 
 clean: ## remove everything that is not source
-	rm -rf .venv .demo .test-servers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-bench .demo .test-servers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed-%: pyproject.toml

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
@@ -49,11 +49,29 @@ def at_most(value: float) -> Goal:
     return Goal("at most", value)
 
 
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """``ours`` divided by ``base``, round by round."""
+
+    ours: str
+    base: str
+    rounds: list[float]
+    goal: Goal | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def range(self) -> str:
+        return f"{min(self.rounds):.2f}–{max(self.rounds):.2f}"
+
+
 @dataclass
 class Comparison:
     """One thing measured in several ways, once per round each.
 
-    The ratio is ``ours`` divided by ``base``, round by round.
+    Ours is compared with ``base``, and with the others in ``also``, each with a goal or None.
     """
 
     what: str
@@ -61,34 +79,49 @@ class Comparison:
     ours: str
     base: str
     goal: Goal | None = None
+    also: dict[str, Goal | None] = field(default_factory=dict)
     #: Way of doing it -> a figure per round.
     rounds: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, way: str, figure: float) -> None:
         self.rounds.setdefault(way, []).append(figure)
 
-    @property
-    def ratios(self) -> list[float]:
-        pairs = zip(self.rounds[self.ours], self.rounds[self.base], strict=True)
-        return [ours / base for ours, base in pairs]
+    def median(self, way: str) -> float:
+        return statistics.median(self.rounds[way])
 
     @property
-    def ratio(self) -> float:
-        return statistics.median(self.ratios)
+    def ratios(self) -> list[Ratio]:
+        return [
+            Ratio(
+                self.ours,
+                base,
+                [
+                    ours / theirs
+                    for ours, theirs in zip(self.rounds[self.ours], self.rounds[base], strict=True)
+                ],
+                goal,
+            )
+            for base, goal in {self.base: self.goal, **self.also}.items()
+        ]
 
     def __str__(self) -> str:
-        ratios = self.ratios
-        figures = ", ".join(
-            f"{way} {number(statistics.median(figures))}" for way, figures in self.rounds.items()
-        )
-        verdict = ""
-        if self.goal is not None:
-            verdict = f"  goal {self.goal}: {'met' if self.goal.is_met(self.ratio) else 'MISSED'}"
-        return (
-            f"{self.what} [{self.unit}]: {figures}\n"
-            f"    {self.ours} / {self.base} = {self.ratio:.2f}"
-            f"  ({min(ratios):.2f}-{max(ratios):.2f}){verdict}"
-        )
+        figures = ", ".join(f"{way} {number(self.median(way))}" for way in self.rounds)
+        lines = [f"{self.what} [{self.unit}]: {figures}"]
+        for ratio in self.ratios:
+            line = f"    {ratio.ours} / {ratio.base} = {ratio.median:.2f} ({ratio.range})"
+            if ratio.goal is not None:
+                line += f"  goal {ratio.goal}: "
+                line += "met" if ratio.goal.is_met(ratio.median) else "MISSED"
+            lines.append(line)
+        return "\n".join(lines)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Comparison:
+        def goal(of: dict[str, Any] | None) -> Goal | None:
+            return None if of is None else Goal(**of)
+
+        also = {base: goal(of) for base, of in stored["also"].items()}
+        return cls(**{**stored, "goal": goal(stored["goal"]), "also": also})
 
 
 @dataclass
@@ -145,10 +178,7 @@ def save(name: str, document: str | None, report: Report, options: Options) -> N
         + f" --rounds {options.rounds}",
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
-        "comparisons": [
-            {**asdict(comparison), "ratio": round(comparison.ratio, 4)}
-            for comparison in report.comparisons
-        ],
+        "comparisons": [asdict(comparison) for comparison in report.comparisons],
         "facts": report.facts,
     }
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,53 @@
+"""All benchmarks, one after the other, then their plots and the table in the README.
+
+    python -m benchmarks [--quick] [NAME ...]
+
+A quick run shows its table here, and leaves the README and the results of full runs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from . import summary
+
+NAMES = (
+    "send",
+    "latency",
+    "drain",
+    "recover",
+    "retention",
+    "idle",
+    "held_snapshot",
+    "fanout",
+    "slow_client",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="a few minutes, for a rough idea")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(NAMES):
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    names = arguments.names or NAMES
+    quick = ["--quick"] if arguments.quick else []
+    failed = [
+        name
+        for name in names
+        # Each in a process of its own: none inherits what another has loaded or set.
+        if subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{name}", *quick], check=False
+        ).returncode
+    ]
+    done = [name for name in names if name not in failed]
+    summary.write(done, arguments.quick)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
