@@ -240,10 +240,8 @@ $$;
 
             COMMENT ON TRIGGER pgtrigger_enqueue_3f3f6 ON "pg_eventstream_event" IS '1a783f7189e7fdbe5e7c15d1767b5bc4cd4edde4';
         
-ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_channel_not_empty" CHECK (NOT ("channel" = ''));
-ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_channel_no_cr_or_lf" CHECK (NOT ("channel"::text ~  E'[\\r\\n]'));
-ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_type_not_empty" CHECK (NOT ("type" = ''));
-ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_type_no_cr_or_lf" CHECK (NOT ("type"::text ~  E'[\\r\\n]'));
+ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_channel_not_empty_no_cr_no_lf" CHECK ("channel"::text ~  E'^[^\\r\\n]+$');
+ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_type_not_empty_no_cr_no_lf" CHECK ("type"::text ~  E'^[^\\r\\n]+$');
 ALTER TABLE "pg_eventstream_event" ADD CONSTRAINT "pg_eventstream_skip_user_ids_plain" CHECK ((coalesce(array_ndims("skip_user_ids"), 1) = 1 AND array_position("skip_user_ids", NULL) IS NULL));
 CREATE INDEX "pg_eventstream_channel_name_88e08dc0_like" ON "pg_eventstream_channel" ("name" varchar_pattern_ops);
 CREATE INDEX "pg_eventstream_proxy_name_d6ab13e9_like" ON "pg_eventstream_proxy" ("name" text_pattern_ops);

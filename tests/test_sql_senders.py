@@ -26,13 +26,13 @@ DENIED = "42501"  # insufficient_privilege
 CHECK_VIOLATION = "23514"
 
 BAD_NAMES = [
-    ("pg_eventstream_channel_not_empty", "('', 'message')"),
-    ("pg_eventstream_channel_no_cr_or_lf", "(E'a\\rb', 'message')"),
-    ("pg_eventstream_channel_no_cr_or_lf", "(E'a\\nb', 'message')"),
-    ("pg_eventstream_channel_no_cr_or_lf", "(E'a\\n', 'message')"),
-    ("pg_eventstream_type_not_empty", "('c', '')"),
-    ("pg_eventstream_type_no_cr_or_lf", "('c', E'\\rb')"),
-    ("pg_eventstream_type_no_cr_or_lf", "('c', E'a\\n\\nid: 7')"),
+    ("pg_eventstream_channel_not_empty_no_cr_no_lf", "('', 'message')"),
+    ("pg_eventstream_channel_not_empty_no_cr_no_lf", "(E'a\\rb', 'message')"),
+    ("pg_eventstream_channel_not_empty_no_cr_no_lf", "(E'a\\nb', 'message')"),
+    ("pg_eventstream_channel_not_empty_no_cr_no_lf", "(E'a\\n', 'message')"),
+    ("pg_eventstream_type_not_empty_no_cr_no_lf", "('c', '')"),
+    ("pg_eventstream_type_not_empty_no_cr_no_lf", "('c', E'\\rb')"),
+    ("pg_eventstream_type_not_empty_no_cr_no_lf", "('c', E'a\\n\\nid: 7')"),
 ]
 
 

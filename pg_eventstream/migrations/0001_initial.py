@@ -49,26 +49,19 @@ class Migration(migrations.Migration):
             options={
                 "constraints": [
                     models.CheckConstraint(
-                        condition=models.Q(("channel", ""), _negated=True),
-                        name="pg_eventstream_channel_not_empty",
-                        violation_error_message="An event needs a channel.",
-                    ),
-                    models.CheckConstraint(
-                        condition=models.Q(("channel__regex", "[\\r\\n]"), _negated=True),
-                        name="pg_eventstream_channel_no_cr_or_lf",
-                        violation_error_message="A channel name may not contain CR or LF.",
-                    ),
-                    models.CheckConstraint(
-                        condition=models.Q(("type", ""), _negated=True),
-                        name="pg_eventstream_type_not_empty",
+                        condition=models.Q(("channel__regex", "^[^\\r\\n]+$")),
+                        name="pg_eventstream_channel_not_empty_no_cr_no_lf",
                         violation_error_message=(
-                            "An event needs a type; leave it out for 'message'."
+                            "A channel name may not be empty or contain CR or LF."
                         ),
                     ),
                     models.CheckConstraint(
-                        condition=models.Q(("type__regex", "[\\r\\n]"), _negated=True),
-                        name="pg_eventstream_type_no_cr_or_lf",
-                        violation_error_message="An event type may not contain CR or LF.",
+                        condition=models.Q(("type__regex", "^[^\\r\\n]+$")),
+                        name="pg_eventstream_type_not_empty_no_cr_no_lf",
+                        violation_error_message=(
+                            "An event type may not be empty (leave it out for 'message')"
+                            " or contain CR or LF."
+                        ),
                     ),
                     models.CheckConstraint(
                         condition=pg_eventstream.models.PlainList("skip_user_ids"),
