@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from pg_eventstream.demo.processes import free_port, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 
 from . import report
-from .backlog import Stomp, empty, fill, post, receiver
+from .backlog import Stomp, configure, empty, fill, post, receiver
 from .report import Comparison, Report, at_least, say
 from .servers import SIG_KEY, Database, postgres, pushpin
 
@@ -145,11 +144,8 @@ def stomp_server(port: int) -> Iterator[Stomp]:
 
 
 def benchmark(options: report.Options) -> Report:
-    import django
-
     events = 30_000 if options.quick else 500_000
-    os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.project.settings"
-    django.setup()
+    configure()
     none, one = (
         Comparison(f"{events} events, {who}", "events/s", OURS, BARE, at_least(0.8))
         for who in ("no subscriber", "1 subscriber")
