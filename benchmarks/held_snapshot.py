@@ -1,121 +1,178 @@
-"""What a session that holds a snapshot for hours costs the sequence.
+"""What a session that holds a snapshot for hours costs: a backup, a report, an idle client.
 
-While it does, vacuum can remove nothing that was dead since, and a table whose one row is
-updated again and again grows a tail of dead versions. Compared, interleaved in one run:
+While it does, vacuum can remove nothing that was dead since. Events pass, in turns, through
+two ways of handing them on:
 
-    cursor keyed by position   ours: each write moves the key, the newest is found at once
-    counter updated in place   the same function, its cursor found by a constant key
+    sequence        ours: pg_eventstream_sequence(), which deletes nothing to find what is new,
+                    with the sweep that prunes what has passed
+    outbox table    the usual outbox, written for this comparison: SELECT ... FOR UPDATE SKIP
+                    LOCKED LIMIT 100, and DELETE, in order of its key
 
-Prints, for both, how long a call takes at the end relative to the beginning.
+A million events pass through either. Compared is the end of that with its beginning: how long
+a call takes that finds a single event, and how many events a second go through, 5,000 at a time.
+What passes in between goes through the outbox table 10,000 at a time, which is kind to it.
 
-    python -m benchmarks.held_snapshot [--calls 30000]
+    python -m benchmarks.held_snapshot [--quick] [--rounds 5]
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import psycopg
 
-from pg_eventstream.demo.postgres import Postgres
+from . import report
+from .backlog import configure, fill
+from .report import Comparison, Report, at_least, at_most, say
+from .servers import OURS, Database, postgres
 
-ROUND = 500
+BATCH, CALLS = 100, 100
+#: Events that pass at once between the measurements.
+STEP = 10_000
+BEGINNING, END = "beginning", "end"
 
-IN_PLACE = """
-ALTER TABLE pg_eventstream_cursor ADD COLUMN one smallint NOT NULL DEFAULT 1 UNIQUE;
+TABLE = """
+CREATE TABLE outbox (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, channel text NOT NULL, data text NOT NULL)
+"""
+CLAIM = """
+DELETE FROM outbox WHERE id IN (
+    SELECT id FROM outbox ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED) RETURNING id
 """
 
-
-def in_place(definition: str) -> str:
-    """Our function, with its cursor a row that is updated in place."""
-    changed = definition.replace(
-        "SELECT * INTO last FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1;",
-        "SELECT * INTO last FROM pg_eventstream_cursor WHERE one = 1;",
-    ).replace(
-        """DELETE FROM pg_eventstream_cursor WHERE position = last.position;
-        INSERT INTO pg_eventstream_cursor (position, snapshot, cluster)
-        VALUES (coalesce(last.position, 0) + moved, cur, here);""",
-        """INSERT INTO pg_eventstream_cursor (position, snapshot, cluster)
-        VALUES (coalesce(last.position, 0) + moved, cur, here)
-        ON CONFLICT (one) DO UPDATE SET position = excluded.position,
-            snapshot = excluded.snapshot, cluster = excluded.cluster;""",
-    )
-    assert changed.count("one") >= definition.count("one") + 2
-    return changed
+Connection = psycopg.Connection[Any]
 
 
-def migrated(postgres: Postgres, name: str) -> psycopg.Connection[Any]:
-    from django.core.management import call_command
-    from django.db import connections
+class Sequence:
+    """Ours."""
 
-    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    connections.close_all()
-    connections["default"].settings_dict["NAME"] = name
-    call_command("migrate", "pg_eventstream", verbosity=0)
-    return psycopg.connect(postgres.dsn(name), autocommit=True)
+    name = "sequence"
+
+    def __init__(self, connection: Connection) -> None:
+        from pg_eventstream.retention import Sweep
+
+        self._connection = connection
+        self._sweep = Sweep(connection)
+
+    def send(self, count: int) -> None:
+        fill(self._connection, "room", count)
+
+    def relay(self) -> int:
+        row = self._connection.execute("SELECT pg_eventstream_sequence()").fetchone()
+        assert row
+        return int(row[0])
+
+    def pass_step(self) -> None:
+        drain(self, STEP)
+
+    def sweep(self) -> None:
+        self._sweep.run_once()
 
 
-def milliseconds(connection: psycopg.Connection[Any]) -> float:
-    """The median time of a call that finds one event."""
+class OutboxTable:
+    """The usual one."""
+
+    name = "outbox table"
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        connection.execute(TABLE)
+
+    def send(self, count: int) -> None:
+        self._connection.execute(
+            "INSERT INTO outbox (channel, data)"
+            " SELECT 'room', repeat('a line of a chat, ', 6) FROM generate_series(1, %s)",
+            [count],
+        )
+
+    def relay(self) -> int:
+        return len(self._connection.execute(CLAIM, [BATCH]).fetchall())
+
+    def pass_step(self) -> None:
+        assert len(self._connection.execute(CLAIM, [STEP]).fetchall()) == STEP
+
+    def sweep(self) -> None:
+        """Nothing is left to sweep."""
+
+
+Way = Sequence | OutboxTable
+
+
+def latency(way: Way) -> float:
+    """Milliseconds until a call has found a single event: the median."""
     times = []
-    for _ in range(ROUND):
-        connection.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', '1')")
+    for _ in range(CALLS):
+        way.send(1)
         start = time.perf_counter()
-        connection.execute("SELECT pg_eventstream_sequence()")
+        assert way.relay() == 1
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1000
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--calls", type=int, default=30_000)
-    calls = parser.parse_args().calls
-    with (
-        tempfile.TemporaryDirectory(dir="/tmp") as directory,
-        Postgres(Path(directory), settings={"fsync": "off"}) as postgres,
-    ):
-        os.environ["PG_EVENTSTREAM_TEST_DSN"] = postgres.dsn()
-        os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
-        import django
+def rate(way: Way, events: int = 5000) -> float:
+    """Events a second through a backlog."""
+    way.send(events)
+    start = time.perf_counter()
+    drain(way, events)
+    return events / (time.perf_counter() - start)
 
-        django.setup()
-        sessions = {"keyed by position": migrated(postgres, "keyed")}
-        other = sessions["updated in place"] = migrated(postgres, "in_place")
-        row = other.execute(
-            "SELECT pg_get_functiondef('pg_eventstream_sequence()'::regprocedure)"
-        ).fetchone()
-        assert row
-        other.execute(IN_PLACE)
-        other.execute(in_place(row[0]))
 
-        held = []
-        for name in ("keyed", "in_place"):
-            connection = psycopg.connect(postgres.dsn(name))
-            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            connection.execute("SELECT 1")
-            held.append(connection)
-        figures: dict[str, list[float]] = {name: [] for name in sessions}
-        for _ in range(calls // ROUND):
-            for name, session in sessions.items():
-                figures[name].append(milliseconds(session))
-            print(".", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-        version = postgres.program("postgres")
-        print(f"{calls} calls beside a held snapshot, {version.name}, {os.cpu_count()} cores")
-        for name, values in figures.items():
-            first, last = statistics.median(values[:3]), statistics.median(values[-3:])
-            print(f"{name:20} {first:7.3f} ms -> {last:7.3f} ms  x {last / first:.2f}")
-        for connection in [*held, *sessions.values()]:
-            connection.close()
+def drain(way: Way, events: int) -> None:
+    while events:
+        relayed = way.relay()
+        assert 0 < relayed <= events, "events were lost, or relayed twice"
+        events -= relayed
+
+
+def pass_on(way: Way, events: int) -> None:
+    for _ in range(events // STEP):
+        way.send(STEP)
+        way.pass_step()
+        way.sweep()
+
+
+def benchmark(options: report.Options) -> Report:
+    events = 50_000 if options.quick else 1_000_000
+    configure()
+    found = Report([])
+    with postgres() as server:
+        database = Database(server, OURS)
+        with database.connect() as one, database.connect() as two:
+            ways: list[Way] = [Sequence(one), OutboxTable(two)]
+            latencies, rates = (
+                {way.name: Comparison(f"{way.name}: {what}", unit, END, BEGINNING) for way in ways}
+                for what, unit in (("latency", "ms"), ("backlog", "events/s"))
+            )
+            found.comparisons += [*latencies.values(), *rates.values()]
+            latencies[Sequence.name].goal = at_most(1.2)
+            rates[Sequence.name].goal = at_least(0.8)
+
+            def measure(when: str) -> None:
+                for n in range(options.rounds):
+                    for way in ways if n % 2 else ways[::-1]:
+                        latencies[way.name].add(when, latency(way))
+                        rates[way.name].add(when, rate(way))
+                for way in ways:
+                    milliseconds = latencies[way.name].rounds[when][-1]
+                    say("held_snapshot", f"{way.name}, {when}: {milliseconds:.2f} ms")
+
+            for way in ways:  # every plan is made, and nothing is empty any more
+                rate(way)
+                latency(way)
+            with database.connect(autocommit=False) as held:
+                held.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                held.execute("SELECT count(*) FROM pg_eventstream_event")
+                measure(BEGINNING)
+                for way in ways:
+                    start = time.monotonic()
+                    pass_on(way, events)
+                    seconds = round(time.monotonic() - start, 1)
+                    found.facts[f"{way.name}: seconds in which {events} events passed"] = seconds
+                measure(END)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    report.main("held_snapshot", __doc__, benchmark)

@@ -11,6 +11,8 @@ import math
 import random
 import threading
 import time
+from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -21,7 +23,8 @@ from .permission import is_reliable
 
 logger = logging.getLogger(__name__)
 
-_PAGE_EVENTS = 500
+# What one request takes: the next page is read and encoded while the proxy works on this one.
+_PAGE_EVENTS = grip.BATCH_ITEMS
 _PAGE_BYTES = 4_000_000
 # After a crash at most this much is published again; the proxy drops what it has seen in
 # the last 60 seconds, and prev-id stops what is older.
@@ -44,6 +47,9 @@ class Feed:
         self._position = 0
         self._acknowledged = 0
         self._acknowledged_at = 0.0
+        #: Read and encoded, not published yet.
+        self._ready: deque[grip.Batch] = deque()
+        self._page_was_full = False
         self._hints = grip.Hints()
 
     def wake(self) -> None:
@@ -74,19 +80,20 @@ class Feed:
         self.finish()
 
     def publish_next(self) -> int:
-        """Publish the next page of the stream; returns the number of its events.
+        """Publish the next batch of the stream; returns the number of its events.
 
-        Every batch is repeated until the proxy has taken it, so this ends early only when
-        ``stopping`` is set. Raises `psycopg.Error` if the database cannot be read.
+        It is repeated until the proxy has taken it, so this does less only when ``stopping``
+        is set. Raises `psycopg.Error` if the database cannot be read.
         """
-        page = self._next_page()
-        for batch in grip.batches(page):
-            if not self._publish(batch):
-                return len(page)
+        if not self._ready:
+            self._read_page()
+        batch = self._ready[0] if self._ready else grip.Batch([], [])
+        if batch.events and self._publish(batch):
+            self._ready.popleft()
             self._position = batch.events[-1].position
             self._hints.note(batch.events, time.monotonic())
         self._hint(self._hints.take_due(time.monotonic()))
-        return len(page)
+        return len(batch.events)
 
     def settle(self) -> None:
         """Give the hints now that `run` would give in the next seconds."""
@@ -102,6 +109,8 @@ class Feed:
         self.close()
 
     def close(self) -> None:
+        self._ready.clear()
+        self._proxy.close()
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -115,13 +124,21 @@ class Feed:
 
     # Reading
 
-    def _next_page(self) -> list[grip.StreamEvent]:
+    def _read_ahead(self) -> None:
+        """Prepare the next batch, if there is more for certain, so that it is ready in time."""
+        if self._page_was_full and len(self._ready) < 2:
+            # If the database fails now it fails again behind this batch, when it matters.
+            with suppress(psycopg.Error):
+                self._read_page()
+
+    def _read_page(self) -> None:
         if self._connection is None:
             self._connect()
         assert self._connection is not None  # noqa: S101
         due = time.monotonic() - self._acknowledged_at >= _ACKNOWLEDGE_SECONDS
         if self._position > self._acknowledged and due:
             self._acknowledge()
+        after = self._ready[-1].events[-1].position if self._ready else self._position
         rows = self._connection.execute(
             """
             SELECT position, channel, eid, type,
@@ -141,11 +158,13 @@ class Feed:
              WHERE nth = 1 OR bytes <= %s
              ORDER BY position
             """,
-            [grip.EVENT_BYTES, grip.EVENT_BYTES, self._position, _PAGE_EVENTS, _PAGE_BYTES],
+            [grip.EVENT_BYTES, grip.EVENT_BYTES, after, _PAGE_EVENTS, _PAGE_BYTES],
         ).fetchall()
         # One page's events are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
-        return [grip.StreamEvent(*row, *[reliable[row[1]]]) for row in rows]
+        events = (grip.StreamEvent(*row, *[reliable[row[1]]]) for row in rows)
+        self._ready.extend(grip.batches(events))
+        self._page_was_full = len(rows) == _PAGE_EVENTS
 
     def _connect(self) -> None:
         connection = self._database.connect(f"feed {self._proxy.name}")
@@ -179,7 +198,7 @@ class Feed:
         delay, failures = _FIRST_RETRY, 0
         while True:
             try:
-                self._proxy.post(batch.body)
+                self._proxy.post(batch.body, meanwhile=self._read_ahead)
             except grip.Refused as e:
                 return self._publish_apart(batch, e)
             except grip.Unavailable as e:

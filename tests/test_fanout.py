@@ -10,7 +10,7 @@ import time
 import uuid
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from email.message import Message
 from functools import partial
 from http.server import BaseHTTPRequestHandler
@@ -239,7 +239,8 @@ def test_signed_token_is_renewed_before_it_expires(
         proxy.authorization()
     # The first of the tokens would expire in 10 seconds, ours in 300 at least.
     monkeypatch.undo()
-    proxy.post(b'{"items":[]}')
+    with closing(proxy):
+        proxy.post(b'{"items":[]}')
     assert cloud.refused == []
     token = cloud.authorizations[-1].split()[1]
     expires = jwt.decode(token, SECRET, algorithms=["HS256"])["exp"]

@@ -150,3 +150,29 @@ def test_open_transaction_delays_nobody(
         database.send(channel, "last")
     expected = {*on_time, *late, "last"}
     assert {event.data for event in client.wait_count(len(expected))} == expected
+
+
+def test_held_snapshot_makes_no_call_walk_over_what_is_dead(database: Database) -> None:
+    """Vacuum can remove nothing meanwhile, yet a call reads no more than it did."""
+    with database.connect(autocommit=False) as held, database.connect() as connection:
+
+        def pages_read(events: int) -> int:
+            connection.execute(
+                "INSERT INTO pg_eventstream_event (channel, data)"
+                " SELECT 'a', n FROM generate_series(1, %s) AS n",
+                [events],
+            )
+            row = connection.execute(
+                "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT pg_eventstream_sequence()"
+            ).fetchone()
+            assert row
+            plan = row[0][0]["Plan"]
+            return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"])
+
+        only_hold_a_snapshot(held, "")
+        pages_read(1)
+        before = pages_read(1)
+        for _ in range(3):
+            pages_read(10_000)
+            connection.execute("DELETE FROM pg_eventstream_outbox")  # as the sweep does
+        assert pages_read(1) < before + 50

@@ -71,11 +71,14 @@ BEGIN
            -- the caller's own uncommitted rows belong to a later call
            AND pg_visible_in_snapshot(xid, (SELECT pg_current_snapshot()))
         UNION ALL
+        -- OFFSET 0: looked up one by one. As a join it might be planned as a walk over the
+        -- whole outbox, with all that is dead there and not vacuumed.
         SELECT o.seq, o.event_id, o.channel
-          FROM pg_snapshot_xip(last.snapshot) AS unfinished
-          JOIN pg_eventstream_outbox o ON o.xid = unfinished
+          FROM pg_snapshot_xip(last.snapshot) AS unfinished,
+               LATERAL (SELECT seq, event_id, channel FROM pg_eventstream_outbox
+                         WHERE xid = unfinished OFFSET 0) AS o
          WHERE known
-           AND pg_visible_in_snapshot(o.xid, (SELECT pg_current_snapshot()))
+           AND pg_visible_in_snapshot(unfinished, (SELECT pg_current_snapshot()))
         UNION ALL
         -- pg_restore --data-only lets the trigger fire for what the outbox gets anyway;
         -- the higher number is then the one that was drawn at the event's own COMMIT
@@ -91,7 +94,13 @@ BEGIN
         DELETE FROM pg_eventstream_outbox WHERE NOT known
     ),
     tip AS MATERIALIZED (
-        SELECT channel, pg_eventstream_tip(channel) AS eid
+        -- pg_eventstream_tip(channel), written out: a function would be planned with each call
+        SELECT channel,
+               greatest(
+                   (SELECT s.eid FROM pg_eventstream_stream s
+                     WHERE s.channel = named.channel ORDER BY s.eid DESC LIMIT 1),
+                   (SELECT c.pruned FROM pg_eventstream_channel c WHERE c.name = named.channel),
+                   0) AS eid
           FROM (SELECT DISTINCT channel FROM fresh) AS named
     ),
     numbered AS (
