@@ -223,19 +223,21 @@ _FIRST_BYTES = 45_000
 
 def _encode(missed: Recovered, reader: str, most_bytes: float = inf) -> tuple[str, dict[str, int]]:
     """The missed events that fit into so many bytes, and the ids behind the last of them."""
-    ids = dict(missed.start)
+    ids = missed.start
     parts: list[str] = []
     size = 0
     if missed.reset:
         parts.append(sse.encode_reset(missed.reset, sse.make_id(ids)))
-    for event, ids_behind in missed.with_ids():
+    running_id = sse.RunningId(ids)
+    for event in missed.events:
+        id_behind = running_id.move(event.channel, event.eid)
         if reader not in event.skip_user_ids:
-            part = sse.encode_event(event.type, event.data, sse.make_id(ids_behind))
+            part = sse.encode_event(event.type, event.data, id_behind)
             size += len(part.encode())
             if size > most_bytes:
                 break
             parts.append(part)
-        ids = ids_behind
+        ids = {**ids, event.channel: event.eid}
     return "".join(parts), ids
 
 
