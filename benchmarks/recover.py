@@ -8,8 +8,10 @@ one and then with the other package, in turns.
     resumes     requests as a proxy makes them (signed, with a Last-Event-ID 100 events back),
                 8 at a time: answers with all 100 events and a hold, per second
     reconnect   1,000 clients (300 if quick) come back through Pushpin at once, each on a
-                channel of its own: seconds until all of them have their 100 events. (Pushpin 1.36 answers 502 to
-                what it cannot pass on at once; such a client tries again 0.1 s later.)
+                channel of its own: seconds until all of them have their 100 events
+
+(Pushpin 1.36 answers 502 to what it cannot pass on at once; such a client comes again after
+0.1 s.)
 
     python -m benchmarks.recover [--quick] [--rounds 5]
 """
