@@ -27,7 +27,6 @@ GRANT INSERT (channel, type, data, skip_user_ids) ON pg_eventstream_event TO :"s
 GRANT USAGE ON SCHEMA :"schema" TO :"endpoint";
 GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_channel
    TO :"endpoint";
-GRANT EXECUTE ON FUNCTION pg_eventstream_tip(text) TO :"endpoint";
 \endif
 
 -- A sequencer: a web application that streams without a proxy where no publisher runs.

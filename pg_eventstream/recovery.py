@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from django.db import connections
 
@@ -27,8 +27,7 @@ PAGE_EVENTS = 500
 EARLIEST: Final = -1
 
 
-@dataclass(frozen=True, slots=True)
-class RecoveredEvent:
+class RecoveredEvent(NamedTuple):
     channel: str
     eid: int
     type: str
@@ -146,22 +145,17 @@ def recover(after: Mapping[str, int | None], limit: int = PAGE_EVENTS) -> Recove
     None stands for "from now on": a client that has seen nothing yet. `EARLIEST` for
     everything that is kept.
     """
-    asked = {channel: eid for channel, eid in after.items() if eid is not None}
-    from_earliest = [channel for channel, eid in asked.items() if eid == EARLIEST]
-    if from_earliest:
-        _, pruned = _tips_and_pruned(from_earliest)
-        asked.update(pruned)
-    # First the events, then how far they are pruned: whatever is not pruned by then was
-    # there to be read. The other way round, a sweep in between could tear a hole.
-    events, more = _page_after(asked, limit)
-    tips, pruned = _tips_and_pruned(list(after))
-
-    if any(pruned[channel] > asked[channel] for channel in from_earliest):
-        return recover(after, limit)  # the sweep went on meanwhile
+    channels, events, more = _read(after, limit)
+    asked = {
+        c: channels[c].pruned if eid == EARLIEST else eid
+        for c, eid in after.items()
+        if eid is not None
+    }
     # An id from the future (the database is back from a backup) is as gone as a pruned one.
-    reset = [c for c, eid in asked.items() if eid < pruned[c] or eid > tips[c]]
-    events = [event for event in events if event.channel not in reset]
-    start = {c: asked[c] if c in asked and c not in reset else tips[c] for c in after}
+    reset = [c for c, eid in asked.items() if not channels[c].pruned <= eid <= channels[c].tip]
+    if reset:
+        events = [event for event in events if event.channel not in reset]
+    start = {c: asked[c] if c in asked and c not in reset else channels[c].tip for c in after}
     end = dict(start)
     for event in events:
         end[event.channel] = event.eid
@@ -176,12 +170,26 @@ def get_current_event_id(channels: Iterable[str]) -> str:
     The other way round it could miss one. Unreliable channels have no ids and are left out.
     """
     names = reliable(as_names(channels))
-    tips, _ = _tips_and_pruned(names)
-    return sse.make_id({name: tips[name] for name in names})
+    channels, _, _ = _read(dict.fromkeys(names), 0)
+    return sse.make_id({name: channels[name].tip for name in names})
 
 
-def _page_after(asked: Mapping[str, int], limit: int) -> tuple[list[RecoveredEvent], bool]:
+class _Channel(NamedTuple):
+    """The eids of its newest event, and of the last one that is pruned; 0 for none."""
+
+    tip: int
+    pruned: int
+
+
+def _read(
+    after: Mapping[str, int | None], limit: int
+) -> tuple[dict[str, _Channel], list[RecoveredEvent], bool]:
+    """How far the channels are, one page of their events, and whether there is another."""
+    # Rows with nth = 0 are the channels, the others the events.
     with connections[conf.database].cursor() as cursor:
+        # One statement, hence one snapshot: what is pruned goes in the same statement of the
+        # sweep that says so in the channel, and no hole can tear open in between.
+        #
         # Per channel one range of the index (channel, eid), as wide as a page since eids are
         # dense; then all are merged in commit order, and only what is on the page is looked
         # up by its key. LIMIT and OFFSET 0 keep the planner from turning these look-ups into
@@ -190,7 +198,23 @@ def _page_after(asked: Mapping[str, int], limit: int) -> tuple[list[RecoveredEve
         # only a first event may be larger than that.
         cursor.execute(
             """
-            SELECT channel, eid, type, data, skip_user_ids, found
+            WITH asked AS MATERIALIZED (
+                SELECT given.channel, coalesce(known.pruned, 0) AS pruned,
+                       CASE given.eid WHEN %(earliest)s THEN coalesce(known.pruned, 0)
+                                      ELSE given.eid END AS eid
+                  FROM unnest(%(channels)s::text[], %(eids)s::bigint[]) AS given (channel, eid)
+                  LEFT JOIN LATERAL (
+                        SELECT pruned FROM pg_eventstream_channel
+                         WHERE name = given.channel OFFSET 0
+                       ) AS known ON true
+            )
+            SELECT 0 AS nth, channel,
+                   greatest((SELECT eid FROM pg_eventstream_stream AS s
+                              WHERE s.channel = asked.channel ORDER BY eid DESC LIMIT 1), pruned),
+                   NULL, NULL, NULL, pruned
+              FROM asked
+            UNION ALL
+            SELECT nth, channel, eid, type, data, skip_user_ids, found
               FROM (
                 SELECT *, count(*) OVER () AS found, row_number() OVER by_position AS nth,
                        sum(octet_length(data)) OVER by_position AS bytes
@@ -198,8 +222,7 @@ def _page_after(asked: Mapping[str, int], limit: int) -> tuple[list[RecoveredEve
                     SELECT s.position, s.channel, s.eid, e.type, e.data, e.skip_user_ids
                       FROM (
                         SELECT s.*
-                          FROM unnest(%(channels)s::text[], %(eids)s::bigint[])
-                               AS asked (channel, eid)
+                          FROM asked
                          CROSS JOIN LATERAL (
                                SELECT * FROM pg_eventstream_stream AS s
                                 WHERE s.channel = asked.channel
@@ -215,28 +238,18 @@ def _page_after(asked: Mapping[str, int], limit: int) -> tuple[list[RecoveredEve
                 WINDOW by_position AS (ORDER BY position)
               ) AS measured
              WHERE nth = 1 OR (nth <= %(limit)s AND bytes <= %(bytes)s)
-             ORDER BY position
+             ORDER BY nth
             """,
             {
-                "channels": list(asked),
-                "eids": list(asked.values()),
+                "channels": list(after),
+                "eids": list(after.values()),
+                "earliest": EARLIEST,
                 "limit": limit,
                 "bytes": PAGE_BYTES,
             },
         )
         rows = cursor.fetchall()
-    return [RecoveredEvent(*row[:-1]) for row in rows], bool(rows) and rows[0][-1] > len(rows)
-
-
-def _tips_and_pruned(channels: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    with connections[conf.database].cursor() as cursor:
-        cursor.execute(
-            """
-            SELECT asked.name, pg_eventstream_tip(asked.name), coalesce(known.pruned, 0)
-              FROM unnest(%s::text[]) AS asked (name)
-              LEFT JOIN pg_eventstream_channel AS known ON known.name = asked.name
-            """,
-            [channels],
-        )
-        rows = cursor.fetchall()
-    return {name: tip for name, tip, _ in rows}, {name: pruned for name, _, pruned in rows}
+    channels = {row[1]: _Channel(row[2], row[6]) for row in rows[: len(after)]}
+    page = rows[len(after) :]
+    events = [RecoveredEvent._make(row[1:6]) for row in page]
+    return channels, events, bool(page) and page[0][6] > len(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import psycopg
@@ -13,10 +14,16 @@ from .permission import CHANGES, is_reliable
 _BATCH_EVENTS = 1000
 _SCAN_EVENTS = 10_000
 
+# How long the sweep trusts what it knows of its place. No row appears behind it by any way that
+# we know of; whatever else puts one there has it pruned an hour later.
+_FORGET_SECONDS = 3600.0
+
 # One statement, so that no reader sees the event without its place in the stream or the
-# other way round; and the channel remembers how far it is pruned in the same one.
+# other way round; and the channel remembers how far it is pruned in the same one. Of the rows
+# looked at, those that are old go. Returns how many, and up to where no row is left.
 _PRUNE = """
-    WITH old AS MATERIALIZED ({old}),
+    WITH looked_at AS MATERIALIZED ({looked_at}),
+    old AS MATERIALIZED (SELECT * FROM looked_at WHERE old),
     remembered AS (
         INSERT INTO pg_eventstream_channel AS known (name, pruned)
         SELECT channel, max(eid) FROM old GROUP BY channel
@@ -26,9 +33,14 @@ _PRUNE = """
     unsaid AS (
         DELETE FROM pg_eventstream_event
          WHERE id = ANY(ARRAY(SELECT event_id FROM old))
+    ),
+    gone AS (
+        DELETE FROM pg_eventstream_stream
+         WHERE position = ANY(ARRAY(SELECT position FROM old))
     )
-    DELETE FROM pg_eventstream_stream
-     WHERE position = ANY(ARRAY(SELECT position FROM old))
+    SELECT count(*) FILTER (WHERE old),
+           coalesce(min(position) FILTER (WHERE NOT old) - 1, max(position))
+      FROM looked_at
 """
 
 
@@ -40,6 +52,10 @@ class Sweep:
     alone. What is not sequenced yet stays, however old. An unreliable event is due after a
     minute: by then every proxy and every process has passed it on, or will not.
 
+    It goes on where it stopped, and does not look for the oldest row from the lower end of an
+    index: while some session holds an old snapshot, vacuum can remove nothing, and all that
+    was pruned since would be walked over again with each batch.
+
     ``connection`` is in autocommit mode.
     """
 
@@ -49,37 +65,110 @@ class Sweep:
         self._connection = connection
         self._stopping = stopping or threading.Event()
         # How far the unreliable events are pruned: nothing below is looked at again.
-        self._scanned = -(2**63)
+        self._scanned: int | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        # No row of the stream is left up to here. None comes later either: positions are given
+        # under a lock that is held until they are committed, so they appear in their order.
+        self._empty_to = -(2**63)
+        # Nor of the outbox up to here: see _prune_outbox.
+        self._outbox_empty_to = ("0", -(2**63))
+        self._forget_at = time.monotonic() + _FORGET_SECONDS
 
     def run_once(self) -> int:
         """Returns how many events were pruned. Raises `psycopg.Error`."""
+        if time.monotonic() >= self._forget_at:
+            self._forget()
         pruned = 0
         while not self._stopping.is_set() and self._prune_outbox():
             pass
         while not self._stopping.is_set() and (batch := self._prune_old()):
             pruned += batch
+        if self._scanned is None:
+            pruned += self._prune_unreliable_channels()
         while not self._stopping.is_set() and (page := self._prune_unreliable()) is not None:
             pruned += page
         return pruned
 
     def _prune_old(self) -> int:
         """Up to 1,000 events past the retention, oldest first."""
-        return self._prune(
+        pruned, empty_to = self._prune(
             """
-            SELECT position, channel, eid, event_id
-              FROM (SELECT * FROM pg_eventstream_stream
-                     WHERE position <= CASE WHEN %(proxied)s
-                           THEN (SELECT coalesce(max(position), 0) FROM pg_eventstream_proxy)
-                           ELSE 9223372036854775807 END
-                     ORDER BY position LIMIT %(batch)s) AS oldest
-             WHERE sequenced_at < statement_timestamp() - %(retention)s
+            SELECT position, channel, eid, event_id,
+                   sequenced_at < statement_timestamp() - %(retention)s AS old
+              FROM pg_eventstream_stream
+             WHERE position > %(empty_to)s
+               AND position <= CASE WHEN %(proxied)s
+                   THEN (SELECT coalesce(max(position), 0) FROM pg_eventstream_proxy)
+                   ELSE 9223372036854775807 END
+             ORDER BY position LIMIT %(batch)s
             """,
             {
+                "empty_to": self._empty_to,
                 "proxied": bool(conf.grip_proxies),
                 "batch": _BATCH_EVENTS,
                 "retention": conf.retention,
             },
         )
+        if empty_to is not None:
+            self._empty_to = empty_to
+        return pruned
+
+    def _prune_unreliable_channels(self) -> int:
+        """Those that a sweep before this one has left, found by their channels.
+
+        There are far fewer channels than events, and the index leads from one to the next.
+        """
+        row = self._connection.execute(
+            """
+            SELECT position FROM pg_eventstream_stream
+             WHERE sequenced_at < statement_timestamp() - interval '1 minute'
+             ORDER BY position DESC LIMIT 1
+            """
+        ).fetchone()
+        last = row[0] if row else self._empty_to
+        pruned, name = 0, ""
+        while not self._stopping.is_set():
+            channels = self._channels_after(name)
+            if not channels:
+                self._scanned = last
+                break
+            name = channels[-1]
+            if unreliable := [c for c in channels if _is_unreliable(c)]:
+                while not self._stopping.is_set():
+                    batch, _ = self._prune(
+                        """
+                        SELECT position, channel, eid, event_id, true AS old
+                          FROM pg_eventstream_stream
+                         WHERE channel = ANY(%(unreliable)s) AND position <= %(last)s
+                         LIMIT %(batch)s
+                        """,
+                        {"unreliable": unreliable, "last": last, "batch": _SCAN_EVENTS},
+                    )
+                    if not batch:
+                        break
+                    pruned += batch
+        return pruned
+
+    def _channels_after(self, name: str) -> list[str]:
+        """Up to 1,000 channels of the stream, by name: one index lookup each."""
+        rows = self._connection.execute(
+            """
+            WITH RECURSIVE next (channel) AS (
+                (SELECT channel FROM pg_eventstream_stream
+                  WHERE channel > %s ORDER BY channel, eid LIMIT 1)
+                UNION ALL
+                SELECT following.channel FROM next CROSS JOIN LATERAL (
+                       SELECT s.channel FROM pg_eventstream_stream AS s
+                        WHERE s.channel > next.channel ORDER BY s.channel, s.eid LIMIT 1
+                       ) AS following
+            )
+            SELECT channel FROM next LIMIT %s
+            """,
+            [name, _BATCH_EVENTS],
+        ).fetchall()
+        return [row[0] for row in rows]
 
     def _prune_unreliable(self) -> int | None:
         """Those among the next 10,000 events; None if there are none to look at.
@@ -101,13 +190,12 @@ class Sweep:
         if row is None or row[0] is None:
             return None
         last, channels = row
-        # Changes of permission are kept: whoever is late ends its streams then.
-        unreliable = [c for c in channels if c != CHANGES and not is_reliable(c)]
+        unreliable = [c for c in channels if _is_unreliable(c)]
         pruned = 0
         if unreliable:
-            pruned = self._prune(
+            pruned, _ = self._prune(
                 """
-                SELECT position, channel, eid, event_id FROM pg_eventstream_stream
+                SELECT position, channel, eid, event_id, true AS old FROM pg_eventstream_stream
                  WHERE position > %(scanned)s AND position <= %(last)s
                    AND channel = ANY(%(unreliable)s)
                 """,
@@ -116,30 +204,48 @@ class Sweep:
         self._scanned = last
         return pruned
 
-    def _prune(self, old: str, params: dict[str, Any]) -> int:
+    def _prune(self, looked_at: str, params: dict[str, Any]) -> tuple[int, int | None]:
         # The lock keeps two sweeps apart; it conflicts with no reader and no sender.
         with self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.execute("LOCK TABLE pg_eventstream_channel IN SHARE ROW EXCLUSIVE MODE")
-            cursor.execute(_PRUNE.format(old=old), params)
-            return cursor.rowcount
+            row = cursor.execute(_PRUNE.format(looked_at=looked_at), params).fetchone()
+        assert row is not None  # noqa: S101
+        return row[0], row[1]
 
     def _prune_outbox(self) -> int:
         """Up to 1,000 outbox rows that are sequenced for certain.
 
         Those are the rows of all transactions that were over when the cursor's snapshot was
         taken. They are not kept for the retention: nothing reads them again.
+
+        All of them are visible by now, and none can be added, so what this deletes in the
+        order of the key leaves nothing behind, though later transactions may have lower ids
+        than some that are in the outbox already.
         """
-        with self._connection.cursor() as cursor:
-            cursor.execute(
-                """
+        row = self._connection.execute(
+            """
+            WITH gone AS (
                 DELETE FROM pg_eventstream_outbox
                  WHERE (xid, seq) IN (
                        SELECT xid, seq FROM pg_eventstream_outbox
-                        WHERE xid < (SELECT pg_snapshot_xmin(snapshot) FROM pg_eventstream_cursor
+                        WHERE (xid, seq) > (%s::xid8, %s)
+                          AND xid < (SELECT pg_snapshot_xmin(snapshot) FROM pg_eventstream_cursor
                                       WHERE cluster = (SELECT system_identifier
                                                          FROM pg_control_system()))
                         ORDER BY xid, seq LIMIT %s)
-                """,
-                [_BATCH_EVENTS],
+                RETURNING xid, seq
             )
-            return cursor.rowcount
+            SELECT count(*) OVER (), xid::text, seq
+              FROM gone ORDER BY gone.xid DESC, seq DESC LIMIT 1
+            """,
+            [*self._outbox_empty_to, _BATCH_EVENTS],
+        ).fetchone()
+        if row is None:
+            return 0
+        self._outbox_empty_to = (row[1], row[2])
+        return int(row[0])
+
+
+def _is_unreliable(channel: str) -> bool:
+    # Changes of permission are kept: whoever is late ends its streams then.
+    return channel != CHANGES and not is_reliable(channel)

@@ -31,11 +31,16 @@ _UNSAFE = re.compile(r"[\r\n\0]")
 
 def encode_event(event_type: str, data: str, event_id: str | None = None) -> str:
     """One event. Data of several lines becomes one ``data:`` line each."""
-    lines = [f"event: {_UNSAFE.sub('', event_type)}"]
+    text = f"event: {_safe(event_type)}\n"
     if event_id is not None:
-        lines.append(f"id: {_UNSAFE.sub('', event_id)}")
-    lines += [f"data: {line}" for line in _LINE_END.split(data)]
-    return "\n".join(lines) + "\n\n"
+        text += f"id: {_safe(event_id)}\n"
+    if "\n" in data or "\r" in data:
+        data = "\ndata: ".join(_LINE_END.split(data))
+    return f"{text}data: {data}\n\n"
+
+
+def _safe(text: str) -> str:
+    return text if text.isprintable() else _UNSAFE.sub("", text)
 
 
 def encode_open(event_id: str | None) -> str:
@@ -62,6 +67,19 @@ def quote_channel(channel: str) -> str:
 def make_id(eids: Mapping[str, int]) -> str:
     """The composite id of several channels: ``room:5,news:7``."""
     return ",".join(f"{quote_channel(channel)}:{eid}" for channel, eid in eids.items())
+
+
+class RunningId:
+    """`make_id` of eids that move on one by one, with each part made once."""
+
+    def __init__(self, eids: Mapping[str, int]) -> None:
+        self._names = {channel: quote_channel(channel) for channel in eids}
+        self._parts = {channel: f"{self._names[channel]}:{eid}" for channel, eid in eids.items()}
+
+    def move(self, channel: str, eid: int) -> str:
+        """The id behind this event."""
+        self._parts[channel] = f"{self._names[channel]}:{eid}"
+        return ",".join(self._parts.values())
 
 
 def parse_id(event_id: str) -> dict[str, int]:

@@ -9,27 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import queue
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TypeVar
 
-from django.db import Error, connections
+from django.db import Error
 
 from . import sse
 from .conf import conf
 from .errors import EventsPruned
 from .hub import News, PermissionChange, hub_of
 from .permission import reliable
+from .reading import in_thread
 from .recovery import ReceivedEvent, Recovered, RecoveredEvent, as_names, parse_start, recover
 
 logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 # What waits in memory for a subscriber that is slow; beyond, it reads from the database again.
 _QUEUE_EVENTS, _QUEUE_BYTES = 250, 500_000
@@ -243,57 +238,3 @@ class Subscription:
             if news.data is not None and self._reader not in news.skip_user_ids:
                 events.append((news, ids))
         return events
-
-
-# Reading
-
-
-class _Threads:
-    """A few threads, whose database connections are open only while there is work."""
-
-    _MOST = 4
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._started = self._idle = 0
-
-    def submit(self, job: Callable[[], None]) -> None:
-        with self._lock:
-            if self._idle:
-                self._idle -= 1  # one that waits takes this job, or one that is done before
-            elif self._started < self._MOST:
-                self._started += 1
-                threading.Thread(
-                    target=self._work, name="pg_eventstream reader", daemon=True
-                ).start()
-        self._jobs.put(job)
-
-    def _work(self) -> None:
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                connections.close_all()
-                with self._lock:
-                    self._idle += 1
-                job = self._jobs.get()
-            job()
-
-
-_threads = _Threads()
-
-
-async def in_thread(function: Callable[[], _T]) -> _T:
-    """Call a function that uses the database."""
-    result: Future[_T] = Future()
-
-    def job() -> None:
-        if result.set_running_or_notify_cancel():
-            try:
-                result.set_result(function())
-            except BaseException as e:  # noqa: BLE001  (it is raised where it is awaited)
-                result.set_exception(e)
-
-    _threads.submit(job)
-    return await asyncio.wrap_future(result)

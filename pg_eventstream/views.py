@@ -11,6 +11,7 @@ from urllib.parse import quote
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
+from django.db import connections
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseBase
 from django.urls import NoReverseMatch, reverse
 from django.utils.http import escape_leading_slashes
@@ -21,6 +22,7 @@ from .channelmanager import get_channelmanager
 from .conf import conf
 from .errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
 from .permission import ANONYMOUS, check_permission, reliable, user_id
+from .reading import in_other_thread
 from .recovery import Recovered, parse_start, recover
 from .send import RESERVED
 
@@ -80,7 +82,7 @@ def open_stream(
         if not proxied:
             check_permission(user, channels)
             return _stream(request, session, after)
-        missed = recover({channel: after.get(channel) for channel in reliable(channels)})
+        missed = _recover(request, {c: after.get(c) for c in reliable(channels)})
         check_permission(user, channels)
     except ResumeNotAllowed as e:
         # Not a stream: this status is what makes an EventSource stop trying.
@@ -116,7 +118,7 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
             request.grip.last,  # type: ignore[attr-defined]
             reliable(session.channels),
         )
-        missed = recover({channel: ids.get(channel) for channel in reliable(session.channels)})
+        missed = _recover(request, {c: ids.get(c) for c in reliable(session.channels)})
         # In this order: nothing that was sent after a revocation may be on the page.
         check_permission(_user_of_session(session), session.channels)
     except InvalidRequest as e:
@@ -130,6 +132,18 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
         return _finish(request, HttpResponse(hold.escape(text), content_type=sse.CONTENT_TYPE))
     body, ids = _encode(missed, session.user_id)
     return _go_on(request, session, missed, body, ids, link_to)
+
+
+def _recover(request: HttpRequest, after: Mapping[str, int | None]) -> Recovered:
+    """`recover`, on a connection that is open already.
+
+    Under ASGI each request has a thread, and so a connection, of its own. Unless something has
+    opened that already (a session, a transaction), to open it for this alone would cost more
+    than all the rest; and a thousand clients that come back at once would take a thousand.
+    """
+    if isinstance(request, ASGIRequest) and connections[conf.database].connection is None:
+        return in_other_thread(lambda: recover(after))
+    return recover(after)
 
 
 def _came_through_proxy(request: HttpRequest) -> bool:
@@ -209,19 +223,21 @@ _FIRST_BYTES = 45_000
 
 def _encode(missed: Recovered, reader: str, most_bytes: float = inf) -> tuple[str, dict[str, int]]:
     """The missed events that fit into so many bytes, and the ids behind the last of them."""
-    ids = dict(missed.start)
+    ids = missed.start
     parts: list[str] = []
     size = 0
     if missed.reset:
         parts.append(sse.encode_reset(missed.reset, sse.make_id(ids)))
-    for event, ids_behind in missed.with_ids():
+    running_id = sse.RunningId(ids)
+    for event in missed.events:
+        id_behind = running_id.move(event.channel, event.eid)
         if reader not in event.skip_user_ids:
-            part = sse.encode_event(event.type, event.data, sse.make_id(ids_behind))
+            part = sse.encode_event(event.type, event.data, id_behind)
             size += len(part.encode())
             if size > most_bytes:
                 break
             parts.append(part)
-        ids = ids_behind
+        ids = {**ids, event.channel: event.eid}
     return "".join(parts), ids
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from django.contrib.auth.models import AnonymousUser, User
+from django.db import connection
 from django.http import HttpRequest, HttpResponseBase
 from django.template import Context, Template
 from django.test import RequestFactory, override_settings
+from django.test.utils import CaptureQueriesContext
 from django.urls import include, path
 from django_grip import GripMiddleware
 
@@ -18,12 +21,12 @@ from pg_eventstream import (
     InvalidRequest,
     get_current_event_id,
     get_events,
-    recovery,
     send_event,
     send_events,
     views,
 )
 from pg_eventstream.channelmanager import DefaultChannelManager
+from pg_eventstream.retention import Sweep
 
 from .conftest import Database, PublisherProcess
 from .origin import Answer, Origin, behind_a_proxy, prune, sequence, signature
@@ -117,22 +120,39 @@ def test_from_the_earliest_page_by_page(database: Database) -> None:
     assert got == texts
 
 
-def test_earliest_has_no_gap_when_the_sweep_goes_on_meanwhile(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_is_read_in_one_snapshot(database: Database) -> None:
+    """So that no sweep can come between the events and what the channel says of them."""
     send(database, "1", "2", "3")
-    read_page, sweeps = recovery._page_after, iter([True, False])
+    for start in ("earliest", "c:1", None):
+        with CaptureQueriesContext(connection) as captured:
+            get_events(["c", "d"], start)
+        assert len(captured) == 1
 
-    def sweep_first(*args: object) -> object:
-        if next(sweeps):
-            prune()
-            send(database, "4", "5")
-        return read_page(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(recovery, "_page_after", sweep_first)
-    page = get_events(["c"], "earliest")
-    assert [(event.eid, event.data) for event in page.events] == [(4, "4"), (5, "5")]
-    assert page.reset == []
+def test_earliest_has_no_gap_while_the_sweep_goes_on(database: Database) -> None:
+    for n in range(20):
+        send(database, *(str(n * 10 + i) for i in range(10)))
+    pages = []
+    with ThreadPoolExecutor(1) as pool:
+        pruned = pool.submit(prune_one_by_one, database)
+        while not pruned.done():
+            pages.append(get_events(["c"], "earliest", limit=500))
+        pruned.result()
+    for page in pages:
+        assert page.reset == []
+        eids = [event.eid for event in page.events]
+        assert eids == list(range(201 - len(eids), 201))
+    assert len({len(page.events) for page in pages}) > 2
+
+
+def prune_one_by_one(database: Database) -> None:
+    with database.connect() as connection, override_settings(GRIP_URL=None):
+        for n in range(200):
+            connection.execute(
+                "UPDATE pg_eventstream_stream SET sequenced_at = '2000-01-01' WHERE position = %s",
+                [n + 1],
+            )
+            Sweep(connection).run_once()
 
 
 # Pages in Python

@@ -203,7 +203,7 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
         (
             "endpoint",
             serve,
-            {"event": "SELECT", "stream": "SELECT", "channel": "SELECT", "tip": "EXECUTE"},
+            {"event": "SELECT", "stream": "SELECT", "channel": "SELECT"},
         ),
         ("sequencer", sequence, {"sequence": "EXECUTE"}),
         (
