@@ -20,7 +20,8 @@ from pg_eventstream.demo.processes import HOST, Process, accepts, free_port, wai
 from pg_eventstream.demo.pushpin import Pushpin
 
 OURS, PEER = "pg_eventstream", "django_eventstream"
-SIG_KEY = "a key for benchmarks only, long enough for HS256"
+# No comma, which would make a list of it in pushpin.conf, and nothing to quote in a URL.
+SIG_KEY = "a-key-for-benchmarks-only-long-enough-for-HS256"
 
 
 @contextmanager

@@ -170,7 +170,10 @@ BEGIN
         UNION ALL
         SELECT o.seq, o.event_id, o.channel
           FROM pg_snapshot_xip(last.snapshot) AS unfinished
-          JOIN pg_eventstream_outbox o ON o.xid = unfinished
+         -- one look at the index each: OFFSET keeps the planner from a join that reads all of
+         -- the outbox, which it holds to be empty
+         CROSS JOIN LATERAL (SELECT * FROM pg_eventstream_outbox
+                              WHERE xid = unfinished OFFSET 0) AS o
          WHERE known
            AND pg_visible_in_snapshot(o.xid, (SELECT pg_current_snapshot()))
         UNION ALL

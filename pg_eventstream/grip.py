@@ -6,9 +6,11 @@ blindly, and goes on after a batch that failed.
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import re
+import select
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,7 +19,6 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import jwt
-import urllib3
 from gripcontrol import HttpStreamFormat
 from pubcontrol import Item
 
@@ -32,7 +33,7 @@ BATCH_ITEMS = 100
 #: A larger event reaches clients by way of the endpoint; the proxy gets a hint.
 EVENT_BYTES = 400_000
 
-_TIMEOUT = urllib3.Timeout(connect=3, read=10)
+_CONNECT_SECONDS, _ANSWER_SECONDS = 3.0, 10.0
 _TOKEN_SECONDS = 600
 _BEARER = re.compile("[!-~]+")
 
@@ -215,11 +216,14 @@ class Proxy:
         self.name = urlunsplit(
             (uri.scheme, uri.netloc.rpartition("@")[2], uri.path.rstrip("/"), "", "")
         )
-        self._url = urlunsplit(uri._replace(path=f"{uri.path.rstrip('/')}/publish/"))
+        self._target = urlunsplit(("", "", f"{uri.path.rstrip('/')}/publish/", uri.query, ""))
         self._issuer = config.get("control_iss")
         self._key = config.get("key")
         self._token: tuple[float, str] = (0.0, "")
-        self._http = urllib3.PoolManager(retries=False, timeout=_TIMEOUT)
+        # Pushpin closes each connection behind its answer, so most of a request is what comes
+        # before it: a third of the time that urllib3 takes.
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        self._http = kinds[uri.scheme](uri.hostname or "", uri.port, timeout=_CONNECT_SECONDS)
 
     def post(self, body: bytes) -> None:
         """Publish a batch: all of it or nothing.
@@ -229,14 +233,16 @@ class Proxy:
         """
         headers = {"Content-Type": "application/json", **self.authorization()}
         try:
-            response = self._http.request(
-                "POST", self._url, body=body, headers=headers, redirect=False
-            )
-        except urllib3.exceptions.HTTPError as e:
-            raise Unavailable(f"cannot be reached: {e}") from e
+            self._connect()
+            self._http.request("POST", self._target, body=body, headers=headers)
+            response = self._http.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as e:
+            self._http.close()
+            raise Unavailable(f"cannot be reached: {e or type(e).__name__}") from e
         if 200 <= response.status < 300:
             return
-        text = response.data[:300].decode(errors="replace").strip()
+        text = answer[:300].decode(errors="replace").strip()
         message = f"answered {response.status}: {text}"
         if response.status in (400, 413):
             raise Refused(message)
@@ -245,6 +251,17 @@ class Proxy:
         elif response.status == 404:
             message += " - check the path in GRIP_URL"
         raise Unavailable(message)
+
+    def _connect(self) -> None:
+        """Unless a connection is kept; one that the proxy closed meanwhile is not."""
+        if self._http.sock is not None:
+            kept = select.poll()
+            kept.register(self._http.sock, select.POLLIN)
+            if not kept.poll(0):
+                return
+            self._http.close()
+        self._http.connect()
+        self._http.sock.settimeout(_ANSWER_SECONDS)
 
     def authorization(self) -> dict[str, str]:
         """As gripcontrol does: a signed token if there is an issuer, else the key itself."""
