@@ -263,7 +263,7 @@ def test_notification_queue_that_fills_up_is_reported(
     monkeypatch.setattr(publisher_module, "_QUEUE_USAGE_WARNING", 0.0)  # of 8 GB, by default
     with database.connect() as leader, database.connect() as listener:
         publisher_module._register(leader, "test", [])
-        publisher_module._beat(leader)
+        publisher_module._sequence_and_beat(leader)
         assert "notification queue" not in caplog.text
         listener.execute("LISTEN elsewhere")
         listener.execute("BEGIN")
@@ -271,7 +271,7 @@ def test_notification_queue_that_fills_up_is_reported(
             "SELECT pg_notify('elsewhere', repeat('x', 7000) || n) FROM "
             "generate_series(1, 100) AS n"
         )
-        publisher_module._beat(leader)
+        publisher_module._sequence_and_beat(leader)
     assert "notification queue" in caplog.text
 
 
