@@ -216,12 +216,12 @@ class Proxy:
         self.name = urlunsplit(
             (uri.scheme, uri.netloc.rpartition("@")[2], uri.path.rstrip("/"), "", "")
         )
-        self._target = urlunsplit(("", "", f"{uri.path.rstrip('/')}/publish/", uri.query, ""))
+        target = urlunsplit(("", "", f"{uri.path.rstrip('/')}/publish/", uri.query, ""))
+        host = uri.netloc.rpartition("@")[2]
+        self._head = f"POST {target} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         self._issuer = config.get("control_iss")
         self._key = config.get("key")
         self._token: tuple[float, str] = (0.0, "")
-        # Pushpin closes each connection behind its answer, so most of a request is what comes
-        # before it: a third of the time that urllib3 takes.
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         self._http = kinds[uri.scheme](uri.hostname or "", uri.port, timeout=_CONNECT_SECONDS)
 
@@ -231,12 +231,18 @@ class Proxy:
         Raises `Refused` if the proxy finds fault with the batch itself, `Unavailable` if
         the same batch may succeed later. Takes 13 seconds at most.
         """
-        headers = {"Content-Type": "application/json", **self.authorization()}
+        headers = {"Content-Length": str(len(body)), **self.authorization()}
+        head = self._head + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         try:
             self._connect()
-            self._http.request("POST", self._target, body=body, headers=headers)
-            response = self._http.getresponse()
-            answer = response.read()
+            # Head and body in one piece, which http.client would send in two. Pushpin closes
+            # each connection behind its answer, so what comes before a request is much of it.
+            self._http.sock.sendall(f"{head}\r\n".encode("latin-1") + body)
+            with http.client.HTTPResponse(self._http.sock, method="POST") as response:
+                response.begin()
+                answer = response.read()
+                if response.will_close:
+                    self._http.close()
         except (OSError, http.client.HTTPException) as e:
             self._http.close()
             raise Unavailable(f"cannot be reached: {e or type(e).__name__}") from e
