@@ -25,7 +25,7 @@ class _Stream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        transport.write(b"GET /events/?channel=room HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        transport.write(self._streams.request)
 
     def data_received(self, data: bytes) -> None:
         now = time.monotonic()
@@ -57,8 +57,11 @@ class _Stream(asyncio.Protocol):
 class Streams:
     """So many open streams: an async context manager."""
 
-    def __init__(self, port: int, count: int) -> None:
+    def __init__(self, port: int, count: int, channel: str = "room", version: str = "1.1") -> None:
         self._port, self._count = port, count
+        self.request = (
+            f"GET /events/?channel={channel} HTTP/{version}\r\nHost: localhost\r\n\r\n".encode()
+        )
         self.streams: list[_Stream] = []
         self.last_number = 0
         self.last_time = 0.0
