@@ -146,6 +146,7 @@ class Publisher:
             locker = stack.enter_context(closing(self._database.connect("bell")))
             self._doorbell = Doorbell(connection, locker, conf.safety_poll)
             stack.callback(self._close_doorbell)
+            self._busy_at = time.monotonic()  # the last leader may have been, a moment ago
             feeds = stack.enter_context(self._helpers())
             beat_at = 0.0
             while not self._stopping.is_set():
