@@ -5,9 +5,11 @@ src/backend/commands/async.c, PreCommit_Notify), so commits that notify queue up
 each other. Writers therefore ring only if nobody is awake, which they learn from an
 advisory lock, the bell lock (see ``sql/0001_enqueue.sql``):
 
-asleep  the bell lock is free: writers ring, and LISTEN wakes us. For a trickle of events.
+asleep  the bell lock is free: writers ring, and LISTEN wakes us. For as many events as
+        leave us idle most of the time; then commits seldom meet in that lock either, since
+        each of our rounds commits as well, and takes it.
 awake   the bell lock is held or requested by us: writers stay silent, and we poll every
-        few milliseconds. For a flood of events.
+        millisecond or a few. For a flood of events.
 drowsy  on the way from awake to asleep: the lock is free again, but a transaction that
         saw it taken may commit yet. We poll slowly until all of those are over.
 
@@ -34,9 +36,12 @@ CHANNEL = "pg_eventstream"
 BELL_LOCK, LEADER_LOCK = 1, 2
 LOCK_SPACE = "'pg_eventstream_event'::regclass::oid::int4"
 
-AWAKE_POLL = 0.003
-#: Rounds that found something, per second: above the first wake up, below the second doze.
-BUSY, CALM = 50, 25
+#: The share of the last second that rounds which found something took: above the first wake
+#: up, below the second doze. It is of time, not a number of events, because how often commits
+#: may ring without waiting for each other depends on how long the disk takes.
+BUSY, CALM = 0.5, 0.2
+#: A pause while awake. The more events a round finds, the less often it is worth its cost.
+_AWAKE_POLL_LEAST, _AWAKE_POLL_MOST, _AWAKE_POLL_PER_EVENT = 0.0005, 0.003, 0.0001
 _DROWSY_POLL_LEAST, _DROWSY_POLL_MOST = 0.02, 0.25
 
 
@@ -63,7 +68,10 @@ class Doorbell:
         self._listener = listener
         self._locker = locker
         self._safety_poll = safety_poll
-        self._busy_rounds: deque[float] = deque(maxlen=BUSY)
+        #: When each round that found something ended, and how long it took.
+        self._busy_rounds: deque[tuple[float, float]] = deque()
+        self._busy_seconds = 0.0
+        self._round_start = time.monotonic()
         self._drowsy_since = 0.0
         self._doze_horizon: int | None = None
         self._ears = Listener(listener, CHANNEL)
@@ -90,14 +98,24 @@ class Doorbell:
         """
         now = time.monotonic()
         if sequenced:
-            self._busy_rounds.append(now)
-        rate = self._rate(now)
+            self._busy_rounds.append((now, now - self._round_start))
+            self._busy_seconds += now - self._round_start
+        self._wait(now, sequenced)
+        self._round_start = time.monotonic()
+
+    def _wait(self, now: float, sequenced: int) -> None:
+        busy = self._busy(now)
         if self.state is State.AWAKE:
-            if rate < CALM and self._bell_was_ours():
+            if busy < CALM and self._bell_was_ours():
                 self._doze(now)
+            elif busy:
+                # Nobody rings. Not poll(), which knows but whole milliseconds.
+                pause = max(_AWAKE_POLL_LEAST, sequenced * _AWAKE_POLL_PER_EVENT)
+                time.sleep(min(pause, _AWAKE_POLL_MOST))
+                self._ears.wait(0)
             else:
-                self._ears.wait(AWAKE_POLL if rate else _DROWSY_POLL_LEAST)
-        elif rate >= BUSY:
+                self._ears.wait(_DROWSY_POLL_LEAST)
+        elif busy >= BUSY:
             # Not to sleep now: writers fall silent with this, and the last of them that rang
             # may be the one that woke us for this round.
             self._awake()
@@ -111,11 +129,11 @@ class Doorbell:
             longer = (now - self._drowsy_since) / 10
             self._ears.wait(min(max(longer, _DROWSY_POLL_LEAST), _DROWSY_POLL_MOST))
 
-    def _rate(self, now: float) -> int:
-        """How many of the last rounds found something, within the last second."""
-        while self._busy_rounds and self._busy_rounds[0] < now - 1:
-            self._busy_rounds.popleft()
-        return len(self._busy_rounds)
+    def _busy(self, now: float) -> float:
+        """How much of the last second went into rounds that found something."""
+        while self._busy_rounds and self._busy_rounds[0][0] < now - 1:
+            self._busy_seconds -= self._busy_rounds.popleft()[1]
+        return self._busy_seconds if self._busy_rounds else 0.0
 
     # The states
 

@@ -275,9 +275,10 @@ class Proxy:
 
     def _connect(self) -> None:
         """Pushpin closes the connection behind each answer; others keep it, for a while."""
-        sock = self._connection.sock
-        if sock is not None:
-            if not select.select([sock], [], [], 0)[0]:
+        if self._connection.sock is not None:
+            readable = select.poll()  # not select(), which takes no number above 1023
+            readable.register(self._connection.sock, select.POLLIN)
+            if not readable.poll(0):
                 return
             self._connection.close()  # what there is to read now is its end
         self._connection.timeout = _CONNECT_SECONDS

@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 _STANDBY_POLL = 0.5
 _QUEUE_USAGE_WARNING = 0.1
 _HEARTBEAT_SECONDS = 10.0
-_SWEEP_SECONDS = 30.0
+# What has become due is swept soon; when nothing happens, there is little to sweep.
+_SWEEP_SECONDS, _QUIET_SWEEP_SECONDS = 30.0, 600.0
+_QUIET_SECONDS = 90.0  # behind the last event; an unreliable one is due after a minute
 _FIRST_RETRY, _MOST_RETRY = 0.2, 5.0
 # SIGTERM must end the process within 5 seconds, whatever a proxy does meanwhile.
 _INTERRUPT_SECONDS, _STOP_SECONDS = 1.0, 3.0
@@ -55,6 +57,7 @@ class Publisher:
         self._stopping = threading.Event()
         self._doorbell: Doorbell | None = None
         self._connection: Connection | None = None
+        self._busy_at = 0.0
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def stop(self) -> None:
@@ -143,16 +146,19 @@ class Publisher:
             locker = stack.enter_context(closing(self._database.connect("bell")))
             self._doorbell = Doorbell(connection, locker, conf.safety_poll)
             stack.callback(self._close_doorbell)
+            self._busy_at = time.monotonic()  # the last leader may have been, a moment ago
             feeds = stack.enter_context(self._helpers())
             beat_at = 0.0
             while not self._stopping.is_set():
-                sequenced = sequence(connection)
+                if time.monotonic() < beat_at:
+                    sequenced = sequence(connection)
+                else:
+                    beat_at = time.monotonic() + _HEARTBEAT_SECONDS
+                    sequenced = _sequence_and_beat(connection)
                 if sequenced:
                     for feed in feeds:
                         feed.wake()
-                if time.monotonic() >= beat_at:
-                    _beat(connection)
-                    beat_at = time.monotonic() + _HEARTBEAT_SECONDS
+                    self._busy_at = time.monotonic()
                 self._doorbell.wait(sequenced)
 
     def _close_doorbell(self) -> None:
@@ -188,13 +194,23 @@ class Publisher:
                 with self._database.connect("sweep") as connection:
                     sweep = Sweep(connection, over)
                     while not over.is_set():
-                        sweep.run_once()
-                        over.wait(_SWEEP_SECONDS)
+                        if sweep.run_once():
+                            self._busy_at = time.monotonic()
+                        self._wait_for_sweep(over)
             except psycopg.Error as e:
                 logger.warning("sweep: database: %s; trying again", explained(e))
             except Exception:
                 logger.exception("sweep: unexpected error; trying again")
             over.wait(_SWEEP_SECONDS)
+
+    def _wait_for_sweep(self, over: threading.Event) -> None:
+        swept_at = time.monotonic()
+        while not over.wait(_SWEEP_SECONDS):
+            now = time.monotonic()
+            # Events that others sequence count as quiet; those are swept a little later.
+            quiet_sweep = min(_QUIET_SWEEP_SECONDS, conf.retention.total_seconds() / 10)
+            if now < self._busy_at + _QUIET_SECONDS or now >= swept_at + quiet_sweep:
+                return
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -268,16 +284,23 @@ def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> N
         connection.execute("DELETE FROM pg_eventstream_proxy WHERE name <> ALL(%s)", [names])
 
 
-def _beat(connection: Connection) -> None:
-    """Show that we are alive, and look after the queue that all notifications go through."""
+def _sequence_and_beat(connection: Connection) -> int:
+    """`sequence`, and in the same statement, of which an idle publisher sends few: show that we
+    are alive, and look after the queue that all notifications go through.
+    """
     row = connection.execute(
-        "UPDATE pg_eventstream_publisher SET heartbeat = now() WHERE id = 1"
-        " RETURNING pg_notification_queue_usage()"
+        """
+        WITH beat AS (UPDATE pg_eventstream_publisher SET heartbeat = now() WHERE id = 1)
+        SELECT pg_eventstream_sequence(), pg_notification_queue_usage()
+        """
     ).fetchone()
-    if row and row[0] > _QUEUE_USAGE_WARNING:
+    assert row is not None  # noqa: S101
+    sequenced, usage = row
+    if usage > _QUEUE_USAGE_WARNING:
         logger.warning(
             "PostgreSQL's notification queue is %.0f %% full; when it is full, transactions that"
             " notify fail at COMMIT. Some session has used LISTEN and then stayed in a"
             " transaction: look for the oldest xact_start in pg_stat_activity, and end it.",
-            row[0] * 100,
+            usage * 100,
         )
+    return int(sequenced)

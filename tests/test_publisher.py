@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -263,7 +264,7 @@ def test_notification_queue_that_fills_up_is_reported(
     monkeypatch.setattr(publisher_module, "_QUEUE_USAGE_WARNING", 0.0)  # of 8 GB, by default
     with database.connect() as leader, database.connect() as listener:
         publisher_module._register(leader, "test", [])
-        publisher_module._beat(leader)
+        publisher_module._sequence_and_beat(leader)
         assert "notification queue" not in caplog.text
         listener.execute("LISTEN elsewhere")
         listener.execute("BEGIN")
@@ -271,8 +272,38 @@ def test_notification_queue_that_fills_up_is_reported(
             "SELECT pg_notify('elsewhere', repeat('x', 7000) || n) FROM "
             "generate_series(1, 100) AS n"
         )
-        publisher_module._beat(leader)
+        publisher_module._sequence_and_beat(leader)
     assert "notification queue" in caplog.text
+
+
+def test_heartbeat_is_part_of_a_round(database: Database) -> None:
+    with database.connect() as leader:
+        publisher_module._register(leader, "test", [])
+        leader.execute("UPDATE pg_eventstream_publisher SET heartbeat = now() - interval '1 hour'")
+        send_event("a", "message", 1)
+        assert publisher_module._sequence_and_beat(leader) == 1
+    assert database.fetch(
+        "SELECT count(*) FROM pg_eventstream_publisher"
+        " WHERE heartbeat > now() - interval '1 minute'"
+    ) == [(1,)]
+
+
+def test_sweeps_are_rare_when_nothing_happens_and_soon_when_something_did(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_SWEEP_SECONDS", 0.01)
+    publisher = Publisher(Connections("default"))
+
+    def seconds_to_the_next_sweep() -> float:
+        start = time.monotonic()
+        publisher._wait_for_sweep(threading.Event())
+        return time.monotonic() - start
+
+    with override_settings(EVENTSTREAM_RETENTION=10):
+        publisher._busy_at = time.monotonic() - 2 * publisher_module._QUIET_SECONDS
+        assert seconds_to_the_next_sweep() >= 1
+        publisher._busy_at = time.monotonic()
+        assert seconds_to_the_next_sweep() < 1
 
 
 def test_publisher_takes_a_dsn(

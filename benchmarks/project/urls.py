@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from importlib import import_module
 
@@ -16,7 +17,7 @@ _TEXT = "a line of a chat, as long as such lines are; " * 2
 if PACKAGE == "pg_eventstream":
     from pg_eventstream import send_event
 
-    def _send(channel: str, data: dict[str, object], committed: list[float]) -> None:
+    def send_one(channel: str, data: dict[str, object], committed: list[float]) -> None:
         with transaction.atomic():
             send_event(channel, "message", data)
             transaction.on_commit(lambda: committed.append(time.monotonic()))
@@ -25,18 +26,17 @@ else:
     from django.db.models.signals import post_save
 
     _peer = import_module(PACKAGE)
-    _committed: list[float] = []
+    _local = threading.local()
 
-    def _send(channel: str, data: dict[str, object], committed: list[float]) -> None:
+    def send_one(channel: str, data: dict[str, object], committed: list[float]) -> None:
         # It commits by itself, and hands the event to the streams behind the commit. In a
         # transaction of the caller's it would do so before the commit.
         _peer.send_event(channel, "message", data)
-        committed.extend(_committed)
-        _committed.clear()
+        committed.append(_local.committed)
 
     def _saved(sender: type, **_: object) -> None:
         if sender.__name__ == "Event":
-            transaction.on_commit(lambda: _committed.append(time.monotonic()))
+            transaction.on_commit(lambda: setattr(_local, "committed", time.monotonic()))
 
     post_save.connect(_saved)
 
@@ -47,7 +47,7 @@ def send(request: HttpRequest) -> JsonResponse:
     first, count = int(request.GET["first"]), int(request.GET["count"])
     text = _TEXT * int(request.GET.get("length", 1))
     for n in range(first, first + count):
-        _send("room", {"n": n, "text": text}, committed)
+        send_one("room", {"n": n, "text": text}, committed)
     return JsonResponse({"committed": committed[-count:]})
 
 
