@@ -243,7 +243,6 @@ def test_role_can_do_its_work_and_needs_each_of_its_grants(
 ) -> None:
     role = granted(database, kind)
     dsn = as_role(database, role)
-    database.execute("REVOKE EXECUTE ON FUNCTION pg_eventstream_tip(text) FROM PUBLIC")
     work_to_do()
     work(dsn)
     held = privileges(database, role)

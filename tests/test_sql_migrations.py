@@ -266,7 +266,7 @@ def test_sequencing_cannot_be_diverted_by_its_caller(new_database: NewDatabase) 
                 )
             connection.execute(
                 f"""
-                CREATE FUNCTION {where}.pg_eventstream_tip(varchar) RETURNS bigint
+                CREATE FUNCTION {where}.pg_current_snapshot() RETURNS pg_snapshot
                 LANGUAGE plpgsql AS $$ BEGIN RAISE 'called as %', current_user; END $$
                 """
             )

@@ -321,14 +321,13 @@ def forbidden_statements() -> list[str]:
         "SELECT setval('pg_eventstream_outbox_seq_seq', 1)",
         # the functions
         "SELECT pg_eventstream_sequence()",
-        "SELECT pg_eventstream_tip('c')",
         "SELECT pg_eventstream_enqueue()",
         "CREATE TRIGGER own AFTER INSERT ON own_table FOR EACH ROW"
         " EXECUTE FUNCTION pg_eventstream_enqueue()",
         "CREATE CONSTRAINT TRIGGER own AFTER INSERT ON own_table DEFERRABLE INITIALLY DEFERRED"
         " FOR EACH ROW EXECUTE FUNCTION pg_eventstream_enqueue()",
         "ALTER FUNCTION pg_eventstream_enqueue() RESET search_path",
-        "CREATE OR REPLACE FUNCTION public.pg_eventstream_tip(varchar) RETURNS bigint"
+        "CREATE OR REPLACE FUNCTION public.pg_eventstream_sequence() RETURNS bigint"
         " LANGUAGE sql AS 'SELECT 1'",
         "DROP TRIGGER pgtrigger_enqueue_3f3f6 ON pg_eventstream_event",
         "SET session_replication_role = replica",

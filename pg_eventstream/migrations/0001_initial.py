@@ -177,7 +177,7 @@ class Migration(migrations.Migration):
         run_file("0001_enqueue.sql", "DROP FUNCTION pg_eventstream_enqueue()"),
         run_file(
             "0001_sequence.sql",
-            "DROP FUNCTION pg_eventstream_sequence(); DROP FUNCTION pg_eventstream_tip(text)",
+            "DROP FUNCTION pg_eventstream_sequence()",
         ),
         pgtrigger.migrations.AddTrigger(
             model_name="event",

@@ -1,16 +1,3 @@
--- pg_eventstream_tip(channel): the eid of the newest event of a channel, 0 if it
--- never had one. Known from the stream or, when the sweep has emptied that, from
--- what the sweep wrote down. No counter is updated per event, so nothing here
--- slows down while an old snapshot keeps dead rows from being vacuumed.
-CREATE FUNCTION pg_eventstream_tip(of_channel text) RETURNS bigint
-LANGUAGE sql STABLE AS $$
-    SELECT greatest(
-        (SELECT eid FROM pg_eventstream_stream
-          WHERE channel = of_channel ORDER BY eid DESC LIMIT 1),
-        (SELECT pruned FROM pg_eventstream_channel WHERE name = of_channel),
-        0)
-$$;
-
 -- pg_eventstream_sequence(): gives every event committed since the last call its
 -- position (global order) and eid (dense counter of its channel), in commit
 -- order. Returns how many events it sequenced.
@@ -94,7 +81,10 @@ BEGIN
         DELETE FROM pg_eventstream_outbox WHERE NOT known
     ),
     tip AS MATERIALIZED (
-        -- pg_eventstream_tip(channel), written out: a function would be planned with each call
+        -- The eid of the newest event of the channel, 0 if it never had one. Known from the
+        -- stream or, when the sweep has emptied that, from what the sweep wrote down. No
+        -- counter is updated per event, so nothing here slows down while an old snapshot
+        -- keeps dead rows from being vacuumed.
         SELECT channel,
                greatest(
                    (SELECT s.eid FROM pg_eventstream_stream s
