@@ -144,7 +144,7 @@ def stomp_server(port: int) -> Iterator[Stomp]:
 
 
 def benchmark(options: report.Options) -> Report:
-    events = 30_000 if options.quick else 500_000
+    events = 30_000 if options.quick else 200_000
     configure()
     none, one = (
         Comparison(f"{events} events, {who}", "events/s", OURS, BARE, at_least(0.8))
