@@ -40,12 +40,13 @@ SEND = """\\set channel random(1, 1000)
 INSERT INTO pg_eventstream_event (channel, data)
 VALUES ('c' || :channel, '{"text": "a line of a chat, as long as such lines are"}');
 """
-# Sequenced two days ago, at a rate of %(rate)s a second.
+# Sequenced two days ago, at a rate of %(rate)s a second; and behind them one event for each
+# channel that stays, since a log holds a day of them above what is pruned.
 FILL = """
     WITH sent AS (
         INSERT INTO pg_eventstream_event (channel, data)
         SELECT 'c' || n %% 1000, '{"text": "a line of a chat, as long as such lines are"}'
-          FROM generate_series(1, %(events)s) AS n
+          FROM generate_series(1, %(events)s + 1000) AS n
         RETURNING id, channel
     ), tip AS MATERIALIZED (
         SELECT channel, pg_eventstream_tip(channel) AS eid
@@ -55,11 +56,12 @@ FILL = """
         SELECT coalesce((SELECT max(position) FROM pg_eventstream_cursor), 0)
                + row_number() OVER (ORDER BY id), channel,
                tip.eid + row_number() OVER (PARTITION BY channel ORDER BY id), id,
-               to_timestamp(%(begin)s)
-               + row_number() OVER (ORDER BY id) / %(rate)s * interval '1 second'
+               CASE WHEN row_number() OVER (ORDER BY id) > %(events)s THEN now()
+               ELSE to_timestamp(%(begin)s)
+                    + row_number() OVER (ORDER BY id) / %(rate)s * interval '1 second' END
           FROM sent JOIN tip USING (channel)
     )
-    UPDATE pg_eventstream_cursor SET position = position + %(events)s
+    UPDATE pg_eventstream_cursor SET position = position + %(events)s + 1000
 """
 _DAYS = 2 * 24 * 3600.0
 

@@ -12,6 +12,7 @@ The way of an event, and the module of each step:
     sse         the wire format
     permission  who may read it; ends open streams when that changes
     recovery    what a client has missed
+    reading     the few threads and connections that read it for clients
     hold        tells the proxy to hold a stream: channels, ids, signed next links
     views       the endpoint
     direct      streams from this very process, without a proxy

@@ -18,6 +18,14 @@ _SCAN_EVENTS = 10_000
 # we know of; whatever else puts one there has it pruned an hour later.
 _FORGET_SECONDS = 3600.0
 
+# Statistics that know nothing of a burst yet, or of what is pruned already, make the planner
+# read and sort all that there is, again for each batch.
+_BY_INDEX = """
+    SET LOCAL enable_seqscan = off;
+    SET LOCAL enable_bitmapscan = off;
+    SET LOCAL enable_sort = off
+"""
+
 # One statement, so that no reader sees the event without its place in the stream or the
 # other way round; and the channel remembers how far it is pruned in the same one. Of the rows
 # looked at, those that are old go. Returns how many, and up to where no row is left.
@@ -207,6 +215,7 @@ class Sweep:
     def _prune(self, looked_at: str, params: dict[str, Any]) -> tuple[int, int | None]:
         # The lock keeps two sweeps apart; it conflicts with no reader and no sender.
         with self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.execute(_BY_INDEX)
             cursor.execute("LOCK TABLE pg_eventstream_channel IN SHARE ROW EXCLUSIVE MODE")
             row = cursor.execute(_PRUNE.format(looked_at=looked_at), params).fetchone()
         assert row is not None  # noqa: S101
@@ -222,24 +231,27 @@ class Sweep:
         order of the key leaves nothing behind, though later transactions may have lower ids
         than some that are in the outbox already.
         """
-        row = self._connection.execute(
-            """
-            WITH gone AS (
-                DELETE FROM pg_eventstream_outbox
-                 WHERE (xid, seq) IN (
-                       SELECT xid, seq FROM pg_eventstream_outbox
-                        WHERE (xid, seq) > (%s::xid8, %s)
-                          AND xid < (SELECT pg_snapshot_xmin(snapshot) FROM pg_eventstream_cursor
-                                      WHERE cluster = (SELECT system_identifier
-                                                         FROM pg_control_system()))
-                        ORDER BY xid, seq LIMIT %s)
-                RETURNING xid, seq
-            )
-            SELECT count(*) OVER (), xid::text, seq
-              FROM gone ORDER BY gone.xid DESC, seq DESC LIMIT 1
-            """,
-            [*self._outbox_empty_to, _BATCH_EVENTS],
-        ).fetchone()
+        with self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.execute(_BY_INDEX)
+            row = cursor.execute(
+                """
+                WITH gone AS (
+                    DELETE FROM pg_eventstream_outbox
+                     WHERE ctid = ANY(ARRAY(
+                           SELECT ctid FROM pg_eventstream_outbox
+                            WHERE (xid, seq) > (%s::xid8, %s)
+                              AND xid < (SELECT pg_snapshot_xmin(snapshot)
+                                           FROM pg_eventstream_cursor
+                                          WHERE cluster = (SELECT system_identifier
+                                                             FROM pg_control_system()))
+                            ORDER BY xid, seq LIMIT %s))
+                    RETURNING xid, seq
+                )
+                SELECT count(*) OVER (), xid::text, seq
+                  FROM gone ORDER BY gone.xid DESC, seq DESC LIMIT 1
+                """,
+                [*self._outbox_empty_to, _BATCH_EVENTS],
+            ).fetchone()
         if row is None:
             return 0
         self._outbox_empty_to = (row[1], row[2])

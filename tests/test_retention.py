@@ -12,6 +12,7 @@ from django.test import override_settings
 
 from pg_eventstream import send_event, send_events
 from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.retention import Sweep
 
 from .conftest import Database, PublisherProcess
 from .sse_client import SSEClient
@@ -160,3 +161,65 @@ def test_running_publisher_sweeps(
 def test_prune_of_an_unknown_database_is_explained(database: Database) -> None:
     with pytest.raises(CommandError, match="There is no database 'nowhere' in DATABASES"):
         call_command("eventstream_prune", database="nowhere")
+
+
+def test_one_sweep_finds_what_becomes_visible_late(
+    database: Database, control: ControlPort
+) -> None:
+    publish_once()
+    with (
+        database.connect() as connection,
+        database.connect(autocommit=False) as late,
+        override_settings(EVENTSTREAM_RETENTION=1e-6, GRIP_URL=None),
+    ):
+        sweep = Sweep(connection)
+        late.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', 'late')")
+        for _ in range(2):  # with higher transaction ids, and pruned before
+            send_event("a", "message", "before")
+            database.execute("SELECT pg_eventstream_sequence()")
+            assert sweep.run_once() == 1
+        late.commit()
+        database.execute("SELECT pg_eventstream_sequence()")
+        assert sweep.run_once() == 1
+    assert data(database) == []
+    assert database.value("SELECT count(*) FROM pg_eventstream_stream") == 0
+    assert database.value("SELECT count(*) FROM pg_eventstream_outbox") == 0
+
+
+def test_young_event_in_front_holds_nothing_else_up_and_is_pruned_in_its_time(
+    database: Database,
+) -> None:
+    send_events([("young", "message", 1), ("old", "message", 2), ("old", "message", 3)])
+    database.execute("SELECT pg_eventstream_sequence()")
+    age(database, events_of="old", by=2 * DAY)
+    with database.connect() as connection:
+        sweep = Sweep(connection)
+        assert sweep.run_once() == 2
+        age(database, events_of="young", by=2 * DAY)
+        assert sweep.run_once() == 1
+
+
+def test_batch_does_not_walk_over_what_was_pruned_below_a_held_snapshot(
+    database: Database,
+) -> None:
+    send_events([("a", "message", n) for n in range(30_000)])
+    database.execute("SELECT pg_eventstream_sequence()")
+    age(database, events_of="a", by=2 * DAY)
+    with database.connect(autocommit=False) as holder, database.connect() as connection:
+        holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        holder.execute("SELECT 1")
+        sweep = Sweep(connection)
+
+        def pages_read() -> int:
+            """Pages of the stream's indexes, by all sessions so far."""
+            connection.execute("SELECT pg_stat_force_next_flush(), pg_stat_clear_snapshot()")
+            count: int = database.value(
+                "SELECT idx_blks_hit + idx_blks_read FROM pg_statio_all_tables"
+                " WHERE relname = 'pg_eventstream_stream'"
+            )
+            return count
+
+        assert sweep.run_once() == 30_000
+        before = pages_read()
+        assert sweep.run_once() == 0
+        assert pages_read() - before < 50
