@@ -49,7 +49,9 @@ FILL = """
           FROM generate_series(1, %(events)s + 1000) AS n
         RETURNING id, channel
     ), tip AS MATERIALIZED (
-        SELECT channel, pg_eventstream_tip(channel) AS eid
+        SELECT channel,
+               coalesce((SELECT max(eid) FROM pg_eventstream_stream AS s
+                          WHERE s.channel = named.channel), 0) AS eid
           FROM (SELECT DISTINCT channel FROM sent) AS named
     ), put AS (
         INSERT INTO pg_eventstream_stream (position, channel, eid, event_id, sequenced_at)

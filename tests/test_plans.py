@@ -71,7 +71,8 @@ def read_for_proxy(database: Database) -> Explained:
     assert reader._connection is not None
     explained = Explained(reader._connection)
     reader._position = EVENTS // 2
-    assert len(reader._next_page()) == 500
+    reader._read_page()
+    assert sum(len(batch.events) for batch in reader._ready) == grip.BATCH_ITEMS
     reader.close()
     return explained
 
