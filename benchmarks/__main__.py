@@ -12,18 +12,7 @@ import subprocess
 import sys
 
 from . import summary
-
-NAMES = (
-    "send",
-    "latency",
-    "drain",
-    "recover",
-    "retention",
-    "idle",
-    "held_snapshot",
-    "fanout",
-    "slow_client",
-)
+from .summary import NAMES
 
 
 def main() -> None:

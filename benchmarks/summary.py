@@ -9,6 +9,18 @@ from typing import Any
 
 from .report import RESULTS, Comparison, number
 
+NAMES = (
+    "send",
+    "latency",
+    "drain",
+    "log_size",
+    "recover",
+    "prune",
+    "idle",
+    "held_snapshot",
+    "fanout",
+    "slow_client",
+)
 README = Path(__file__).parent.parent / "README.md"
 _BEGIN, _END = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->\n"
 
@@ -32,8 +44,6 @@ def read(name: str) -> dict[str, Any]:
 
 def with_table(readme: str) -> str:
     """The README with the table of all full runs that are stored."""
-    from .__main__ import NAMES
-
     stored = [read(name) for name in NAMES if (RESULTS / f"{name}.json").exists()]
     before, _, rest = readme.partition(_BEGIN)
     _, _, after = rest.partition(_END)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pg_eventstream
+from benchmarks import summary
 from pg_eventstream.conf import Conf
 
 ROOT = Path(__file__).parent.parent
@@ -43,3 +44,12 @@ def test_every_module_has_its_place_in_the_tour() -> None:
     django = {"__init__", "apps", "urls"}
     for module in package.glob("*.py"):
         assert module.stem in django or re.search(rf"\b{module.stem}\b", tour), module.stem
+
+
+def test_figures_are_those_of_the_stored_results() -> None:
+    assert summary.with_table(README) == README
+    assert set(summary.NAMES) == {
+        module.stem
+        for module in (ROOT / "benchmarks").glob("*.py")
+        if "report.main(" in module.read_text(encoding="utf-8")
+    } - {"report"}
