@@ -18,7 +18,7 @@ test: lint ## lint, then run the tests; ARGS goes to pytest
 	@.ci/need pushpin node npm chromium
 	.venv/bin/pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
-bench: ## measure everything against its peers (half an hour); ARGS=--quick takes a few minutes
+bench: ## measure everything against its peers; ARGS=--quick for a rough idea
 	@.ci/need pushpin
 	@VENV=.venv-bench .ci/install bench
 	.venv-bench/bin/python -m benchmarks $(ARGS)

@@ -18,7 +18,9 @@ from .summary import NAMES
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(NAMES)}")
-    parser.add_argument("--quick", action="store_true", help="a few minutes, for a rough idea")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds of less, for a rough idea"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")

@@ -78,6 +78,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "pg_eventstream"  # the same figures give the same file
+    mpl.rcParams["svg.fonttype"] = "none"  # text, and not the outlines of its letters
     comparisons = [Comparison.from_json(stored) for stored in result["comparisons"]]
     bars = [len(comparison.rounds) for comparison in comparisons]
     height = sum(bars) * 0.3 + len(bars) * 0.75 + 0.8

@@ -110,7 +110,7 @@ class Event(models.Model):
 
     class Meta:
         constraints = [
-            # One per column: PostgreSQL parses each again for every INSERT, 2 µs (ExecRelCheck).
+            # One per column: PostgreSQL reads each anew for every INSERT (ExecRelCheck).
             models.CheckConstraint(
                 name="pg_eventstream_channel_not_empty_no_cr_no_lf",
                 condition=models.Q(channel__regex=r"^[^\r\n]+$"),

@@ -23,7 +23,7 @@ from .errors import InvalidEvent
 RESERVED = "pg_eventstream:"
 NAME_LENGTH = 255  # varchar(255) of event.channel and event.type
 # An empty list of users to skip is the column's default. To leave it out saves a parameter that
-# is costly to write and to read: 4 % of a transaction that sends one event (benchmarks/send.py).
+# is costly to write and to read.
 _INSERT = "INSERT INTO pg_eventstream_event (channel, type, data) VALUES (%s, %s, %s)"
 _INSERT_SKIPPING = (
     "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids) VALUES (%s, %s, %s, %s)"

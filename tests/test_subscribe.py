@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -122,7 +121,7 @@ def test_many_subscriptions_of_one_loop_and_of_several_get_everything(
     for loop in loops:
         loop.start()
     with load.running():
-        time.sleep(2)
+        wait_until(lambda: len(load.committed) >= 500, timeout=60)
     database.send(channel, "last")
     for loop in loops:
         loop.join()
