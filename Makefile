@@ -5,10 +5,10 @@ PYTHON ?= python3
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint sql js clean
+.PHONY: help demo test test-faults bench lint sql js clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.installed-demo ## events in a browser; ARGS=--check checks without one; PROXY=pushpin adds Pushpin
 	@$(if $(filter pushpin,$(PROXY)),.ci/need pushpin)
@@ -17,6 +17,10 @@ demo: .venv/.installed-demo ## events in a browser; ARGS=--check checks without 
 test: lint ## lint, then run the tests; ARGS goes to pytest
 	@.ci/need pushpin node npm chromium
 	.venv/bin/pytest --numprocesses=2 --dist=loadfile $(ARGS)
+
+test-faults: lint ## faults of every kind, again and again; PG_EVENTSTREAM_TEST_SEED repeats a run
+	@.ci/need pushpin node npm chromium
+	PG_EVENTSTREAM_TEST_THOROUGH=1 .venv/bin/pytest --numprocesses=2 --dist=loadfile -m faults $(ARGS)
 
 bench: ## measure everything against its peers; ARGS=--quick for a rough idea
 	@.ci/need pushpin

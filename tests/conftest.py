@@ -31,6 +31,8 @@ from .sse_client import SSEClient
 __all__ = ["browser", "page"]  # fixtures
 
 KEY = secrets.token_hex(24)
+#: Whether to repeat faults often enough to find what is rare (`make test-faults`).
+THOROUGH = bool(os.environ.get("PG_EVENTSTREAM_TEST_THOROUGH"))
 _TEMPLATE = "template_migrated"
 
 _directory = tempfile.TemporaryDirectory(prefix="pg_eventstream-", dir="/tmp")
@@ -72,6 +74,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if not _only_hands_out_tests(config):
         _postgres.stop("immediate")
     _directory.cleanup()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not THOROUGH:
+        long = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
 
 
 @pytest.fixture(scope="session")
