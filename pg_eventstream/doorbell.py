@@ -160,9 +160,11 @@ class Doorbell:
 
     def _doze(self, now: float) -> None:
         self._release_bell()
-        # Whoever saw the lock taken has a transaction id below this: the trigger draws it
-        # before it tries the lock.
-        row = self._listener.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())").fetchone()
+        # Whoever saw the lock taken has a transaction id below this one, which is drawn now: the
+        # trigger draws its own before it tries the lock. A snapshot's xmax would not do: it is
+        # that of the last transaction that is over, plus one, and so perhaps below the newest
+        # that runs (PostgreSQL: src/backend/storage/ipc/procarray.c, GetSnapshotData).
+        row = self._listener.execute("SELECT pg_current_xact_id()").fetchone()
         assert row is not None  # noqa: S101
         self._doze_horizon = int(row[0])
         self._drowsy_since = now

@@ -15,6 +15,7 @@ import pytest
 
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.doorbell import Doorbell, State
+from pg_eventstream.publisher import sequence
 
 from .conftest import Database, PublisherProcess
 from .sse_client import SSEClient
@@ -105,6 +106,30 @@ def test_event_that_found_the_publisher_awake_is_delivered_when_it_is_not_any_mo
             connection.commit()
         client.wait_count(sent, timeout=PROMPTLY)
         assert client.events[-1].data == "slow"
+
+
+def test_publisher_does_not_sleep_before_the_newest_transaction_that_found_it_awake_is_over(
+    database: Database,
+) -> None:
+    """Nothing that began after it is over, so that no snapshot counts it among those before."""
+    with (
+        database.connect() as listener,
+        database.connect() as locker,
+        closing(Doorbell(listener, locker, safety_poll=None)) as doorbell,
+        database.connect(autocommit=False) as sender,
+    ):
+        sender.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        sender.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', '')")
+        while doorbell.state is State.AWAKE:
+            doorbell.wait(0)
+        for _ in range(5):
+            doorbell.wait(0)
+            assert doorbell.state is State.DROWSY
+        sender.commit()
+        while doorbell.state is State.DROWSY:
+            doorbell.wait(0)
+        # One more round, then the sleep.
+        assert sequence(listener) == 1
 
 
 class Pooled(psycopg.Connection[Any]):
