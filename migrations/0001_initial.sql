@@ -56,11 +56,19 @@ ALTER TABLE pg_eventstream_cursor SET (autovacuum_vacuum_scale_factor = 0, autov
 -- else. A trigger function cannot be called directly, and nobody but the owner
 -- may attach it to another table, because EXECUTE is revoked from PUBLIC below
 -- (PostgreSQL checks EXECUTE when a trigger is created, not when it fires).
-CREATE FUNCTION pg_eventstream_enqueue() RETURNS trigger
+--
+-- Every name in it, that of the operator too, says which schema it is of: so it
+-- finds its tables in the schema that it was created in, and nothing that a caller
+-- put in the way. SET search_path would do the same at several times the cost, for
+-- each event: benchmarks/send.py measures it.
+DO $do$
+BEGIN
+    EXECUTE format($create$
+CREATE FUNCTION %1$I.pg_eventstream_enqueue() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
-    INSERT INTO pg_eventstream_outbox (xid, event_id, channel)
-    VALUES (pg_current_xact_id(), NEW.id, NEW.channel);
+    INSERT INTO %1$I.pg_eventstream_outbox (xid, event_id, channel)
+    VALUES (pg_catalog.pg_current_xact_id(), NEW.id, NEW.channel);
 
     -- The doorbell. The publisher holds this lock, or waits for it, for as long
     -- as it is awake and polls; then the attempt fails at once and no
@@ -70,27 +78,21 @@ BEGIN
     -- The payload is empty: equal notifications of a transaction fold into one.
     -- A transaction that notifies cannot be prepared for two-phase commit: one that is
     -- to be says SET LOCAL pg_eventstream.bell = off, and the safety poll finds it.
-    IF current_setting('pg_eventstream.bell', true) IS DISTINCT FROM 'off'
-        AND pg_try_advisory_xact_lock_shared('pg_eventstream_event'::regclass::oid::int4, 1)
+    IF coalesce(pg_catalog.current_setting('pg_eventstream.bell', true), '')
+           OPERATOR(pg_catalog.<>) 'off'
+        AND pg_catalog.pg_try_advisory_xact_lock_shared(
+                %2$L::pg_catalog.regclass::pg_catalog.oid::pg_catalog.int4, 1)
     THEN
-        PERFORM pg_notify('pg_eventstream', '');
+        PERFORM pg_catalog.pg_notify('pg_eventstream', '');
     END IF;
     RETURN NULL;
 END
-$$;
+$$
+    $create$, current_schema(), format('%I.pg_eventstream_event', current_schema()));
+END
+$do$;
 
 REVOKE ALL ON FUNCTION pg_eventstream_enqueue() FROM PUBLIC;
-
--- It finds its tables in the schema that it was created in, and nothing that a
--- caller put in the way: pg_temp stands last, so that no temporary table can
--- take a table's place.
-DO $$
-BEGIN
-    EXECUTE format(
-        'ALTER FUNCTION pg_eventstream_enqueue() SET search_path = pg_catalog, %I, pg_temp',
-        current_schema());
-END
-$$;
 
 --
 -- Raw SQL operation

@@ -191,20 +191,14 @@ def test_functions_find_their_tables_in_the_schema_that_they_were_created_in(
     database = new_database(schema)
     migrate(database)
     with database.connect() as connection:
-        paths = connection.execute(
-            """
-            SELECT proname, nspname,
-                   (SELECT setting FROM unnest(proconfig) AS setting
-                     WHERE setting LIKE 'search_path=%')
-              FROM pg_proc JOIN pg_namespace ON pg_namespace.oid = pronamespace
-             WHERE prosecdef ORDER BY proname
-            """
-        ).fetchall()
-        quoted = sql.Identifier(schema).as_string(connection) if schema != "public" else schema
-    assert paths == [
-        (name, schema, f"search_path=pg_catalog, {quoted}, pg_temp")
-        for name in ("pg_eventstream_enqueue", "pg_eventstream_sequence")
-    ]
+        connection.execute("CREATE SCHEMA elsewhere")
+        quoted = sql.Identifier(schema).as_string(connection)
+        connection.execute("SET search_path = elsewhere")
+        connection.execute(
+            f"INSERT INTO {quoted}.pg_eventstream_event (channel, data) VALUES ('c', '')"
+        )
+        called = connection.execute(f"SELECT {quoted}.pg_eventstream_sequence()")
+        assert called.fetchone() == (1,)
 
 
 @pytest.mark.parametrize("schema", ["public", OTHER_SCHEMA])
@@ -233,7 +227,20 @@ def test_sender_cannot_divert_the_trigger(new_database: NewDatabase, schema: str
                 f"""
                 CREATE FUNCTION {where}.pg_try_advisory_xact_lock_shared(int, int)
                 RETURNS boolean LANGUAGE plpgsql AS
-                $$ BEGIN RAISE 'called as %', current_user; END $$
+                $$ BEGIN RAISE 'called as %', current_user; END $$;
+                CREATE FUNCTION {where}.current_setting(text, boolean)
+                RETURNS text LANGUAGE plpgsql AS
+                $$ BEGIN RAISE 'called as %', current_user; END $$;
+                CREATE FUNCTION {where}.pg_notify(text, text)
+                RETURNS void LANGUAGE plpgsql AS
+                $$ BEGIN RAISE 'called as %', current_user; END $$;
+                CREATE FUNCTION {where}.differs(text, text)
+                RETURNS boolean LANGUAGE plpgsql AS
+                $$ BEGIN RAISE 'called as %', current_user; END $$;
+                CREATE OPERATOR {where}.<> (
+                    LEFTARG = text, RIGHTARG = text, FUNCTION = {where}.differs);
+                CREATE DOMAIN {where}.regclass AS pg_catalog.text;
+                CREATE DOMAIN {where}.int4 AS pg_catalog.text
                 """
             )
         connection.execute(f"SET search_path = pg_temp, trap, pg_catalog, {path[0]}")
