@@ -49,7 +49,7 @@ class Feed:
         self._acknowledged_at = 0.0
         #: Read and encoded, not published yet.
         self._ready: deque[grip.Batch] = deque()
-        self._page_was_full = False
+        self._page_was_cut = False
         self._hints = grip.Hints()
 
     def wake(self) -> None:
@@ -59,9 +59,8 @@ class Feed:
     def run(self) -> None:
         delay = _FIRST_RETRY
         while not self._stopping.is_set():
-            self._news.clear()
             try:
-                published = self.publish_next()
+                self.publish_next()
                 delay = _FIRST_RETRY
             except psycopg.Error as e:
                 # The leader's own connection decides whether to go on; this one just retries.
@@ -74,7 +73,7 @@ class Feed:
                 self.close()
                 delay = self._pause(delay)
                 continue
-            if not published and not self._stopping.is_set():
+            if not self._has_more and not self._stopping.is_set():
                 self._news.wait(self._idle_seconds())
         self.settle()
         self.finish()
@@ -115,6 +114,11 @@ class Feed:
             self._connection.close()
             self._connection = None
 
+    @property
+    def _has_more(self) -> bool:
+        """Whether there is more to publish, for all that is known without a look."""
+        return bool(self._ready) or self._page_was_cut
+
     def _idle_seconds(self) -> float | None:
         """How long to wait for news: until there is something to do without any."""
         if self._position > self._acknowledged:
@@ -126,7 +130,7 @@ class Feed:
 
     def _read_ahead(self) -> None:
         """Prepare the next batch, if there is more for certain, so that it is ready in time."""
-        if self._page_was_full and len(self._ready) < 2:
+        if (self._page_was_cut or self._news.is_set()) and len(self._ready) < 2:
             # If the database fails now it fails again behind this batch, when it matters.
             with suppress(psycopg.Error):
                 self._read_page()
@@ -135,6 +139,7 @@ class Feed:
         if self._connection is None:
             self._connect()
         assert self._connection is not None  # noqa: S101
+        self._news.clear()  # not later: what comes from here on may be missing from the page
         due = time.monotonic() - self._acknowledged_at >= _ACKNOWLEDGE_SECONDS
         if self._position > self._acknowledged and due:
             self._acknowledge()
@@ -142,10 +147,10 @@ class Feed:
         rows = self._connection.execute(
             """
             SELECT position, channel, eid, type,
-                   CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids
+                   CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids, found
               FROM (
                 SELECT page.*, sum(least(octet_length(data), %s)) OVER by_position AS bytes,
-                       row_number() OVER by_position AS nth
+                       row_number() OVER by_position AS nth, count(*) OVER () AS found
                   FROM (
                     SELECT s.position, s.channel, s.eid, e.type, e.data, e.skip_user_ids
                       FROM pg_eventstream_stream AS s
@@ -162,9 +167,13 @@ class Feed:
         ).fetchall()
         # One page's events are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
-        events = (grip.StreamEvent(*row, *[reliable[row[1]]]) for row in rows)
+        events = (
+            grip.StreamEvent(position, channel, eid, kind, data, skipped, reliable[channel])
+            for position, channel, eid, kind, data, skipped, _ in rows
+        )
         self._ready.extend(grip.batches(events))
-        self._page_was_full = len(rows) == _PAGE_EVENTS
+        found = rows[0][-1] if rows else 0
+        self._page_was_cut = found == _PAGE_EVENTS or found > len(rows)
 
     def _connect(self) -> None:
         connection = self._database.connect(f"feed {self._proxy.name}")

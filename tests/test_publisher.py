@@ -17,13 +17,16 @@ import jwt
 import pytest
 from django.test import override_settings
 
+from pg_eventstream import feed as feed_module
+from pg_eventstream import grip, send_event, send_events
 from pg_eventstream import publisher as publisher_module
-from pg_eventstream import send_event, send_events
+from pg_eventstream.conf import conf
 from pg_eventstream.connection import Database as Connections
 from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.demo.pushpin import Pushpin
-from pg_eventstream.publisher import Publisher
+from pg_eventstream.feed import Feed
+from pg_eventstream.publisher import Publisher, _register, sequence
 
 from .conftest import DIRECTORY, KEY, Database, PublisherProcess
 from .http_service import HttpService, body_of, respond
@@ -201,6 +204,29 @@ def test_event_over_the_proxys_limit_becomes_a_hint(
         "channel": "events-a",
         "formats": {"http-stream": {"action": "hint"}},
     }
+
+
+def test_page_that_is_cut_because_of_its_size_is_followed_by_the_next_at_once(
+    database: Database, control: ControlPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has to say that there is news."""
+    monkeypatch.setattr(feed_module, "_ACKNOWLEDGE_SECONDS", 60)
+    text = "x" * 390_000
+    send_events([("big", "message", text)] * 30)
+    over = threading.Event()
+    with database.connect() as connection:
+        sequence(connection)
+        _register(connection, "a test", [grip.Proxy(config) for config in conf.grip_proxies])
+    feed = Feed(grip.Proxy(conf.grip_proxies[0]), Connections("default"), over)
+    thread = threading.Thread(target=feed.run)
+    thread.start()
+    try:
+        wait_until(lambda: len(control.ids) >= 30, timeout=10)
+    finally:
+        over.set()
+        feed.wake()
+        thread.join()
+    assert control.ids[:30] == [str(n) for n in range(1, 31)]
 
 
 def test_publishing_is_authenticated_as_gripcontrol_does(
