@@ -154,10 +154,10 @@ def test_page_shows_what_is_committed_and_goes_on_after_a_restart(
     page.goto(url)
     wait_for_state(page, "connected")
     assert ("Pushpin" in text(page, "#way")) == (mode == "pushpin")
-    press(page, "commit", "one")
-    press(page, "rollback", "not this")
-    wait_until(lambda: len(rows(page, "attempts")) == 2, timeout=30)
-    wait_until(lambda: not any("…" in row for row in rows(page, "attempts")), timeout=30)
+    for number, (what, name) in enumerate([("commit", "one"), ("rollback", "not this")], start=1):
+        press(page, what, name)
+        wait_until(lambda least=number: len(rows(page, "attempts")) == least, timeout=30)  # type: ignore[misc]
+        wait_until(lambda: not any("…" in row for row in rows(page, "attempts")), timeout=30)
     by_name = {row[0].split("\n")[0]: row for row in rows(page, "attempts")}
     assert by_name["one"][2:4] == ["there", "demo:1"]
     assert by_name["one"][-1].endswith("ms after the click")
