@@ -21,7 +21,8 @@ from django.core import signing
 from django.test import Client, override_settings
 from django.utils.crypto import constant_time_compare
 
-from pg_eventstream import hold, send_events
+from pg_eventstream import grip, hold, send_events
+from pg_eventstream.conf import conf
 from pg_eventstream.demo.processes import Process
 from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.errors import InvalidRequest
@@ -207,3 +208,18 @@ def test_seals_are_compared_in_constant_time() -> None:
         headers["Grip-Sig"] = sealed(HS256, good(), "another key")
         assert Client().get("/events/?channel=c", headers=headers).status_code == 501
     assert compare.call_count == 2
+
+
+# Logs
+
+
+def test_proxy_is_named_without_what_is_secret_about_it() -> None:
+    """In logs, in errors and in the table of proxies."""
+    url = f"http://user:{KEY}@127.0.0.1:1/realm/?iss=realm&key={KEY}&token={KEY}"
+    with override_settings(GRIP_URL=url):
+        (config,) = conf.grip_proxies
+        proxy = grip.Proxy(config)
+    assert proxy.name == "http://127.0.0.1:1/realm"
+    with pytest.raises(grip.Unavailable) as raised:
+        proxy.post(b"{}")
+    assert KEY not in str(raised.value)
