@@ -52,7 +52,6 @@ _FUNCTIONS = {
     "pg_current_snapshot()": "pg_snapshot",
     "pg_control_system()": "bigint",
     "pg_notify(text, text)": "void",
-    "pg_notify(unknown, unknown)": "void",
     "current_setting(text, boolean)": "text",
     "pg_try_advisory_xact_lock_shared(int, int)": "boolean",
     "equal(varchar, varchar)": "boolean",
@@ -74,8 +73,6 @@ def set_trap(database: Database, role: str) -> None:
     with connect(database, role) as connection:
         connection.execute(_TABLES.format(temp="", trap="trap"))
         for function, returned in _FUNCTIONS.items():
-            if "unknown" in function:
-                continue  # a pseudo-type, which no function of a role can take
             connection.execute(
                 f"CREATE FUNCTION trap.{function} RETURNS {returned} LANGUAGE plpgsql"
                 " AS $$ BEGIN RAISE EXCEPTION 'trapped'; END $$"
@@ -88,27 +85,24 @@ def set_trap(database: Database, role: str) -> None:
             )
 
 
-@pytest.mark.parametrize(
-    "search_path",
-    ["trap, pg_catalog, public", "pg_catalog, trap, public", "pg_temp, trap, pg_catalog", "''"],
-)
 @pytest.mark.parametrize(("kind", "attempt"), [("sender", INSERT), ("sequencer", SEQUENCE)])
 def test_nothing_that_a_role_puts_in_the_way_is_used(
-    database: Database, kind: str, attempt: str, search_path: str
+    database: Database, kind: str, attempt: str
 ) -> None:
     role = granted(database, kind)
     set_trap(database, role)
-    database.send("c")
-    with connect(database, role) as connection:
-        connection.execute(_TABLES.format(temp="TEMP", trap="pg_temp"))
-        connection.execute(f"SET search_path = {search_path}")
-        connection.execute(attempt)
-        for schema in ("trap", "pg_temp"):
-            for table in ("outbox", "stream", "cursor"):
-                found = connection.execute(f"SELECT FROM {schema}.pg_eventstream_{table}")
-                assert found.fetchall() == []
+    for path in ("trap, pg_catalog, public", "pg_catalog, trap", "pg_temp, trap, pg_catalog", "''"):
+        database.send("c")
+        with connect(database, role) as connection:
+            connection.execute(_TABLES.format(temp="TEMP", trap="pg_temp"))
+            connection.execute(f"SET search_path = {path}")
+            connection.execute(attempt)
+            for schema in ("trap", "pg_temp"):
+                for table in ("outbox", "stream", "cursor"):
+                    found = connection.execute(f"SELECT FROM {schema}.pg_eventstream_{table}")
+                    assert found.fetchall() == []
     database.value(SEQUENCE)
-    sent = 2 if attempt == INSERT else 1
+    sent = 8 if attempt == INSERT else 4
     assert database.value("SELECT count(*) FROM pg_eventstream_stream") == sent
 
 
