@@ -161,8 +161,10 @@ class Doorbell:
     def _doze(self, now: float) -> None:
         self._release_bell()
         # Whoever saw the lock taken has a transaction id below this: the trigger draws it
-        # before it tries the lock.
-        row = self._listener.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())").fetchone()
+        # before it tries the lock. Not a snapshot's xmax, which is the one behind the last that
+        # has ended (PostgreSQL: src/backend/storage/ipc/procarray.c, GetSnapshotData): a
+        # transaction that is still committing may lie above.
+        row = self._listener.execute("SELECT pg_current_xact_id()").fetchone()
         assert row is not None  # noqa: S101
         self._doze_horizon = int(row[0])
         self._drowsy_since = now

@@ -107,6 +107,31 @@ def test_event_that_found_the_publisher_awake_is_delivered_when_it_is_not_any_mo
         assert client.events[-1].data == "slow"
 
 
+def test_publisher_does_not_sleep_while_a_sender_that_found_it_awake_commits(
+    database: Database,
+) -> None:
+    """Not even if no transaction that began later has ended since."""
+    with (
+        database.connect() as listener,
+        database.connect() as locker,
+        closing(Doorbell(listener, locker, safety_poll=None)) as doorbell,
+        database.connect(autocommit=False) as sender,
+    ):
+        held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 1 AND granted"
+        wait_until(lambda: bool(database.value(held)), timeout=10)
+        sender.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        sender.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', '')")
+        for _ in range(20):
+            doorbell.wait(0)
+            assert doorbell.state is not State.ASLEEP
+        assert doorbell.state is State.DROWSY
+        sender.commit()
+        deadline = time.monotonic() + 10
+        while doorbell.state is not State.ASLEEP:
+            doorbell.wait(0)
+            assert time.monotonic() < deadline
+
+
 class Pooled(psycopg.Connection[Any]):
     """As through a pooler in transaction mode: LISTEN is accepted, and nothing is delivered."""
 
