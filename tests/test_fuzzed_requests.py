@@ -172,7 +172,7 @@ def leads_on_only_here(response: Any) -> None:
         assert hold.unsign(token[1]).user_id == "anonymous"
 
 
-@fuzzed(200, 8000)
+@fuzzed(200, 4000)
 @given(methods, queries, headers, signs)
 @example("GET", "channel=c&channel=d&lastEventId=earliest", {}, True)
 @example("GET", "channel=staff&lastEventId=earliest", {}, True)
@@ -187,7 +187,7 @@ def test_any_request_for_a_stream_is_answered_in_order(
     leads_on_only_here(response)
 
 
-@fuzzed(80, 3000)
+@fuzzed(80, 2000)
 @given(methods, texts, queries, headers, st.booleans(), signs)
 @example("GET", '<>; rel="next", é%', "", {}, False, True)
 def test_any_path_is_answered_in_order(
@@ -200,7 +200,7 @@ def test_any_path_is_answered_in_order(
     leads_on_only_here(response)
 
 
-@fuzzed(120, 5000)
+@fuzzed(120, 3000)
 @given(methods, values, headers)
 def test_nobody_guesses_a_next_link(method: str, token: bytes, headers: dict[str, str]) -> None:
     note(SEED)
@@ -212,7 +212,7 @@ def test_nobody_guesses_a_next_link(method: str, token: bytes, headers: dict[str
     assert not any(name.startswith("Grip-") for name in response.headers)
 
 
-@fuzzed(100, 5000)
+@fuzzed(100, 4000)
 @given(st.data())
 def test_no_link_can_be_made_of_another(data: st.DataObject) -> None:
     note(SEED)
