@@ -188,7 +188,7 @@ def test_sender_has_no_way_around_what_it_may_do(database: Database, sender: str
     database.send("c", "somebody else's")
     database.execute(f"CREATE SCHEMA trap AUTHORIZATION {sender}; ANALYZE pg_eventstream_event")
     outcomes = {}
-    with connect(database, sender) as connection, database.connect() as _other:
+    with connect(database, sender) as connection, database.connect():  # whom it might terminate
         connection.execute(
             """
             SET search_path = public, trap;
