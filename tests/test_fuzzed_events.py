@@ -53,7 +53,7 @@ def connection(database: Database) -> Iterator[psycopg.Connection[Any]]:
         yield connection
 
 
-@fuzzed(80, 1000)
+@fuzzed(80, 600)
 @given(names, st.lists(drafts, min_size=1, max_size=4), st.booleans())
 def test_client_and_proxy_parse_exactly_what_was_sent(
     database: Database,
@@ -124,7 +124,7 @@ def published(connection: psycopg.Connection[Any], channel: str, after: int) -> 
 any_names = st.one_of(texts, st.integers(253, 258).map("ä".__mul__), st.just("a\ud800"))
 
 
-@fuzzed(80, 3000)
+@fuzzed(80, 1500)
 @given(any_names, any_names, st.one_of(texts, st.just("\udfff")), st.lists(texts, max_size=2))
 @example("a", "b", "c\0", [])
 @example("a", "b\n", "c", [])
@@ -154,7 +154,7 @@ def test_python_refuses_what_the_table_would_refuse_and_nothing_else(
 # The parts by themselves, with what no database would store
 
 
-@fuzzed(200, 5000)
+@fuzzed(200, 3000)
 @given(texts.filter(bool), texts, st.lists(names, max_size=3, unique=True))
 def test_stream_without_a_proxy_parses_exactly_too(
     kind: str, data: str, channels: list[str]
@@ -169,7 +169,7 @@ def test_stream_without_a_proxy_parses_exactly_too(
     ]
 
 
-@fuzzed(200, 5000)
+@fuzzed(200, 3000)
 @given(st.dictionaries(texts.filter(bool), st.integers(0, 10**18 - 1), min_size=1, max_size=20))
 def test_id_says_what_it_was_made_of(eids: dict[str, int]) -> None:
     note(SEED)
@@ -179,7 +179,7 @@ def test_id_says_what_it_was_made_of(eids: dict[str, int]) -> None:
     assert re.fullmatch("[!-~]+", made)
 
 
-@fuzzed(200, 5000)
+@fuzzed(200, 3000)
 @given(st.text(max_size=30) | texts)
 def test_id_from_anywhere_is_parsed_or_refused(text: str) -> None:
     note(SEED)
@@ -190,7 +190,7 @@ def test_id_from_anywhere_is_parsed_or_refused(text: str) -> None:
     assert all(name and 0 <= eid < 10**18 for name, eid in eids.items())
 
 
-@fuzzed(200, 5000)
+@fuzzed(200, 3000)
 @given(st.lists(texts, max_size=4), texts)
 def test_user_is_skipped_by_exactly_the_own_name(skipped: list[str], user: str) -> None:
     note(SEED)
@@ -201,7 +201,7 @@ def test_user_is_skipped_by_exactly_the_own_name(skipped: list[str], user: str) 
     assert re.fullmatch(r"[\w./~%-]*", quoted, re.ASCII)  # nothing that a header could end with
 
 
-@fuzzed(200, 5000)
+@fuzzed(200, 3000)
 @given(texts.filter(lambda channel: channel != permission.CHANGES), texts, texts)
 def test_item_is_the_json_that_it_should_be(channel: str, kind: str, data: str) -> None:
     note(SEED)

@@ -172,7 +172,7 @@ def leads_on_only_here(response: Any) -> None:
         assert hold.unsign(token[1]).user_id == "anonymous"
 
 
-@fuzzed(200, 4000)
+@fuzzed(200, 2500)
 @given(methods, queries, headers, signs)
 @example("GET", "channel=c&channel=d&lastEventId=earliest", {}, True)
 @example("GET", "channel=staff&lastEventId=earliest", {}, True)
@@ -187,7 +187,7 @@ def test_any_request_for_a_stream_is_answered_in_order(
     leads_on_only_here(response)
 
 
-@fuzzed(80, 2000)
+@fuzzed(80, 1200)
 @given(methods, texts, queries, headers, st.booleans(), signs)
 @example("GET", '<>; rel="next", é%', "", {}, False, True)
 def test_any_path_is_answered_in_order(
@@ -200,7 +200,7 @@ def test_any_path_is_answered_in_order(
     leads_on_only_here(response)
 
 
-@fuzzed(120, 3000)
+@fuzzed(120, 1500)
 @given(methods, values, headers)
 def test_nobody_guesses_a_next_link(method: str, token: bytes, headers: dict[str, str]) -> None:
     note(SEED)
@@ -212,7 +212,7 @@ def test_nobody_guesses_a_next_link(method: str, token: bytes, headers: dict[str
     assert not any(name.startswith("Grip-") for name in response.headers)
 
 
-@fuzzed(100, 4000)
+@fuzzed(100, 2500)
 @given(st.data())
 def test_no_link_can_be_made_of_another(data: st.DataObject) -> None:
     note(SEED)
@@ -231,7 +231,7 @@ def test_no_link_can_be_made_of_another(data: st.DataObject) -> None:
 sent_last = st.one_of(st.sampled_from(["0", "1", "2"]), header_values)
 
 
-@fuzzed(80, 3000)
+@fuzzed(80, 1500)
 @given(headers, sent_last, sent_last, st.lists(st.tuples(texts, sent_last), max_size=2))
 def test_whatever_the_proxy_claims_to_have_sent_a_link_gives_its_own_events_only(
     headers: dict[str, str], c: str, d: str, more: list[tuple[str, str]]
@@ -252,7 +252,7 @@ def test_whatever_the_proxy_claims_to_have_sent_a_link_gives_its_own_events_only
 ACCEPTED = ["text/event-stream", "text/html", "application/json", "*/*", "text/event-stream;q=0"]
 
 
-@fuzzed(60, 3000)
+@fuzzed(60, 1500)
 @given(
     methods,
     st.sampled_from(["events/", "members/", "class/", "json/", "view/", "rooms/{}/", "events/{}/"]),
