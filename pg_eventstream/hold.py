@@ -30,7 +30,10 @@ from .errors import InvalidRequest
 NEXT = "next-"
 
 _SIGNER_SALT = "pg_eventstream.next-link"
-_LINK_HOURS = 24
+#: How long a link works. Of a stream that is held it is worth nothing without Grip-Last, which
+#: only the proxy says. Between two pages it is worth the next one to whoever finds it in a log; but
+#: the proxy asks at once, and a client whose link has expired comes back.
+_LINK_HOURS, _PAGE_LINK_HOURS = 24, 1
 _EVENTS = "events-"
 _UNRELIABLE = "unreliable-"
 _USER = "user-"
@@ -71,10 +74,11 @@ class Session:
 def sign(session: Session) -> str:
     """The session as a token for a path. Equal sessions get equal tokens, for an hour."""
     hour = int(time.time() // 3600)
+    hours = _LINK_HOURS if session.cursor is None else _PAGE_LINK_HOURS
     content: dict[str, Any] = {
         "c": session.channels,
         "u": session.user_id,
-        "x": hour + 1 + _LINK_HOURS,
+        "x": hour + 1 + hours,
     }
     if session.cursor is not None:
         content["l"] = [session.cursor.get(channel) for channel in session.channels]

@@ -12,6 +12,7 @@ from typing import Any
 import pgtrigger
 from django.apps import apps
 from django.contrib.postgres.fields import ArrayField
+from django.core.checks import CheckMessage
 from django.core.exceptions import ImproperlyConfigured
 from django.db import models
 from django.db.models.functions import Now
@@ -36,6 +37,24 @@ class SnapshotField(models.TextField):  # type: ignore[type-arg]
 
     def db_type(self, connection: Any) -> str:
         return "pg_snapshot"
+
+
+class TextArrayField(ArrayField):  # type: ignore[type-arg]
+    """An array of text. Migrations know it as the ArrayField that it is.
+
+    Since 6.1 Django wants ``django.contrib.postgres`` installed for one (check postgres.E005).
+    That app has nothing that this needs, and projects without it shall not have to add it.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"base_field": models.TextField(), **kwargs})
+
+    def check(self, **kwargs: Any) -> list[CheckMessage]:
+        return [found for found in super().check(**kwargs) if found.id != "postgres.E005"]
+
+    def deconstruct(self) -> Any:
+        name, _, args, kwargs = super().deconstruct()
+        return name, "django.contrib.postgres.fields.ArrayField", args, kwargs
 
 
 class EnqueueSql(compiler.UpsertTriggerSql):
@@ -105,7 +124,7 @@ class Event(models.Model):
     channel = models.CharField(max_length=255)
     type = models.CharField(max_length=255, default="message", db_default="message")
     data = models.TextField(help_text="What goes on the wire: JSON, or any other text.")
-    skip_user_ids = ArrayField(models.TextField(), default=list, db_default=[])
+    skip_user_ids = TextArrayField(default=list, db_default=[])
     created = models.DateTimeField(db_default=Now())
 
     class Meta:
