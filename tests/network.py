@@ -6,6 +6,7 @@ import math
 import socket
 import struct
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Literal
@@ -17,7 +18,8 @@ Side = Literal["client", "server"]
 _SIDES: tuple[Side, Side] = ("client", "server")
 _PIECE = 65536
 _PIECES_PER_SECOND = 20  # of a slow line
-_SLOW_BUFFER = 16384  # or the system would take megabytes off a sender at once
+# Or the system would take megabytes off a sender at once.
+_SLOW_BUFFER, _BUFFER = 16384, 1_000_000
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST, and drops what is not sent yet
 
 
@@ -92,6 +94,8 @@ class Network:
     def heal(self) -> None:
         with self._lock:
             self._is_cut = False
+            if self._rate is not None:
+                _set_buffers(_BUFFER, self._open)
         self._delay, self._rate, self._cut_after = 0.0, None, None
         for hears in self._hears.values():
             hears.set()
@@ -114,8 +118,7 @@ class Network:
                 self._open |= {client, server}
             try:
                 if self._rate is not None:
-                    for side in (client, server):
-                        side.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_BUFFER)
+                    _set_buffers(_SLOW_BUFFER, [client, server])
                 self._hears["server"].wait()
                 with suppress(OSError):  # either side has ended, or we have
                     server.connect((HOST, self._target))
@@ -152,6 +155,12 @@ class Network:
 
     def _piece(self) -> int:
         return _PIECE if self._rate is None else max(1, self._rate // _PIECES_PER_SECOND)
+
+
+def _set_buffers(size: int, connections: Iterable[socket.socket]) -> None:
+    for connection in connections:
+        with suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 def _reset(connection: socket.socket) -> None:
