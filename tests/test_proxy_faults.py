@@ -218,7 +218,7 @@ def test_event_that_the_proxy_refuses_reaches_clients_by_the_endpoint_and_delays
 ) -> None:
     front.refused = "poison"
     publisher = new_publisher(**publishes_to(front.url)).lead()
-    load = Load(database, channel, pause=0.01)
+    load = Load(database, channel, senders=2, pause=0.1)  # no burst, which has hints of its own
     poisoned = 30 if THOROUGH else 3
     with two_clients(pushpin.url, channel) as clients:
         with load.running():
