@@ -226,7 +226,9 @@ def test_event_that_the_proxy_refuses_reaches_clients_by_the_endpoint_and_delays
                 goes_on(load, *clients)
                 database.send(channel, f"poison {n}")
                 load.committed.append(f"poison {n}")
-        # The last ones come by a hint alone.
+        for client in clients:
+            client.wait_count(len(load.committed))
+        # Nothing follows this one, which would show the gap.
         database.send(channel, "poison at last")
         load.committed.append("poison at last")
         for client in clients:
