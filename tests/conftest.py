@@ -159,6 +159,19 @@ def pushpin(app_port: int) -> Iterator[Pushpin]:
         yield server
 
 
+@pytest.fixture
+def second_pushpin(app_port: int) -> Iterator[Pushpin]:
+    """Another proxy in front of the same application, not started yet."""
+    server = Pushpin(
+        DIRECTORY / "second",
+        origin=f"127.0.0.1:{app_port}",
+        sig_key=KEY,
+        program=os.environ.get("PG_EVENTSTREAM_TEST_PUSHPIN", "pushpin"),
+    )
+    yield server
+    server.stop()
+
+
 @pytest.fixture(scope="session")
 def node_directory() -> Path:
     """A directory for Node.js programs, with its packages installed."""
@@ -187,8 +200,13 @@ def channel() -> str:
 def child_environment(pushpin: Pushpin | None = None, **more: str) -> dict[str, str]:
     environment = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:pg_eventstream"}
     if pushpin is not None:
-        environment["PG_EVENTSTREAM_TEST_GRIP_URL"] = f"{pushpin.control_url}?key={KEY}"
+        environment |= publishes_to(pushpin.control_url)
     return {**environment, **more}
+
+
+def publishes_to(*control_urls: str) -> dict[str, str]:
+    """The environment of a publisher to the proxies with these control ports."""
+    return {"PG_EVENTSTREAM_TEST_GRIP_URL": " ".join(f"{url}?key={KEY}" for url in control_urls)}
 
 
 @pytest.fixture(params=["asgi"])

@@ -22,6 +22,8 @@ class Load:
     senders: int = 4
     pause: float = 0.004
     seed: int = 0
+    length: int = 0
+    """The least length of an event's data."""
     committed: list[str] = field(default_factory=list)
     rolled_back: list[str] = field(default_factory=list)
 
@@ -54,7 +56,10 @@ class Load:
             for n in range(1_000_000):
                 if stopping.wait(self.pause):
                     return
-                batch = [f"{number}-{n}-{part}" for part in range(chance.choice([1, 1, 1, 3]))]
+                batch = [
+                    f"{number}-{n}-{part}-".ljust(self.length, "x")
+                    for part in range(chance.choice([1, 1, 1, 3]))
+                ]
                 for data in batch:
                     connection.execute(
                         "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
@@ -80,3 +85,15 @@ class Load:
             own = [event for event in data if event.startswith(f"{number}-")]
             assert own == [event for event in self.committed if event.startswith(f"{number}-")]
         assert time.monotonic() < deadline
+
+
+@contextmanager
+def two_clients(
+    url: str, channel: str, *, patience: float = 60
+) -> Iterator[tuple[SSEClient, SSEClient]]:
+    """Clients that come back when their stream has ended; the second is for the test to drop."""
+    with (
+        SSEClient(f"{url}/events/", [channel], reconnect=True, patience=patience) as steady,
+        SSEClient(f"{url}/events/", [channel], reconnect=True, patience=patience) as restless,
+    ):
+        yield steady.wait_open(), restless.wait_open()

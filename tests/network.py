@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
+from typing import Literal
 
 from pg_eventstream.demo.processes import HOST
 
+Side = Literal["client", "server"]
+
+_SIDES: tuple[Side, Side] = ("client", "server")
+_PIECE = 65536
+_PIECES_PER_SECOND = 20  # of a slow line
+# Or the system would take megabytes off a sender at once.
+_SLOW_BUFFER, _BUFFER = 16384, 1_000_000
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST, and drops what is not sent yet
 
 
@@ -17,8 +27,11 @@ class Network:
     """Forwards TCP connections to `port` of this machine, from a port of its own (`port`).
 
     `cut()` resets all connections, and new ones at once. `deaf()` lets nothing pass and tells
-    nobody, new connections included. `heal()` ends both; connections that were deaf then deliver
-    what they held back.
+    nobody, new connections included; `deaf("server")` nothing on the way to the server,
+    `deaf("client")` no answer. `delay()` holds each piece back for so many seconds, `throttle()`
+    lets so many bytes a second pass, each way. `cut_after()` breaks each connection behind so
+    many bytes of the answer: by a reset, or as if the server had said all. `heal()` ends all of
+    that; connections that were deaf then deliver what they held back.
     """
 
     def __init__(self, port: int) -> None:
@@ -31,8 +44,13 @@ class Network:
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._is_cut = False
-        self._hears = threading.Event()
-        self._hears.set()
+        self._hears = {side: threading.Event() for side in _SIDES}
+        self._delay = 0.0
+        self._rate: int | None = None
+        self._cut_after: int | None = None
+        self._resets = True
+        self._closing = threading.Event()
+        self.heal()
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self) -> Network:
@@ -48,8 +66,10 @@ class Network:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._closing.set()
         self.cut()
-        self._hears.set()
+        for hears in self._hears.values():
+            hears.set()
         self._thread.join(10)
 
     def cut(self) -> None:
@@ -58,13 +78,27 @@ class Network:
             for connection in self._open:
                 _reset(connection)
 
-    def deaf(self) -> None:
-        self._hears.clear()
+    def deaf(self, to: Side | None = None) -> None:
+        for side in [to] if to else _SIDES:
+            self._hears[side].clear()
+
+    def delay(self, seconds: float) -> None:
+        self._delay = seconds
+
+    def throttle(self, rate: int) -> None:
+        self._rate = rate
+
+    def cut_after(self, count: int, *, reset: bool = True) -> None:
+        self._cut_after, self._resets = count, reset
 
     def heal(self) -> None:
         with self._lock:
             self._is_cut = False
-        self._hears.set()
+            if self._rate is not None:
+                _set_buffers(_BUFFER, self._open)
+        self._delay, self._rate, self._cut_after = 0.0, None, None
+        for hears in self._hears.values():
+            hears.set()
 
     def _accept(self) -> None:
         while True:
@@ -83,25 +117,50 @@ class Network:
                     return
                 self._open |= {client, server}
             try:
-                self._hears.wait()
+                if self._rate is not None:
+                    _set_buffers(_SLOW_BUFFER, [client, server])
+                self._hears["server"].wait()
                 with suppress(OSError):  # either side has ended, or we have
                     server.connect((HOST, self._target))
-                    back = threading.Thread(target=self._pump, args=[server, client], daemon=True)
+                    back = threading.Thread(
+                        target=self._pump, args=[server, client, "client"], daemon=True
+                    )
                     back.start()
-                    self._pump(client, server)
+                    self._pump(client, server, "server")
                     back.join()
             finally:
                 with self._lock:
                     self._open -= {client, server}
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, to: Side) -> None:
+        passed = 0
         with suppress(OSError):
-            while data := source.recv(65536):
-                self._hears.wait()
+            while data := source.recv(self._piece()):
+                if seconds := self._delay + len(data) / (self._rate or math.inf):
+                    self._closing.wait(seconds)
+                self._hears[to].wait()
+                passed += len(data)
+                if to == "client" and self._cut_after is not None and passed >= self._cut_after:
+                    sink.sendall(data[: len(data) - (passed - self._cut_after)])
+                    if self._resets:
+                        for side in (source, sink):
+                            side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                    break
                 sink.sendall(data)
         for side in (source, sink):
             with suppress(OSError):
-                side.shutdown(socket.SHUT_RDWR)
+                # A shutdown for writing says that all is said, and the reset comes too late.
+                resets = side.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == _RESET
+                side.shutdown(socket.SHUT_RD if resets else socket.SHUT_RDWR)
+
+    def _piece(self) -> int:
+        return _PIECE if self._rate is None else max(1, self._rate // _PIECES_PER_SECOND)
+
+
+def _set_buffers(size: int, connections: Iterable[socket.socket]) -> None:
+    for connection in connections:
+        with suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 def _reset(connection: socket.socket) -> None:

@@ -41,6 +41,8 @@ class SSEClient:
     last_event_id: str = ""
     reconnect: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
+    patience: float = 60
+    """After so many seconds without a byte the stream has ended."""
 
     def __post_init__(self) -> None:
         self.events: list[Received] = []
@@ -111,7 +113,7 @@ class SSEClient:
     def _read_stream(self) -> None:
         parts = urlsplit(self.url)
         assert parts.hostname
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=self.patience)
         self._connection = connection
         query = urlencode([("channel", channel) for channel in self.channels], quote_via=quote)
         headers = {"Accept": "text/event-stream", **self.headers}

@@ -28,20 +28,12 @@ from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.feed import Feed
 from pg_eventstream.publisher import Publisher, _register, sequence
 
-from .conftest import DIRECTORY, KEY, Database, PublisherProcess
+from .conftest import KEY, Database, PublisherProcess
 from .http_service import HttpService, body_of, respond
 from .sse_client import SSEClient
 
 NewPublisher = Callable[..., PublisherProcess]
 Stream = Callable[..., SSEClient]
-
-
-@pytest.fixture
-def second_pushpin(app_port: int) -> Iterator[Pushpin]:
-    """Another proxy in front of the same application, not started yet."""
-    server = Pushpin(DIRECTORY / "second", origin=f"127.0.0.1:{app_port}", sig_key=KEY)
-    yield server
-    server.stop()
 
 
 def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
@@ -86,6 +78,8 @@ class ControlPort(HttpService):
         """Status codes for the next requests; then 200."""
         self.refused = "\0"
         """Text for which a whole request is refused with 400, as Pushpin does."""
+        self.takes_all = False
+        """Whether it even takes what it says it does not."""
         self.silent = threading.Event()
         """While set, requests get no answer."""
         self.answering = threading.Event()
@@ -99,9 +93,12 @@ class ControlPort(HttpService):
         status = self.answers.pop(0) if self.answers else 200
         if status == 200 and self.refused.encode() in body:
             status = 400
-        if status == 200:
-            self.items += json.loads(body)["items"]
+        if status == 200 or self.takes_all:
+            self.take(body)
         respond(request, status, b"Published" if status == 200 else b"no")
+
+    def take(self, body: bytes) -> None:
+        self.items += json.loads(body)["items"]
 
     def __exit__(
         self,
