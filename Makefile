@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults bench lint sql js clean
+.PHONY: help demo test test-faults soak bench lint sql js clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ test: lint ## lint, then run the tests; ARGS goes to pytest
 test-faults: lint ## faults of every kind, again and again; PG_EVENTSTREAM_TEST_SEED repeats a run
 	@.ci/need pushpin node npm chromium
 	PG_EVENTSTREAM_TEST_THOROUGH=1 .venv/bin/pytest --numprocesses=2 --dist=loadfile -m faults $(ARGS)
+
+soak: .venv/.installed-test ## days of work in 10 minutes, with small faults; ARGS="--minutes 60 --calm"
+	@.ci/need pushpin
+	.venv/bin/python -m tests.soak $(ARGS)
 
 bench: ## measure everything against its peers; ARGS=--quick for a rough idea
 	@.ci/need pushpin
