@@ -267,6 +267,7 @@ def _disturb(network: Network, chance: random.Random) -> None:
     chance.choice(faults)()
 
 
+@pytest.mark.thorough
 def test_client_that_reads_slowly_gets_what_the_proxy_drops(
     database: Database, publisher: PublisherProcess, pushpin: Pushpin, channel: str
 ) -> None:
