@@ -18,7 +18,8 @@ class Network:
 
     `cut()` resets all connections, and new ones at once. `deaf()` lets nothing pass and tells
     nobody, new connections included. `heal()` ends both; connections that were deaf then deliver
-    what they held back.
+    what they held back. `forget()` ends both as well, for new connections: those that are open stay
+    deaf for ever, as behind a router that was restarted. `point()` leads new ones to another port.
     """
 
     def __init__(self, port: int) -> None:
@@ -33,6 +34,7 @@ class Network:
         self._is_cut = False
         self._hears = threading.Event()
         self._hears.set()
+        self._forgotten: list[threading.Event] = []
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self) -> Network:
@@ -49,7 +51,8 @@ class Network:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
-        self._hears.set()
+        for hears in (self._hears, *self._forgotten):
+            hears.set()
         self._thread.join(10)
 
     def cut(self) -> None:
@@ -66,6 +69,15 @@ class Network:
             self._is_cut = False
         self._hears.set()
 
+    def forget(self) -> None:
+        self._hears.clear()
+        self._forgotten.append(self._hears)
+        self._hears = threading.Event()
+        self.heal()
+
+    def point(self, port: int) -> None:
+        self._target = port
+
     def _accept(self) -> None:
         while True:
             try:
@@ -76,6 +88,7 @@ class Network:
             threading.Thread(target=self._forward, args=[client], daemon=True).start()
 
     def _forward(self, client: socket.socket) -> None:
+        hears = self._hears
         with client, socket.socket() as server:
             with self._lock:
                 if self._is_cut:
@@ -83,22 +96,25 @@ class Network:
                     return
                 self._open |= {client, server}
             try:
-                self._hears.wait()
+                hears.wait()
                 with suppress(OSError):  # either side has ended, or we have
                     server.connect((HOST, self._target))
-                    back = threading.Thread(target=self._pump, args=[server, client], daemon=True)
+                    back = threading.Thread(
+                        target=self._pump, args=[server, client, hears], daemon=True
+                    )
                     back.start()
-                    self._pump(client, server)
+                    self._pump(client, server, hears)
                     back.join()
             finally:
                 with self._lock:
                     self._open -= {client, server}
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, hears: threading.Event) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                self._hears.wait()
+                hears.wait()
                 sink.sendall(data)
+        hears.wait()  # the end is news, too
         for side in (source, sink):
             with suppress(OSError):
                 side.shutdown(socket.SHUT_RDWR)

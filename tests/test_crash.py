@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pg_eventstream.demo.processes import wait_until
 
 from .conftest import Database, PublisherProcess
+from .faults import OURS
 from .load import Load
 from .sse_client import SSEClient
 
@@ -20,10 +21,6 @@ Stream = Callable[..., SSEClient]
 
 KILLS = 20
 TAKEOVER_SECONDS = 2.0
-OURS = (
-    "FROM pg_stat_activity WHERE datname = current_database()"
-    " AND application_name LIKE 'pg_eventstream %'"
-)
 
 
 def seeded() -> random.Random:
