@@ -175,10 +175,12 @@ class Publisher:
     def _helpers(self) -> Iterator[list[Feed]]:
         """The feeds and the sweep, each on a thread, for as long as we lead."""
         over = threading.Event()
-        feeds = [Feed(proxy, self._database, over) for proxy in self._proxies]
+        # Connections of their own: a feed of our last lead may still wait for an answer.
+        proxies = [grip.Proxy(config) for config in conf.grip_proxies]
+        feeds = [Feed(proxy, self._database, over) for proxy in proxies]
         threads = [
             threading.Thread(target=feed.run, name=f"feed {proxy.name}", daemon=True)
-            for feed, proxy in zip(feeds, self._proxies, strict=True)
+            for feed, proxy in zip(feeds, proxies, strict=True)
         ]
         threads.append(threading.Thread(target=self._sweep_regularly, args=[over], daemon=True))
         for thread in threads:

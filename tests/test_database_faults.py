@@ -9,10 +9,13 @@ import pytest
 from pg_eventstream.demo.processes import wait_until
 
 from .conftest import THOROUGH, Database, PublisherProcess
-from .faults import terminating_backends
+from .faults import OURS, terminating_backends
 from .load import Load
 from .sse_client import SSEClient
 from .test_crash import seeded
+from .test_publisher import ControlPort, control
+
+__all__ = ["control"]  # a fixture
 
 pytestmark = pytest.mark.faults
 
@@ -64,3 +67,23 @@ def test_sessions_ended_at_random_all_the_time_lose_and_repeat_nothing(
         assert {name.split(" ")[1] for name in ended if " " in name} >= {
             "leader", "bell", "feed", "sweep",
         }  # fmt: skip
+
+
+@pytest.mark.thorough
+def test_publisher_that_leads_anew_shares_no_connection_with_what_it_left_behind(
+    database: Database, new_publisher: NewPublisher, control: ControlPort
+) -> None:
+    """The answer to one batch must not be taken for the answer to another."""
+    control.silent.set()
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
+    database.send("a")
+    wait_until(lambda: len(control.bodies) == 1, timeout=20)
+    wait_until(lambda: database.value(f"SELECT count(*) {OURS}") == 4, timeout=20)
+    database.execute(f"SELECT pg_terminate_backend(pid) {OURS}")
+    # The first is not answered yet.
+    wait_until(lambda: len(control.bodies) == 2, timeout=20)
+    control.silent.clear()
+    control.answering.set()
+    wait_until(lambda: len(control.ids) >= 2, timeout=20)
+    assert publisher.log.count(": leading") == 2
+    assert "cannot be reached" not in publisher.log
