@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import psycopg
 import pytest
@@ -96,14 +97,13 @@ def test_publisher_behind_a_pooler_says_what_is_wrong_and_delivers_by_polling(
     with load.running():
         client.wait_count(100)
         # It leaves nothing behind in sessions that are the application's, too.
-        settings = "SELECT name, setting FROM pg_settings WHERE source = 'session'"
-        with psycopg.connect(pooled, autocommit=True) as ours, database.connect() as other:
-            application = "application_name", "client_encoding"
-            assert {
-                name: value
-                for name, value in ours.execute(settings, prepare=False)
-                if name not in application
-            } == {name: value for name, value in other.execute(settings) if name not in application}
+        with ExitStack() as stack:
+            for _ in range(10):  # all that there are, and some more
+                session = stack.enter_context(psycopg.connect(pooled))
+                assert not session.execute(
+                    "SELECT name FROM pg_settings WHERE source = 'session' AND name = ANY(%s)",
+                    [["synchronous_commit", "enable_hashjoin", "statement_timeout"]],
+                ).fetchall()
         bell = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'"
         assert not database.fetch(f"{bell} AND objid = 1")
     load.check(client)
