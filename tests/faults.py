@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 
@@ -101,45 +101,46 @@ def terminating_backends(database: Database, chance: random.Random) -> Iterator[
         thread.join()
 
 
+@dataclass
+class _Hold:
+    after: bool
+    held: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self) -> None:
+        self.held.set()
+        self.go_on.wait(60)
+
+
 class Relay(HttpService):
     """In front of a control port: holds what is posted, before or after it was passed on."""
 
     def __init__(self, control_port: int) -> None:
         super().__init__()
         self._control_port = control_port
-        self._go_on = threading.Event()
-        self._go_on.set()
-        self._held = threading.Event()
-        self._after = False
+        self._next: list[_Hold] = []
 
-    def hold(self, *, after: bool) -> None:
-        """From the next request on; return when one is held."""
-        self._after = after
-        self._held.clear()
-        self._go_on.clear()
-        assert self._held.wait(30)
-
-    def let_go(self) -> None:
-        self._go_on.set()
+    def hold(self, *, after: bool) -> Callable[[], None]:
+        """Hold the next request, and no other; returns when it is held, with what lets it go."""
+        hold = _Hold(after)
+        self._next.append(hold)
+        assert hold.held.wait(30)
+        return hold.go_on.set
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body = body_of(request)
-        if not self._after:
-            self._wait()
+        hold = self._next.pop() if self._next else None
+        if hold is not None and not hold.after:
+            hold.wait()
         connection = http.client.HTTPConnection("127.0.0.1", self._control_port, timeout=30)
         headers = {"Content-Type": "application/json"}
         connection.request("POST", request.path, body, headers)
         with connection.getresponse() as response:
             text = response.read()
-        if self._after:
-            self._wait()
+        if hold is not None and hold.after:
+            hold.wait()
         with suppress(OSError):  # who asked was killed meanwhile
             respond(request, response.status, text)
-
-    def _wait(self) -> None:
-        if not self._go_on.is_set():
-            self._held.set()
-            self._go_on.wait(60)
 
 
 @dataclass
@@ -206,12 +207,12 @@ def while_it_sequences(stage: Stage) -> Iterator[PublisherProcess]:
 @contextmanager
 def between_sequence_and_publish(stage: Stage) -> Iterator[PublisherProcess]:
     publisher = stage.lead()
-    stage.relay.hold(after=False)
+    let_go = stage.relay.hold(after=False)
     last = stage.last()
     stage.more()
     wait_until(lambda: stage.last() > last, timeout=30)
     with locked(stage.database, "LOCK TABLE pg_eventstream_event IN ACCESS EXCLUSIVE MODE"):
-        stage.relay.let_go()
+        let_go()
         wait_for_waiting(stage.database, "feed")
         yield publisher
 
@@ -221,18 +222,18 @@ def before_the_proxy_took_the_batch(stage: Stage) -> Iterator[PublisherProcess]:
     """It takes it later, perhaps when the next publisher has published it."""
     publisher = stage.lead()
     stage.more()
-    stage.relay.hold(after=False)
+    let_go = stage.relay.hold(after=False)
     yield publisher
-    threading.Timer(stage.chance.uniform(0, 2), stage.relay.let_go).start()
+    threading.Timer(stage.chance.uniform(0, 2), let_go).start()
 
 
 @contextmanager
 def before_the_proxy_has_answered(stage: Stage) -> Iterator[PublisherProcess]:
     publisher = stage.lead()
     stage.more()
-    stage.relay.hold(after=True)
+    let_go = stage.relay.hold(after=True)
     yield publisher
-    stage.relay.let_go()
+    let_go()
 
 
 @contextmanager

@@ -24,7 +24,6 @@ POINTS = len(faults.POINTS) if THOROUGH else 4
 def relay(pushpin: Pushpin) -> Iterator[faults.Relay]:
     with faults.Relay(pushpin.control_port) as server:
         yield server
-        server.let_go()
 
 
 @pytest.mark.timeout(900)
