@@ -15,11 +15,11 @@ demo: .venv/.installed-demo ## events in a browser; ARGS=--check checks without 
 	@.venv/bin/python -m pg_eventstream.demo $(PROXY:%=--proxy %) $(ARGS)
 
 test: lint ## lint, then run the tests; ARGS goes to pytest
-	@.ci/need pushpin node npm chromium
+	@.ci/need pushpin node npm chromium pgbouncer
 	.venv/bin/pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 test-faults: lint ## faults of every kind, again and again; PG_EVENTSTREAM_TEST_SEED repeats a run
-	@.ci/need pushpin node npm chromium
+	@.ci/need pushpin node npm chromium pgbouncer
 	PG_EVENTSTREAM_TEST_THOROUGH=1 .venv/bin/pytest --numprocesses=2 --dist=loadfile -m faults $(ARGS)
 
 soak: .venv/.installed-test ## days of work in 10 minutes, with small faults; ARGS="--minutes 60 --calm"

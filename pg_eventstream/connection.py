@@ -13,6 +13,8 @@ from typing import Any
 import psycopg
 from django.db import connections
 
+from .silence import WatchedConnection
+
 # A server that vanishes without a word (power, network) is noticed within some 15
 # seconds, on either side, so that a lock is not held by a leader that is gone.
 _KEEPALIVE: dict[str, Any] = {
@@ -23,6 +25,8 @@ _KEEPALIVE: dict[str, Any] = {
     "tcp_user_timeout": 15_000,
     "connect_timeout": 4,
 }
+_SET_UP_SECONDS = 10.0
+_PROBE, _PROBE_SECONDS = "pg_eventstream_probe", 2.0
 # What a role or a database may be set up with for web requests must not hit a daemon that
 # sleeps for hours, and whose one statement may sequence a million events.
 _SESSION = {
@@ -43,31 +47,53 @@ class Database:
     alias: str
     dsn: str | None = None
 
-    def connect(self, role: str) -> psycopg.Connection[tuple[Any, ...]]:
+    def connect(self, role: str) -> WatchedConnection:
         """A new autocommit connection, shown as ``pg_eventstream ROLE`` in pg_stat_activity.
 
         Raises `psycopg.OperationalError` if the server cannot be reached.
         """
-        if self.dsn is not None:
-            assume_role = None
-            params: dict[str, Any] = {"conninfo": self.dsn}
-        else:
-            wrapper = connections[self.alias]
-            assume_role = wrapper.settings_dict["OPTIONS"].get("assume_role")
-            params = wrapper.get_connection_params()
-            # Django's cursor class and type adapters belong to Django's connections.
-            for name in ("cursor_factory", "context", "prepare_threshold"):
-                params.pop(name, None)
-        params = {**_KEEPALIVE, **params, "application_name": f"pg_eventstream {role}"}
-        connection = psycopg.connect(**params, autocommit=True)
+        connection = self._open(role)
         try:
-            self._set_up(connection, assume_role)
+            with connection.within(_SET_UP_SECONDS):
+                pooled = connection.pooled()
+                connection.shared = pooled and not self._hears(connection)
+                if connection.shared:
+                    # Statements go to sessions that have prepared nothing, and whose settings
+                    # are those of the application's transactions as well.
+                    connection.prepare_threshold = None
+                else:
+                    self._set_up(connection)
+                if not pooled:
+                    connection.watch(lambda: self._open("watch"))
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def _set_up(self, connection: psycopg.Connection[Any], assume_role: str | None) -> None:
+    def _open(self, role: str) -> WatchedConnection:
+        if self.dsn is not None:
+            params: dict[str, Any] = {"conninfo": self.dsn}
+        else:
+            params = connections[self.alias].get_connection_params()
+            # Django's cursor class and type adapters belong to Django's connections.
+            for name in ("cursor_factory", "context", "prepare_threshold"):
+                params.pop(name, None)
+        params = {**_KEEPALIVE, **params, "application_name": f"pg_eventstream {role}"}
+        return WatchedConnection.connect(**params, autocommit=True)
+
+    def _hears(self, connection: WatchedConnection) -> bool:
+        """Whether the connection has a session of its own, at a pooler: if LISTEN works.
+
+        One's own notification proves nothing, since it arrives within the transaction.
+        """
+        connection.execute(f"LISTEN {_PROBE}")
+        with self._open("probe") as other:
+            other.execute(f"NOTIFY {_PROBE}")
+        heard = any(connection.notifies(timeout=_PROBE_SECONDS, stop_after=1))
+        connection.execute(f"UNLISTEN {_PROBE}")
+        return heard
+
+    def _set_up(self, connection: WatchedConnection) -> None:
         connection.execute(
             "SELECT set_config(name, value, false)"
             " FROM unnest(%s::text[], %s::text[]) AS setting (name, value)",
@@ -77,7 +103,9 @@ class Database:
         # A server on a platform that cannot tell refuses the setting.
         with suppress(psycopg.errors.InvalidParameterValue):
             connection.execute("SET client_connection_check_interval = '1s'")
-        if assume_role:
+        if self.dsn is not None:
+            return
+        if assume_role := connections[self.alias].settings_dict["OPTIONS"].get("assume_role"):
             connection.execute(
                 psycopg.sql.SQL("SET ROLE {}").format(psycopg.sql.Identifier(assume_role))
             )
@@ -99,4 +127,9 @@ def explained(error: psycopg.Error) -> str:
             message += " - are the migrations applied here? (manage.py migrate)"
         case psycopg.errors.InsufficientPrivilege():
             message += " - the GRANTs that each role needs are in migrations/README.md"
+        case psycopg.errors.ReadOnlySqlTransaction():
+            message += (
+                " - this is a standby; to find the primary among several hosts, name them all"
+                " and say target_session_attrs=read-write"
+            )
     return message

@@ -26,6 +26,7 @@ from collections import deque
 from typing import Any
 
 import psycopg
+import psycopg.generators
 
 from .listener import Listener
 
@@ -143,6 +144,8 @@ class Doorbell:
 
     def _awake(self) -> None:
         self._enter(State.AWAKE)
+        if self._ears.shared:
+            return  # a pooler would keep the lock when we are gone
         # Sent without waiting for the answer: to stand in the queue for the lock is enough
         # to make the writers' attempts fail (PostgreSQL: src/backend/storage/lmgr/lock.c,
         # LockAcquireExtended checks the waiters' mask too), and a transaction that rang and
@@ -179,11 +182,14 @@ class Doorbell:
 
     def _release_bell(self) -> None:
         """Give the lock back, or step out of the queue for it."""
+        if self._ears.shared:
+            return
         pgconn = self._locker.pgconn
         pgconn.consume_input()
         if pgconn.is_busy():
             self._locker.cancel_safe(timeout=5)
-        while (result := pgconn.get_result()) is not None:  # granted, cancelled, or lost
+        # Granted, cancelled, or lost. Not get_result(), which waits for an answer for ever.
+        for result in self._locker.wait(psycopg.generators.fetch_many(pgconn)):
             if result.status == psycopg.pq.ExecStatus.FATAL_ERROR and not _is_cancel(result):
                 raise psycopg.OperationalError(result.get_error_message())
         while True:

@@ -177,12 +177,13 @@ class Feed:
 
     def _connect(self) -> None:
         connection = self._database.connect(f"feed {self._proxy.name}")
-        # To lose the last acknowledgement in a crash is harmless, to wait for the disk
-        # with each is not.
-        connection.execute("SET synchronous_commit = off")
-        # A nested loop over two primary keys, whatever the statistics of the hour say.
-        connection.execute("SET enable_hashjoin = off")
-        connection.execute("SET enable_mergejoin = off")
+        if not connection.shared:
+            # To lose the last acknowledgement in a crash is harmless, to wait for the disk
+            # with each is not.
+            connection.execute("SET synchronous_commit = off")
+            # A nested loop over two primary keys, whatever the statistics of the hour say.
+            connection.execute("SET enable_hashjoin = off")
+            connection.execute("SET enable_mergejoin = off")
         row = connection.execute(
             "SELECT position FROM pg_eventstream_proxy WHERE name = %s", [self._proxy.name]
         ).fetchone()

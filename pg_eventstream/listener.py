@@ -31,15 +31,18 @@ class Listener:
         self._closing = threading.RLock()
         self._closed = False
         connection.add_notify_handler(self._on_notify)
-        for channel in channels:
-            connection.execute(f"LISTEN {channel}")
-        self.deaf = not self._hears_itself(channels[0])
+        #: Its session is anybody's: see `WatchedConnection.shared`.
+        self.shared = getattr(connection, "shared", False)
+        if not self.shared:
+            for channel in channels:
+                connection.execute(f"LISTEN {channel}")
+        self.deaf = self.shared or not self._hears_itself(channels[0])
         if self.deaf:
             logger.warning(
                 "LISTEN does not work on this connection, so it polls every %d ms. Most likely"
                 " there is a pooler in transaction mode in between (PgBouncer), which breaks"
-                " session locks as well: give it a direct connection (the publisher by --database"
-                " or --dsn).",
+                " session locks as well, so that two publishers may lead at once: give it a"
+                " direct connection (the publisher by --database or --dsn).",
                 DEAF_POLL * 1000,
             )
         self._wake_reader, self._wake_writer = os.pipe()

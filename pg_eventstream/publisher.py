@@ -28,6 +28,7 @@ from .doorbell import LEADER_LOCK, LOCK_SPACE, Doorbell
 from .errors import NotLeading
 from .feed import Feed
 from .retention import Sweep
+from .silence import WatchedConnection
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ _HEARTBEAT_SECONDS = 10.0
 _SWEEP_SECONDS, _QUIET_SWEEP_SECONDS = 30.0, 600.0
 _QUIET_SECONDS = 90.0  # behind the last event; an unreliable one is due after a minute
 _FIRST_RETRY, _MOST_RETRY = 0.2, 5.0
-# SIGTERM must end the process within 5 seconds, whatever a proxy does meanwhile.
-_INTERRUPT_SECONDS, _STOP_SECONDS = 1.0, 3.0
+# SIGTERM must end the process within 5 seconds, whatever a proxy or the database does meanwhile.
+_INTERRUPT_SECONDS, _STOP_SECONDS, _EXIT_SECONDS = 1.0, 3.0, 4.5
+_RELEASE_SECONDS = 1.0
 
 Connection = psycopg.Connection[Any]
 
@@ -128,7 +130,7 @@ class Publisher:
 
     # Leading
 
-    def _stand_by(self, connection: Connection) -> bool:
+    def _stand_by(self, connection: WatchedConnection) -> bool:
         """Wait for the lead; False if stopped first."""
         # Tries, rather than waits for the lock: a statement that waits holds a snapshot,
         # and vacuum could clean nothing anywhere for as long as we stand by.
@@ -139,13 +141,13 @@ class Publisher:
                     return False
         return True
 
-    def _lead(self, connection: Connection) -> None:
+    def _lead(self, connection: WatchedConnection) -> None:
         _register(connection, self.name, self._proxies)
         logger.info("publisher %s: leading", self.name)
         with ExitStack() as stack:
             locker = stack.enter_context(closing(self._database.connect("bell")))
             self._doorbell = Doorbell(connection, locker, conf.safety_poll)
-            stack.callback(self._close_doorbell)
+            stack.callback(self._close_doorbell, locker)
             self._busy_at = time.monotonic()  # the last leader may have been, a moment ago
             feeds = stack.enter_context(self._helpers())
             beat_at = 0.0
@@ -154,6 +156,8 @@ class Publisher:
                     sequenced = sequence(connection)
                 else:
                     beat_at = time.monotonic() + _HEARTBEAT_SECONDS
+                    if connection.shared and not _try_lead(connection):
+                        return
                     sequenced = _sequence_and_beat(connection)
                 if sequenced:
                     for feed in feeds:
@@ -161,19 +165,22 @@ class Publisher:
                     self._busy_at = time.monotonic()
                 self._doorbell.wait(sequenced)
 
-    def _close_doorbell(self) -> None:
+    def _close_doorbell(self, locker: WatchedConnection) -> None:
         assert self._doorbell is not None  # noqa: S101
         doorbell, self._doorbell = self._doorbell, None
-        doorbell.close()
+        with locker.within(_RELEASE_SECONDS):
+            doorbell.close()
 
     @contextmanager
     def _helpers(self) -> Iterator[list[Feed]]:
         """The feeds and the sweep, each on a thread, for as long as we lead."""
         over = threading.Event()
-        feeds = [Feed(proxy, self._database, over) for proxy in self._proxies]
+        # Connections of their own: a feed of our last lead may still wait for an answer.
+        proxies = [grip.Proxy(config) for config in conf.grip_proxies]
+        feeds = [Feed(proxy, self._database, over) for proxy in proxies]
         threads = [
             threading.Thread(target=feed.run, name=f"feed {proxy.name}", daemon=True)
-            for feed, proxy in zip(feeds, self._proxies, strict=True)
+            for feed, proxy in zip(feeds, proxies, strict=True)
         ]
         threads.append(threading.Thread(target=self._sweep_regularly, args=[over], daemon=True))
         for thread in threads:
@@ -223,16 +230,25 @@ class Publisher:
             if self._stopping.is_set():
                 os._exit(128 + number)
             self.stop()
+            last_resort.start()
             logger.info("publisher %s: stopping", self.name)
 
+        last_resort = threading.Timer(_EXIT_SECONDS, self._exit)
+        last_resort.daemon = True
         previous = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
         }
         try:
             yield
         finally:
+            last_resort.cancel()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _exit(self) -> None:
+        """What is left undone is no more than after a crash."""
+        logger.warning("publisher %s: stopped, without waiting for the database", self.name)
+        os._exit(0)
 
 
 def sequence(connection: Connection) -> int:
@@ -245,8 +261,11 @@ def sequence(connection: Connection) -> int:
     return int(row[0])
 
 
-def _try_lead(connection: Connection) -> bool:
-    row = connection.execute(f"SELECT pg_try_advisory_lock({LOCK_SPACE}, {LEADER_LOCK})").fetchone()
+def _try_lead(connection: WatchedConnection) -> bool:
+    # A pooler would keep the lock when we are gone, so nobody else could lead. Without it, at
+    # least we give way to a leader that has a connection of its own.
+    lock = "pg_try_advisory_xact_lock" if connection.shared else "pg_try_advisory_lock"
+    row = connection.execute(f"SELECT {lock}({LOCK_SPACE}, {LEADER_LOCK})").fetchone()
     return bool(row and row[0])
 
 

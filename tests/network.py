@@ -31,7 +31,9 @@ class Network:
     `deaf("client")` no answer. `delay()` holds each piece back for so many seconds, `throttle()`
     lets so many bytes a second pass, each way. `cut_after()` breaks each connection behind so
     many bytes of the answer: by a reset, or as if the server had said all. `heal()` ends all of
-    that; connections that were deaf then deliver what they held back.
+    that; connections that were deaf then deliver what they held back. `forget()` does it for new
+    connections only: those that are open stay deaf for ever, as behind a router that was
+    restarted. `point()` leads new ones to another port.
     """
 
     def __init__(self, port: int) -> None:
@@ -45,6 +47,7 @@ class Network:
         self._lock = threading.Lock()
         self._is_cut = False
         self._hears = {side: threading.Event() for side in _SIDES}
+        self._forgotten: list[threading.Event] = []
         self._delay = 0.0
         self._rate: int | None = None
         self._cut_after: int | None = None
@@ -68,7 +71,7 @@ class Network:
         self._listener.close()
         self._closing.set()
         self.cut()
-        for hears in self._hears.values():
+        for hears in (*self._hears.values(), *self._forgotten):
             hears.set()
         self._thread.join(10)
 
@@ -100,6 +103,16 @@ class Network:
         for hears in self._hears.values():
             hears.set()
 
+    def forget(self) -> None:
+        for hears in self._hears.values():
+            hears.clear()
+            self._forgotten.append(hears)
+        self._hears = {side: threading.Event() for side in _SIDES}
+        self.heal()
+
+    def point(self, port: int) -> None:
+        self._target = port
+
     def _accept(self) -> None:
         while True:
             try:
@@ -110,6 +123,7 @@ class Network:
             threading.Thread(target=self._forward, args=[client], daemon=True).start()
 
     def _forward(self, client: socket.socket) -> None:
+        hears = self._hears
         with client, socket.socket() as server:
             with self._lock:
                 if self._is_cut:
@@ -119,26 +133,30 @@ class Network:
             try:
                 if self._rate is not None:
                     _set_buffers(_SLOW_BUFFER, [client, server])
-                self._hears["server"].wait()
+                hears["server"].wait()
                 with suppress(OSError):  # either side has ended, or we have
                     server.connect((HOST, self._target))
                     back = threading.Thread(
-                        target=self._pump, args=[server, client, "client"], daemon=True
+                        target=self._pump,
+                        args=[server, client, "client", hears["client"]],
+                        daemon=True,
                     )
                     back.start()
-                    self._pump(client, server, "server")
+                    self._pump(client, server, "server", hears["server"])
                     back.join()
             finally:
                 with self._lock:
                     self._open -= {client, server}
 
-    def _pump(self, source: socket.socket, sink: socket.socket, to: Side) -> None:
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, to: Side, hears: threading.Event
+    ) -> None:
         passed = 0
         with suppress(OSError):
             while data := source.recv(self._piece()):
                 if seconds := self._delay + len(data) / (self._rate or math.inf):
                     self._closing.wait(seconds)
-                self._hears[to].wait()
+                hears.wait()
                 passed += len(data)
                 if to == "client" and self._cut_after is not None and passed >= self._cut_after:
                     sink.sendall(data[: len(data) - (passed - self._cut_after)])
@@ -147,6 +165,7 @@ class Network:
                             side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                     break
                 sink.sendall(data)
+        hears.wait()  # the end is news, too
         for side in (source, sink):
             with suppress(OSError):
                 # A shutdown for writing says that all is said, and the reset comes too late.

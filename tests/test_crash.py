@@ -9,21 +9,24 @@ import signal
 import time
 from collections.abc import Callable
 
+import pytest
+
 from pg_eventstream.demo.processes import wait_until
 
-from .conftest import Database, PublisherProcess
+from .conftest import THOROUGH, Database, PublisherProcess
+from .faults import OURS, suspended
 from .load import Load
 from .sse_client import SSEClient
 
 NewPublisher = Callable[..., PublisherProcess]
 Stream = Callable[..., SSEClient]
 
-KILLS = 20
+pytestmark = pytest.mark.faults
+
+KILLS = 50 if THOROUGH else 4
+ROUNDS = 40 if THOROUGH else 4
+FEW = 10 if THOROUGH else 2
 TAKEOVER_SECONDS = 2.0
-OURS = (
-    "FROM pg_stat_activity WHERE datname = current_database()"
-    " AND application_name LIKE 'pg_eventstream %'"
-)
 
 
 def seeded() -> random.Random:
@@ -53,6 +56,7 @@ def test_publisher_killed_at_any_moment_loses_and_repeats_nothing(
     assert restless.connections > KILLS / 2
 
 
+@pytest.mark.timeout(600)
 def test_standby_takes_over_when_the_leader_is_killed(
     database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
 ) -> None:
@@ -105,13 +109,70 @@ def test_leader_that_is_suspended_and_continued_repeats_nothing(
     load.check(client)
 
 
+@pytest.mark.parametrize(
+    "seconds",
+    # The proxy knows for a minute what it has published.
+    [1, *(pytest.param(n, marks=pytest.mark.thorough) for n in (30, 70))],
+)
+def test_leader_that_was_suspended_while_another_took_over_repeats_nothing(
+    database: Database,
+    new_publisher: NewPublisher,
+    stream: Stream,
+    channel: str,
+    seconds: float,
+) -> None:
+    """It goes on in the middle of what it was doing, and leads no more."""
+    client = stream(channel).wait_open()
+    load = Load(database, channel, pause=0.02)
+    leader = new_publisher().lead()
+    with load.running():
+        for _ in range(3 if THOROUGH and seconds == 1 else 1):
+            client.wait_count(len(client.events) + 20)
+            wait_until(lambda: database.value(f"SELECT count(*) {OURS}") == 4, timeout=20)
+            with suspended(leader):
+                database.execute(f"SELECT pg_terminate_backend(pid) {OURS}")
+                other = new_publisher().lead()
+                client.wait_count(len(client.events) + 20)
+                time.sleep(seconds)
+            leader.wait_for_log("standing by")
+            client.wait_count(len(client.events) + 20)
+            leader.kill()
+            leader = other
+    load.check(client)
+
+
+@pytest.mark.timeout(900)
+def test_three_publishers_killed_and_suspended_at_random_repeat_nothing(
+    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+) -> None:
+    chance = seeded()
+    client = stream(channel).wait_open()
+    load = Load(database, channel, seed=chance.randrange(1000))
+    publishers = [new_publisher() for _ in range(3)]
+    for publisher in publishers:
+        publisher.start()
+        publisher.wait_for_log("proxies: ")
+    with load.running():
+        for _ in range(ROUNDS):
+            client.wait_count(len(client.events) + 20)
+            sleeper, victim, _bystander = chance.sample(publishers, 3)
+            with suspended(sleeper):
+                time.sleep(chance.uniform(0, 0.3))  # the random moment
+                victim.kill()
+                publishers.remove(victim)
+                publishers.append(new_publisher())
+                publishers[-1].start()
+                time.sleep(chance.uniform(0, 2.0 if THOROUGH else 0.5))
+    load.check(client)
+
+
 def test_sigterm_ends_the_publisher_in_good_order(
     database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     load = Load(database, channel)
     with load.running():
-        for _ in range(5):
+        for _ in range(FEW):
             publisher = new_publisher().lead()
             client.wait_count(len(client.events) + 20)
             os.kill(publisher.pid, signal.SIGTERM)
@@ -141,7 +202,7 @@ def test_postgres_backends_terminated_under_load(
     client = stream(channel).wait_open()
     load = Load(database, channel)
     with load.running():
-        for _ in range(5):
+        for _ in range(FEW):
             client.wait_count(len(client.events) + 50)
             # The leader's, the bell's, the feed's and the sweep's.
             wait_until(lambda: database.value(f"SELECT count(*) {OURS}") >= 4, timeout=20)

@@ -1,0 +1,129 @@
+"""A standby is promoted when the primary has died; nothing that was committed is lost or twice."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pg_eventstream.demo.postgres import Postgres
+from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.demo.pushpin import Pushpin
+
+from .conftest import DIRECTORY, THOROUGH, Database, PublisherProcess
+from .load import Load
+from .network import Network
+from .sse_client import SSEClient
+from .test_crash import seeded
+from .test_restore import application
+
+pytestmark = pytest.mark.faults
+
+NewPublisher = Callable[..., PublisherProcess]
+
+FAILOVERS = 6 if THOROUGH else 1
+
+
+def copied(source: Postgres, directory: Path, *arguments: str) -> Postgres:
+    """A copy of the running cluster, started."""
+    directory.mkdir()
+    user = None
+    if os.geteuid() == 0:
+        user = pwd.getpwnam("nobody")
+        os.chown(directory, user.pw_uid, user.pw_gid)
+    subprocess.run(
+        [
+            source.program("pg_basebackup"),
+            f"--dbname={source.dsn()}",
+            f"--pgdata={directory / 'data'}",
+            *("--checkpoint=fast", "--no-sync", *arguments),
+        ],
+        user=None if user is None else user.pw_uid,
+        group=None if user is None else user.pw_gid,
+        extra_groups=None if user is None else [],
+        cwd=directory,
+        check=True,
+        timeout=60,
+    )
+    copy = Postgres(directory, bin_dir=source.bin_dir, settings=source.settings)
+    copy.start()
+    return copy
+
+
+@pytest.fixture
+def pair(database: Database) -> Iterator[tuple[Postgres, Postgres]]:
+    """A primary that holds the test's database, and its synchronous standby."""
+    started: list[Postgres] = []
+    try:
+        primary = copied(database.postgres, DIRECTORY / f"{database.name}-a")
+        started.append(primary)
+        standby = copied(primary, DIRECTORY / f"{database.name}-b", "--write-recovery-conf")
+        started.append(standby)
+        with psycopg.connect(primary.dsn(), autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            connection.execute("SELECT pg_reload_conf()")
+        state = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+        on_primary = Database(primary, "postgres")
+        wait_until(lambda: on_primary.value(state) == 1, timeout=20)
+        yield primary, standby
+    finally:
+        for server in started:
+            server.stop("immediate")
+
+
+def promote(standby: Postgres) -> None:
+    with psycopg.connect(standby.dsn(), autocommit=True) as connection:
+        assert connection.execute("SELECT pg_promote()").fetchone() == (True,)
+
+
+@pytest.mark.parametrize("attempt", range(FAILOVERS))
+def test_nothing_is_lost_or_repeated_when_the_standby_is_promoted(
+    database: Database,
+    pair: tuple[Postgres, Postgres],
+    new_publisher: NewPublisher,
+    pushpin: Pushpin,
+    app_port: int,
+    channel: str,
+    attempt: int,
+) -> None:
+    """The publisher looks for the primary by itself; the others' way to it is led elsewhere.
+
+    Another publisher knows the standby alone, which is of use once that is the primary.
+    """
+    chance = seeded()
+    primary, standby = pair
+    with Network(primary.port) as network:
+        served = Database(primary, database.name)
+        served.dsn = f"postgresql://postgres@127.0.0.1:{network.port}/{database.name}"
+        app = application(served, pushpin, app_port)
+        try:
+            with SSEClient(f"{pushpin.url}/events/", [channel]) as client:
+                client.wait_open()
+                publisher = new_publisher(
+                    f"--dsn=host=127.0.0.1,127.0.0.1 port={primary.port},{standby.port}"
+                    f" dbname={database.name} user=postgres target_session_attrs=read-write"
+                ).lead()
+                astray = new_publisher(f"--dsn={standby.dsn(database.name)}")
+                astray.start()
+                astray.wait_for_log("this is a standby; to find the primary among several hosts")
+                load = Load(served, channel, persistent=True, seed=chance.randrange(1000))
+                with load.running():
+                    client.wait_count(chance.randrange(50, 150))
+                    primary.kill()
+                    promote(standby)
+                    network.point(standby.port)
+                    client.wait_count(len(client.events) + 100)
+                load.settle()
+                load.check(client)
+                assert client.connections == 1
+                assert publisher.running
+                wait_until(
+                    lambda: "standing by" in astray.log or "leading" in astray.log, timeout=20
+                )
+        finally:
+            app.stop()
