@@ -207,6 +207,8 @@ class Session:
             if self._follows(item):
                 self._pass_on(item)
             else:
+                last = self.channels[item["channel"]]
+                assert item.get("id") != str(int(last or 0) + 1), "no gap, yet a wrong prev-id"
                 self.proxy.last_ids.pop(item["channel"], None)
                 self._queue.clear()
                 self.state = State.WAITING

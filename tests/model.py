@@ -42,13 +42,8 @@ class Transaction:
     """One that is open, or prepared."""
 
     done: list[Event | Grant] = field(default_factory=list)
+    #: How much was done at each.
     savepoints: list[int] = field(default_factory=list)
-
-    def savepoint(self) -> None:
-        self.savepoints.append(len(self.done))
-
-    def roll_back_to_savepoint(self) -> None:
-        del self.done[self.savepoints.pop() :]
 
     @property
     def events(self) -> list[Event]:
@@ -122,10 +117,6 @@ class Model:
     def pruned(self, channel: str) -> int:
         """The eid of the newest event that is pruned."""
         return max((e.eid for e in self.log if e.channel == channel and e.pruned), default=0)
-
-    def rows(self) -> list[tuple[int, str, int]]:
-        """The stream as it stands in the database."""
-        return [(e.position, e.channel, e.eid) for e in self.log if not e.pruned]
 
     def after(self, channels: Iterable[str], eids: dict[str, int], user: str) -> list[Event]:
         """All that the user must get behind these eids, in order."""
