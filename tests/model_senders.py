@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from django.db import connections, transaction
 
@@ -136,6 +137,6 @@ class Senders:
             self._model.sequence()
         self.end(sender, how)
 
-    def _execute(self, sender: str, statement: str, params: list[object] | None = None) -> None:
+    def _execute(self, sender: str, statement: str, params: list[Any] | None = None) -> None:
         with connections[sender].cursor() as cursor:
             cursor.execute(statement, params)

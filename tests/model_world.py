@@ -106,17 +106,20 @@ class World:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._end_transactions()
         for alias in SENDERS:
-            connections[alias].close()
             del connections.settings[alias]
             delattr(connections._connections, alias)  # type: ignore[attr-defined]
         self._stack.close()
 
-    def begin_anew(self) -> None:
+    def _end_transactions(self) -> None:
         for alias in SENDERS:
             connections[alias].close()
         for (name,) in self.connection.execute("SELECT gid FROM pg_prepared_xacts").fetchall():
             self.connection.execute(f"ROLLBACK PREPARED '{name}'")
+
+    def begin_anew(self) -> None:
+        self._end_transactions()
         for table in self.tables:
             self.connection.execute(f"DELETE FROM {table}")
         self.sweep = Sweep(self.sweeper)
