@@ -32,7 +32,7 @@ from .model_senders import Permit, Send, Senders
 from .model_world import CHANNELS, SENDERS, Killed, World
 from .test_crash import seeded
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if THOROUGH else 240)]
 
 KILLS = ["killed before", "killed after"]
 SEQUENCE = "SELECT pg_eventstream_sequence()"
@@ -41,7 +41,7 @@ AS_THE_HUB = (
     " THEN pg_eventstream_sequence() END"
 )
 CALLERS = ["a role", "the hub", "a sender", "a sender", "nobody, but the cluster is another one"]
-EXAMPLES, STEPS = (400, 60) if THOROUGH else (12, 40)
+EXAMPLES, STEPS = (400, 60) if THOROUGH else (10, 40)
 MOST_CLIENTS = 5
 
 
@@ -202,7 +202,7 @@ def lists(values: st.SearchStrategy[Any], most: int) -> st.SearchStrategy[list[A
     return st.lists(values, max_size=most)
 
 
-users = st.sampled_from(["anonymous", "ann", "bob"])
+users = st.sampled_from(["anonymous", "ann", "ann", "bob"])
 channels = st.lists(st.sampled_from(CHANNELS), min_size=1, max_size=3, unique=True).map(sorted)
 numbers = st.integers(0, 8)
 proxies = st.integers(0, 1)
@@ -217,7 +217,12 @@ send = st.builds(
     length=st.sampled_from([1, 1, 60, 150, 300]),
     poisonous=st.sampled_from([False, False, False, True]),
 )
-permit = st.builds(Permit, user=users, channel=st.sampled_from(CHANNELS), granted=st.booleans())
+permit = st.builds(
+    Permit,
+    user=users,
+    channel=st.sampled_from(["room", "room", "room", "volatile", "public"]),
+    granted=st.booleans(),
+)
 savepoint = st.sampled_from(["SAVEPOINT", "ROLLBACK TO", "RELEASE"])
 # What becomes of the publisher's next requests.
 faults = lists(st.sampled_from(["", "503", "reset before", "reset after", *KILLS, *KILLS]), 4)
