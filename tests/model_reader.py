@@ -167,7 +167,11 @@ class Reader:
             for event in wanted
             if event.position > self.held_at
             and not event.pruned
-            and len(event.data) <= grip.EVENT_BYTES
-            and POISON not in event.data
+            and is_published(event)
             and event not in self.volatile
         ]
+
+
+def is_published(event: Event) -> bool:
+    """Whether it goes to proxies itself, and not as a hint."""
+    return len(event.data) <= grip.EVENT_BYTES and POISON not in event.data

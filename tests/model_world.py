@@ -200,6 +200,11 @@ class World:
         rows = self.connection.execute("SELECT max(position) FROM pg_eventstream_proxy").fetchall()
         return rows[0][0] or 0
 
+    def positions(self) -> list[int]:
+        """What each proxy has acknowledged."""
+        rows = self.connection.execute("SELECT name, position FROM pg_eventstream_proxy").fetchall()
+        return [dict(rows)[url] for url in self.ports]
+
     def stream(self) -> list[tuple[Any, ...]]:
         return self.connection.execute(
             """

@@ -19,29 +19,28 @@ import pytest
 from django.test import override_settings
 from hypothesis import strategies as st
 
-from pg_eventstream import feed, grip, recovery, sse, views
+from pg_eventstream import feed, grip, hold, recovery, sse, views
 from pg_eventstream.connection import Database as Connections
 from pg_eventstream.doorbell import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.publisher import Publisher
 from pg_eventstream.retention import Sweep
 
 from .conftest import THOROUGH, Database
-from .model import DAY, MINUTE, Model, is_reliable
-from .model_reader import Reader
+from .model import Model, is_reliable
+from .model_reader import Reader, is_published
 from .model_senders import Permit, Send, Senders
+from .model_steps import steps
 from .model_world import CHANNELS, SENDERS, Killed, World
 from .test_crash import seeded
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if THOROUGH else 240)]
 
-KILLS = ["killed before", "killed after"]
 SEQUENCE = "SELECT pg_eventstream_sequence()"
 AS_THE_HUB = (
     f"SELECT CASE WHEN pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
     " THEN pg_eventstream_sequence() END"
 )
-CALLERS = ["a role", "the hub", "a sender", "a sender", "nobody, but the cluster is another one"]
-EXAMPLES, STEPS = (400, 60) if THOROUGH else (10, 40)
+EXAMPLES, STEPS = (400, 60) if THOROUGH else (25, 40)
 MOST_CLIENTS = 5
 
 
@@ -106,6 +105,7 @@ class Run:
                     client.check()
         self.world.publisher_is_gone()
         self.check_stream()
+        self.check_acknowledged()
 
     def sweep(self, time: timedelta, lasting: bool) -> None:
         self.world.pass_time(time)
@@ -176,6 +176,14 @@ class Run:
             if not event.pruned
         ]
 
+    def check_acknowledged(self) -> None:
+        """A proxy has taken all that it is said to have."""
+        for proxy, position in zip(self.world.proxies, self.world.positions(), strict=True):
+            taken = {(item["channel"], item.get("id")) for item in proxy.history}
+            for event in self.model.log[:position]:
+                if is_reliable(event.channel) and not event.pruned and is_published(event):
+                    assert (hold.events_channel(event.channel), str(event.eid)) in taken
+
     def end(self) -> None:
         """Let everything come to its end; then nobody lacks anything."""
         for sender in list(self.senders.open):
@@ -187,7 +195,8 @@ class Run:
             if not client.connected and not client.over:
                 client.connect(self.world.proxies[0])
         for user in self.world.users:
-            self.read(user, CHANNELS, "earliest", (0, 0, 0), 3)
+            for start in ("earliest", "id"):
+                self.read(user, CHANNELS, start, (0, 0, 0), 3)
             self.connect(user, [c for c in CHANNELS if c.startswith("public")], 1, "earliest")
         for session in self.world.sessions:
             session.update()  # at its next link's timeout
@@ -196,81 +205,6 @@ class Run:
             assert client.connected != client.over
             if client.connected:
                 client.check()
-
-
-def lists(values: st.SearchStrategy[Any], most: int) -> st.SearchStrategy[list[Any]]:
-    return st.lists(values, max_size=most)
-
-
-users = st.sampled_from(["anonymous", "ann", "ann", "bob"])
-channels = st.lists(st.sampled_from(CHANNELS), min_size=1, max_size=3, unique=True).map(sorted)
-numbers = st.integers(0, 8)
-proxies = st.integers(0, 1)
-at_once = st.sampled_from([True, True, False])
-start = {"start": st.sampled_from(["", "", "earliest", "id"]), "ids": st.tuples(*[numbers] * 3)}
-send = st.builds(
-    Send,
-    where=channels,
-    how=st.sampled_from(["INSERT", "send_event", "send_events"]),
-    skipped=st.sets(users, max_size=2),
-    # A few to a page, too long for one, too long to be published.
-    length=st.sampled_from([1, 1, 60, 150, 300]),
-    poisonous=st.sampled_from([False, False, False, True]),
-)
-permit = st.builds(
-    Permit,
-    user=users,
-    channel=st.sampled_from(["room", "room", "room", "volatile", "public"]),
-    granted=st.booleans(),
-)
-savepoint = st.sampled_from(["SAVEPOINT", "ROLLBACK TO", "RELEASE"])
-# What becomes of the publisher's next requests.
-faults = lists(st.sampled_from(["", "503", "reset before", "reset after", *KILLS, *KILLS]), 4)
-# What the proxies do of all that they have to do.
-part = st.sampled_from(["", "items", "fetch", "go on"])
-
-#: How often each step is taken, and what it is about.
-STEPS_TO_TAKE: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
-    "transact": (
-        5,
-        {
-            "sender": st.sampled_from(SENDERS),
-            "acts": st.lists(st.one_of(send, send, permit, savepoint), min_size=1, max_size=4),
-            "end": st.sampled_from([*["COMMIT"] * 3, "", "", "ROLLBACK", "PREPARE"]),
-        },
-    ),
-    "end_prepared": (1, {"number": numbers, "how": st.sampled_from(["COMMIT", "ROLLBACK"])}),
-    "sequence": (
-        2,
-        {"caller": st.sampled_from(CALLERS), "how": st.sampled_from(["COMMIT", "ROLLBACK"])},
-    ),
-    "publish": (3, {"faults": st.tuples(faults, faults), "between": lists(part, 6)}),
-    "sweep": (
-        1,
-        {
-            "time": st.sampled_from([0 * DAY, 2 * MINUTE, 25 * DAY / 24]),
-            "lasting": st.booleans(),
-        },
-    ),
-    "proxies_work": (2, {"part": part, "proxy": proxies, "first": numbers, "count": numbers}),
-    "client_comes": (
-        3,
-        {"user": users, "where": channels, "proxy": proxies, **start, "at_once": at_once},
-    ),
-    "client": (
-        2,
-        {
-            "number": numbers,
-            "what": st.sampled_from(["goes", "resumes", "asks"]),
-            "proxy": proxies,
-            "at_once": at_once,
-        },
-    ),
-    "read": (1, {"user": users, "where": channels, **start, "limit": st.integers(1, 4)}),
-}
-steps = st.sampled_from(
-    [name for name, (often, _) in STEPS_TO_TAKE.items() for _ in range(often)]
-).flatmap(lambda name: st.tuples(st.just(name), st.fixed_dictionaries(STEPS_TO_TAKE[name][1])))
 
 
 @pytest.fixture
