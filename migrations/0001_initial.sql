@@ -120,6 +120,7 @@ DECLARE
     here  bigint;
     known boolean;
     cur   pg_snapshot;
+    own   xid8;
     moved bigint;
 BEGIN
     -- Each statement below must see what the previous holder of the lock
@@ -139,6 +140,10 @@ BEGIN
     SELECT * INTO last FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1;
     SELECT system_identifier INTO here FROM pg_control_system();
 
+    -- The caller's own transaction, if it has written before: what it commits belongs to a
+    -- later call.
+    own := pg_current_xact_id_if_assigned();
+
     -- After pg_dump and restore, pg_upgrade or a logical copy the transaction ids
     -- that are stored belong to another cluster and mean nothing. Then, as on the
     -- very first call, new is what stands in the outbox and not in the stream.
@@ -154,8 +159,8 @@ BEGIN
         SELECT seq, event_id, channel
           FROM pg_eventstream_outbox
          WHERE known AND xid >= pg_snapshot_xmax(last.snapshot)
-           -- the caller's own uncommitted rows belong to a later call
            AND pg_visible_in_snapshot(xid, (SELECT pg_current_snapshot()))
+           AND xid IS DISTINCT FROM own
         UNION ALL
         -- OFFSET 0: looked up one by one. As a join it might be planned as a walk over the
         -- whole outbox, with all that is dead there and not vacuumed.
@@ -165,6 +170,7 @@ BEGIN
                          WHERE xid = unfinished OFFSET 0) AS o
          WHERE known
            AND pg_visible_in_snapshot(unfinished, (SELECT pg_current_snapshot()))
+           AND unfinished IS DISTINCT FROM own
         UNION ALL
         -- pg_restore --data-only lets the trigger fire for what the outbox gets anyway;
         -- the higher number is then the one that was drawn at the event's own COMMIT
@@ -201,6 +207,13 @@ BEGIN
           FROM fresh JOIN tip USING (channel)
     )
     SELECT count(*), pg_current_snapshot() INTO moved, cur FROM fresh;
+
+    -- A snapshot lists all transactions that are unfinished but the one that takes it.
+    IF own < pg_snapshot_xmax(cur) THEN
+        cur := format('%s:%s:%s', pg_snapshot_xmin(cur), pg_snapshot_xmax(cur),
+                      (SELECT string_agg(xid::text, ',' ORDER BY xid)
+                         FROM (SELECT own UNION SELECT pg_snapshot_xip(cur)) AS unfinished (xid)));
+    END IF;
 
     IF moved > 0 OR NOT known THEN
         DELETE FROM pg_eventstream_cursor WHERE position = last.position;

@@ -90,7 +90,7 @@ class Feed:
         if batch.events and self._publish(batch):
             self._ready.popleft()
             self._position = batch.events[-1].position
-            self._hints.note(batch.events, time.monotonic())
+            self._hints.note(batch, time.monotonic())
         self._hint(self._hints.take_due(time.monotonic()))
         return len(batch.events)
 
@@ -259,7 +259,9 @@ class Feed:
             " it from the endpoint",
             self._proxy.name, event.channel, event.eid, refusal,
         )  # fmt: skip
-        return self._publish(grip.Batch([event], [hint]))
+        instead = grip.Batch([event], [hint])
+        self._hints.note(instead, time.monotonic())
+        return self._publish(instead)
 
     def _pause(self, delay: float) -> float:
         """Wait, with jitter so that publishers do not retry in step; returns the next delay."""

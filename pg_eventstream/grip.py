@@ -36,6 +36,8 @@ EVENT_BYTES = 400_000
 _CONNECT_SECONDS, _ANSWER_SECONDS = 3, 10
 _TOKEN_SECONDS = 600
 _BEARER = re.compile("[!-~]+")
+# How no event ends: its content ends in an empty line.
+_HINT = b'{"http-stream":{"action":"hint"}}}'
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -74,6 +76,9 @@ class Hints:
 
     After a change of permission: a stream that was just being opened may have been allowed
     before the change, and held after its hint was published.
+
+    After an event in whose place a hint was published: a stream that was just being opened, or
+    fetching its next link, may have been read before the event, and held after the hint.
     """
 
     _MANY, _WINDOW_SECONDS, _AFTER = 50, 1.0, (0.5, 5.0)
@@ -83,18 +88,20 @@ class Hints:
         self._window_end = 0.0
         self._due: dict[bytes, list[float]] = {}
 
-    def note(self, events: Iterable[StreamEvent], now: float) -> None:
+    def note(self, batch: Batch, now: float) -> None:
         """These events were published."""
         if now >= self._window_end:
             self._counts.clear()
             self._window_end = now + self._WINDOW_SECONDS
         channels = set()
-        for event in events:
+        for event, encoded in zip(batch.events, batch.items, strict=True):
             if event.channel == permission.CHANGES:
-                self._follow(item(event), now)
+                self._follow(encoded, now)
             elif event.reliable:
                 self._counts[event.channel] += 1
                 channels.add(event.channel)
+                if encoded.endswith(_HINT):
+                    self._follow(encoded, now)
         for channel in channels:
             if self._counts[channel] >= self._MANY:
                 self._follow(hint(channel), now)
@@ -175,7 +182,7 @@ def hint(channel: str, reliable: bool = True) -> bytes:
     Without id and prev-id: with them, the proxy would take the event as delivered.
     """
     grip_channel, _ = _names(conf.grip_prefix, channel, reliable)
-    return f'{{"channel":{grip_channel},"formats":{{"http-stream":{{"action":"hint"}}}}}}'.encode()
+    return f'{{"channel":{grip_channel},"formats":'.encode() + _HINT
 
 
 def _ask_again(event: StreamEvent) -> bytes:

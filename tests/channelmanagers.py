@@ -68,6 +68,10 @@ class Volatile(DefaultChannelManager):
         return not channel.startswith("volatile")
 
 
+class VolatileMembers(Members, Volatile):
+    """Both."""
+
+
 class Tokens(DefaultChannelManager):
     """A user shows a token, ``user-NAME``, and reads the channel of that name."""
 

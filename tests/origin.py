@@ -67,7 +67,7 @@ class Answer:
             assert "%" not in text.replace("%%", ""), text
             text = text.replace("%%", "%")
         is_stream = response.headers["Content-Type"] == "text/event-stream"
-        events = [_event(block) for block in text.split("\n\n")] if is_stream else []
+        events = [parse_event(block) for block in text.split("\n\n")] if is_stream else []
         self.all = [event for event in events if event is not None]
         self.events = [event for event in self.all if not event.type.startswith("stream-")]
         self.control = {event.type: event for event in self.all if event not in self.events}
@@ -87,7 +87,7 @@ class Answer:
         return [event.data for event in self.events]
 
 
-def _event(block: str) -> Received | None:
+def parse_event(block: str) -> Received | None:
     fields: dict[str, list[str]] = {}
     for line in block.split("\n"):
         name, _, value = line.partition(":")

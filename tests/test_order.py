@@ -152,6 +152,32 @@ def test_open_transaction_delays_nobody(
     assert {event.data for event in client.wait_count(len(expected))} == expected
 
 
+@pytest.mark.parametrize("immediate", [False, True])
+def test_transaction_that_sequences_before_its_commit_loses_nothing(
+    database: Database, immediate: bool
+) -> None:
+    """Its own events come after those that were committed when it called."""
+    database.value("SELECT pg_eventstream_sequence()")
+    with database.connect(autocommit=False) as connection:
+        if immediate:
+            connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        for own in ("own", "own too"):
+            connection.execute(
+                "INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', %s)", [own]
+            )
+            database.send("a", f"before {own}")
+            assert connection.execute("SELECT pg_eventstream_sequence()").fetchone() == (1,)
+        connection.commit()
+    database.send("a", "after")
+    assert database.value("SELECT pg_eventstream_sequence()") == 3
+    assert database.value("SELECT pg_eventstream_sequence()") == 0
+    rows = database.fetch(
+        "SELECT eid, data FROM pg_eventstream_stream AS s"
+        " JOIN pg_eventstream_event AS e ON e.id = s.event_id ORDER BY position"
+    )
+    assert rows == list(enumerate(["before own", "before own too", "own", "own too", "after"], 1))
+
+
 def test_held_snapshot_makes_no_call_walk_over_what_is_dead(database: Database) -> None:
     """Vacuum can remove nothing meanwhile, yet a call reads no more than it did."""
     with database.connect(autocommit=False) as held, database.connect() as connection:

@@ -196,11 +196,20 @@ def test_event_over_the_proxys_limit_becomes_a_hint(
     send_event("a", "message", "\x01" * 300_000, json_encode=False)  # six-fold in JSON
     send_event("a", "message", "small again")
     publish_once()
-    assert control.ids == ["1", None, None, "4"]
-    assert control.items[1] == {
-        "channel": "events-a",
-        "formats": {"http-stream": {"action": "hint"}},
-    }
+    # And one more, for a stream that was just being opened when the others came.
+    assert control.ids == ["1", None, None, "4", None]
+    for hint in (control.items[1], control.items[4]):
+        assert hint == {"channel": "events-a", "formats": {"http-stream": {"action": "hint"}}}
+
+
+def test_hint_in_place_of_a_refused_event_is_repeated(
+    database: Database, control: ControlPort
+) -> None:
+    control.refused = "poison"
+    send_event("a", "message", "poison")
+    publish_once()
+    assert control.ids == [None, None]
+    assert control.items[0] == control.items[1]
 
 
 def test_page_that_is_cut_because_of_its_size_is_followed_by_the_next_at_once(
