@@ -72,7 +72,8 @@ class Hints:
     After a burst: for a session whose client reads slowly, or which is just fetching its next
     link, Pushpin queues 100 items and drops what follows (src/handler/httpsession.cpp,
     PUBLISH_QUEUE_MAX). The channel's next event shows the gap, and the session fetches what it
-    missed; but there may be none for long, so a hint takes its place.
+    missed; but there may be none for long, so a hint takes its place. An event in time puts it
+    off, since a stream sends nothing while it fetches (for up to 0.1 s).
 
     After a change of permission: a stream that was just being opened may have been allowed
     before the change, and held after its hint was published.
@@ -86,7 +87,8 @@ class Hints:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._window_end = 0.0
-        self._due: dict[bytes, list[float]] = {}
+        #: When the next one is due, and how many there were.
+        self._due: dict[bytes, tuple[float, int]] = {}
 
     def note(self, batch: Batch, now: float) -> None:
         """These events were published."""
@@ -103,23 +105,31 @@ class Hints:
                 if encoded.endswith(_HINT):
                     self._follow(encoded, now)
         for channel in channels:
+            encoded = hint(channel)
             if self._counts[channel] >= self._MANY:
-                self._follow(hint(channel), now)
+                self._follow(encoded, now)
+            elif encoded in self._due:
+                self._put_off(encoded, now)
 
     def _follow(self, encoded: bytes, now: float) -> None:
-        self._due[encoded] = [now + seconds for seconds in self._AFTER]
+        self._due[encoded] = (now + self._AFTER[0], 0)
+
+    def _put_off(self, encoded: bytes, now: float) -> None:
+        at, done = self._due[encoded]
+        pause = self._AFTER[done] - (self._AFTER[done - 1] if done else 0)
+        self._due[encoded] = (max(at, now + pause), done)
 
     def next_due(self) -> float | None:
         """When the next hint is due, None if there is none to come."""
-        return min((times[0] for times in self._due.values()), default=None)
+        return min((at for at, _ in self._due.values()), default=None)
 
     def take_due(self, now: float) -> list[bytes]:
         """The items of the hints that are due now."""
-        due = [encoded for encoded, times in self._due.items() if times[0] <= now]
+        due = [encoded for encoded, (at, _) in self._due.items() if at <= now]
         for encoded in due:
-            del self._due[encoded][0]
-            if not self._due[encoded]:
-                del self._due[encoded]
+            at, done = self._due.pop(encoded)
+            if done + 1 < len(self._AFTER):
+                self._due[encoded] = (at + self._AFTER[done + 1] - self._AFTER[done], done + 1)
         return due
 
 
