@@ -1,4 +1,4 @@
-"""A million events that nobody published yet."""
+"""Very many events, and very many channels."""
 
 from __future__ import annotations
 
@@ -40,6 +40,29 @@ def test_backlog_of_a_million_events_starts_at_once_and_in_bounded_memory(
     print(f"first event after {first_after:.1f} s, peak memory {peak:.0f} MB")  # noqa: T201
     assert first_after < FIRST_WITHIN
     assert peak < MEMORY_MB
+
+
+def test_ten_thousand_channels_are_published_in_bounded_memory(
+    database: Database,
+    publisher: PublisherProcess,
+    stream: Callable[..., SSEClient],
+    channel: str,
+) -> None:
+    few = [f"{channel}-{n}" for n in (0, 4_711, 9_999)]
+    clients = [stream(name).wait_open() for name in few]
+    database.execute(
+        "INSERT INTO pg_eventstream_event (channel, data)"
+        " SELECT %s || (n %% 10000), n / 10000 FROM generate_series(0, 99999) AS n",
+        [f"{channel}-"],
+    )
+    for name, client in zip(few, clients, strict=True):
+        events = client.wait_count(10, timeout=60)
+        assert [event.data for event in events] == [str(n) for n in range(10)]
+        assert [event.eids for event in events] == [{name: n} for n in range(1, 11)]
+    for name, client in zip(few, clients, strict=True):
+        database.send(name, "live")
+        assert client.wait_count(11, timeout=5)[-1].data == "live"
+    assert _peak_memory_mb(publisher.pid) < MEMORY_MB
 
 
 def _peak_memory_mb(pid: int) -> float:
