@@ -52,7 +52,7 @@ STEPS_TO_TAKE: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
         {
             "sender": st.sampled_from(SENDERS),
             "acts": st.lists(st.one_of(send, send, permit, savepoint), min_size=1, max_size=4),
-            "end": st.sampled_from([*["COMMIT"] * 3, "", "", "ROLLBACK", "PREPARE"]),
+            "end": st.sampled_from([*["COMMIT", ""] * 3, "ROLLBACK", "PREPARE"]),
         },
     ),
     "end_prepared": (1, {"number": numbers, "how": st.sampled_from(["COMMIT", "ROLLBACK"])}),

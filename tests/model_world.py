@@ -178,6 +178,12 @@ class World:
             while items:
                 proxy.publish(items.pop(0))
 
+    def time_out(self) -> None:
+        """All sessions ask how to go on, as they do every `EVENTSTREAM_NEXT_LINK_TIMEOUT`."""
+        for session in self.sessions:
+            session.update()
+        self.come_to_rest()
+
     def come_to_rest(self) -> None:
         self.pass_items_on()
         for proxy in self.proxies:
