@@ -113,7 +113,8 @@ def benchmark(options: report.Options) -> Report:
                     fact = f"{name}: seconds of the sweep's first look at the log"
                     found.facts[fact] = round(time.monotonic() - started, 1)
                     published.add(name, publish(database, proxy))
-            say("log_size", f"round {n + 1}: {sequenced.ratios[n]:.2f} {published.ratios[n]:.2f}")
+            ratios = [comparison.ratios[0].rounds[n] for comparison in (sequenced, published)]
+            say("log_size", f"round {n + 1}: {ratios[0]:.2f} {ratios[1]:.2f}")
     return found
 
 

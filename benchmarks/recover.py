@@ -10,8 +10,8 @@ one and then with the other package, in turns.
     reconnect   1,000 clients (300 if quick) come back through Pushpin at once, each on a
                 channel of its own: seconds until all of them have their 100 events
 
-(Pushpin 1.36 answers 502 to what it cannot pass on at once; such a client comes again after
-0.1 s.)
+(Pushpin 1.36 answers 502 to what it cannot pass on at once; such a client, and one whose stream
+ends before it has all, comes again after 0.1 s.)
 
     python -m benchmarks.recover [--quick] [--rounds 5]
 """
@@ -101,6 +101,7 @@ def benchmark(options: report.Options) -> Report:
                 resumes.add(database.name, rate)
                 reconnect.add(database.name, seconds)
                 found.facts[f"{database.name}: refused at first by Pushpin"] = refusals["502"]
+                found.facts[f"{database.name}: cut off before the end"] = refusals["cut"]
                 say(
                     "recover",
                     f"round {n + 1}, {database.name}: {rate:.0f} resumes/s,"
@@ -180,9 +181,11 @@ async def _come_back(channel: int, newest: int, port: int, refusals: Counter[str
                     body += await reader.readuntil(b"\n\n")
                 assert_complete(body, newest)
                 return
+            refusals["502"] += 1
+        except asyncio.IncompleteReadError:
+            refusals["cut"] += 1
         finally:
             writer.transport.abort()
-        refusals["502"] += 1
         await asyncio.sleep(random.uniform(0.05, 0.15))
 
 

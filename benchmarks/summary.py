@@ -43,12 +43,20 @@ def read(name: str) -> dict[str, Any]:
 
 
 def with_table(readme: str) -> str:
-    """The README with the table of all full runs that are stored."""
-    stored = [read(name) for name in NAMES if (RESULTS / f"{name}.json").exists()]
+    """The README with the table of all full runs that are stored, and their plots."""
+    names = [name for name in NAMES if (RESULTS / f"{name}.json").exists()]
     before, _, rest = readme.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     assert after, "the README has lost its marks"
-    return f"{before}{_BEGIN}{table(stored)}{_END}{after}"
+    found = table(map(read, names)) + plots(names)
+    return f"{before}{_BEGIN}{found}{_END}{after}"
+
+
+def plots(names: Iterable[str]) -> str:
+    """What GitHub folds up until it is clicked."""
+    folder = RESULTS.relative_to(README.parent).as_posix()
+    images = [f"![{name}]({folder}/{name}.svg)\n" for name in names]
+    return "\n".join(["\n<details><summary>The same as plots</summary>\n", *images, "</details>\n"])
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:

@@ -34,6 +34,7 @@ _SIGNER_SALT = "pg_eventstream.next-link"
 #: only the proxy says. Between two pages it is worth the next one to whoever finds it in a log; but
 #: the proxy asks at once, and a client whose link has expired comes back.
 _LINK_HOURS, _PAGE_LINK_HOURS = 24, 1
+_SOON_SECONDS = 1
 _EVENTS = "events-"
 _UNRELIABLE = "unreliable-"
 _USER = "user-"
@@ -127,6 +128,7 @@ def instruct(
     *,
     link: str | None = None,
     held: bool = False,
+    ask_soon: bool = False,
 ) -> None:
     """Give the proxy its instructions, through `django_grip.GripMiddleware`.
 
@@ -135,10 +137,16 @@ def instruct(
     ends. The channels and their filters are there in all three cases, and the body is always
     to be escaped: to the answer of a link Pushpin 1.36 applies the filters of the answer
     before it, 1.41 its own. (A lone % that 1.36 filters makes it crash.)
+
+    ``ask_soon`` is for a stream that opened in several pages. The proxy compares a stream's ids
+    with the channels' last ones only if its first response holds it (Pushpin:
+    src/handler/httpsession.cpp, prepareToSendQueueOrHold); what was published between the last
+    page and the hold would otherwise wait for the channel's next event.
     """
     instruct = request.grip.start_instruct()
     if link is not None:
-        instruct.set_next_link(link, timeout=conf.next_link_timeout)
+        timeout = _SOON_SECONDS if ask_soon else conf.next_link_timeout
+        instruct.set_next_link(link, timeout=timeout)
     if held:
         instruct.set_hold_stream()
         instruct.set_keep_alive(sse.KEEP_ALIVE, sse.KEEP_ALIVE_SECONDS)

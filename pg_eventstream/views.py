@@ -131,7 +131,8 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
         hold.instruct(request, session, ids)
         return _finish(request, HttpResponse(hold.escape(text), content_type=sse.CONTENT_TYPE))
     body, ids = _encode(missed, session.user_id)
-    return _go_on(request, session, missed, body, ids, link_to)
+    paged = session.cursor is not None
+    return _go_on(request, session, missed, body, ids, link_to, paged)
 
 
 def _recover(request: HttpRequest, after: Mapping[str, int | None]) -> Recovered:
@@ -248,12 +249,14 @@ def _go_on(
     body: str,
     ids: dict[str, int],
     link_to: LinkTo,
+    paged: bool = False,
 ) -> HttpResponseBase:
     """Send the body, then hold the stream; or fetch the next page if there are more events."""
     if request.method != "HEAD":  # which has nothing to hold open
         done = ids == missed.end and not missed.more
         follower = hold.Session(session.channels, session.user_id, cursor=None if done else ids)
-        hold.instruct(request, session, ids, link=link_to(hold.sign(follower)), held=done)
+        link = link_to(hold.sign(follower))
+        hold.instruct(request, session, ids, link=link, held=done, ask_soon=paged)
     return _finish(request, HttpResponse(hold.escape(body), content_type=sse.CONTENT_TYPE))
 
 

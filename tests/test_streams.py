@@ -13,6 +13,7 @@ from pg_eventstream import grip, send_events, sse
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 
+from .channelmanagers import SlowMembers
 from .conftest import Database, PublisherProcess
 from .origin import prune, sequence
 from .sse_client import Received, SSEClient
@@ -178,6 +179,41 @@ def test_client_that_is_megabytes_behind_gets_all_of_it(
     for start in (103, 104):
         rest = stream(channel, last_event_id=f"{channel}:{start}")
         assert texts(rest.wait_count(len(sent) + 1 - start, STALLED)) == [*sent[start:], "live"]
+
+
+@pytest.mark.parametrize(
+    "server_settings",
+    [{"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.channelmanagers.SlowMembers"}],
+    indirect=True,
+)
+@pytest.mark.parametrize("pages", [1, 2])
+def test_event_between_the_last_page_and_the_hold_is_not_left_behind(
+    database: Database, publisher: PublisherProcess, stream: Stream, channel: str, pages: int
+) -> None:
+    """No later event shows the gap; and the proxy would ask by itself after ten minutes."""
+    channel = f"public{channel}"
+    with database.connect() as listener:
+        listener.execute(f"LISTEN {SlowMembers.DECIDED}")
+        witness = stream(channel).wait_open()
+        # When it was opened, and a second later, as the proxy does once per channel.
+        assert len(list(listener.notifies(timeout=20, stop_after=2))) == 2
+    send(*((channel, str(n) * 40_000) for n in range(2)))
+    witness.wait_count(2)
+    wait_published(database)
+    decided = """SELECT EXISTS (SELECT FROM pg_stat_activity
+                  WHERE datname = current_database() AND wait_event = 'advisory')"""
+    with database.connect() as gate:
+        gate.execute("SELECT pg_advisory_lock(%s)", [SlowMembers.GATE])
+        client = stream(channel, last_event_id=f"{channel}:{2 - pages}")
+        for page in range(pages):
+            wait_until(lambda: database.value(decided), timeout=10)
+            if page < pages - 1:
+                gate.execute("SELECT pg_advisory_unlock(%s)", [SlowMembers.GATE])
+                gate.execute("SELECT pg_advisory_lock(%s)", [SlowMembers.GATE])
+                client.wait_count(1)
+        send((channel, "late"))
+        witness.wait_count(3)
+    assert texts(client.wait_count(pages + 1, timeout=10))[-1] == "late"
 
 
 def test_100_clients_that_come_back_at_once_are_up_to_date_within_seconds(
