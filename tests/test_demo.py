@@ -191,7 +191,8 @@ def test_make_asks_for_pushpin_only_if_it_is_to_be_used(
     variables: list[str], needs_pushpin: bool
 ) -> None:
     # As a person calls it: the tests themselves may have been started by make.
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    ours = ("MAKEFLAGS", "MAKELEVEL", "ARGS", "PROXY")
+    environment = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(
         ["make", "--dry-run", "demo", *variables], env=environment,
         cwd=ROOT, capture_output=True, text=True, timeout=30, check=True,
