@@ -146,7 +146,8 @@ def instruct(
     instruct = request.grip.start_instruct()
     if link is not None:
         timeout = _SOON_SECONDS if ask_soon else conf.next_link_timeout
-        instruct.set_next_link(link, timeout=timeout)
+        # reverse() leaves commas and semicolons in a path, at which the proxy splits a header.
+        instruct.set_next_link(quote(link, safe="/:%"), timeout=timeout)
     if held:
         instruct.set_hold_stream()
         instruct.set_keep_alive(sse.KEEP_ALIVE, sse.KEEP_ALIVE_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ class Senders:
         self._model = model
         self.open: dict[str, Transaction] = {}
         self.prepared: dict[str, Transaction] = {}
+        self._numbers = itertools.count()  # of transactions that were prepared
         self._sent = 0
 
     def act(self, sender: str, act: Send | Permit | str) -> None:
@@ -114,7 +116,7 @@ class Senders:
         elif how == "ROLLBACK":
             transaction.rollback(sender)
         else:
-            name = f"{sender} {self._sent} {len(self.prepared)}"
+            name = f"{sender} {next(self._numbers)}"
             self._execute(sender, "SET LOCAL pg_eventstream.bell = off")
             self._execute(sender, f"PREPARE TRANSACTION '{name}'")
             self._model.begin_commit(own)

@@ -262,6 +262,7 @@ ACCEPTED = ["text/event-stream", "text/html", "application/json", "*/*", "text/e
     st.one_of(st.sampled_from(ACCEPTED), header_values),
     signs,
 )
+@example("GET", "rooms/{}/", "a,b;c'd", "", {}, "text/event-stream", True)
 def test_any_request_for_a_view_of_the_rest_framework_is_answered_in_order(
     method: str,
     path: str,
