@@ -59,8 +59,8 @@ ALTER TABLE pg_eventstream_cursor SET (autovacuum_vacuum_scale_factor = 0, autov
 --
 -- Every name in it, that of the operator too, says which schema it is of: so it
 -- finds its tables in the schema that it was created in, and nothing that a caller
--- put in the way. SET search_path would do the same at several times the cost, for
--- each event: benchmarks/send.py measures it.
+-- put in the way. SET search_path would do the same, for a few percent of each commit:
+-- python -m benchmarks.send
 DO $do$
 BEGIN
     EXECUTE format($create$
