@@ -24,11 +24,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import report
 from .report import Comparison, Report, at_least, at_most, say
+from .send import bell_held
 from .servers import Database, postgres
 
 if TYPE_CHECKING:
@@ -119,7 +121,8 @@ class Run:
         """Commits per second, and the 99th percentile of their latency in ms."""
         self._fill(round((rate or self._full_speed) * self._seconds), rate or self._full_speed)
         over = threading.Event()
-        with ThreadPoolExecutor(2) as pool:
+        # A publisher would be awake.
+        with bell_held(self._database), ThreadPoolExecutor(2) as pool:
             work = [pool.submit(self._sequence, over)]
             if way == SWEPT:
                 work.append(pool.submit(self._sweep, over))
@@ -143,7 +146,7 @@ class Run:
         with self._sweeping(retention=_DAYS / 2) as sweep:
             while True:
                 began = time.perf_counter()
-                if not sweep._prune_old():
+                if not sweep._prune_old(datetime.now(timezone.utc)):
                     break
                 times.append((time.perf_counter() - began) * 1000)
         tenth = events // 10_000

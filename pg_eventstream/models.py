@@ -195,7 +195,7 @@ class Stream(models.Model):
 
 
 class Channel(models.Model):
-    """Up to which eid the events of a channel are pruned.
+    """Up to which eid the events of a channel are pruned, where its rows do not tell.
 
     Never deleted: an idle channel must not restart at 1 while clients hold ids of it.
     """

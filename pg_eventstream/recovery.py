@@ -146,13 +146,9 @@ def recover(after: Mapping[str, int | None], limit: int = PAGE_EVENTS) -> Recove
     everything that is kept.
     """
     channels, events, more = _read(after, limit)
-    asked = {
-        c: channels[c].pruned if eid == EARLIEST else eid
-        for c, eid in after.items()
-        if eid is not None
-    }
+    asked = {c: channels[c].asked for c, eid in after.items() if eid is not None}
     # An id from the future (the database is back from a backup) is as gone as a pruned one.
-    reset = [c for c, eid in asked.items() if not channels[c].pruned <= eid <= channels[c].tip]
+    reset = [c for c in asked if not channels[c].complete]
     if reset:
         events = [event for event in events if event.channel not in reset]
     start = {c: asked[c] if c in asked and c not in reset else channels[c].tip for c in after}
@@ -175,10 +171,11 @@ def get_current_event_id(channels: Iterable[str]) -> str:
 
 
 class _Channel(NamedTuple):
-    """The eids of its newest event, and of the last one that is pruned; 0 for none."""
+    """The eid of its newest event, 0 for none; the one asked for; whether all behind it is kept."""
 
     tip: int
-    pruned: int
+    asked: int
+    complete: bool
 
 
 def _read(
@@ -188,7 +185,8 @@ def _read(
     # Rows with nth = 0 are the channels, the others the events.
     with connections[conf.database].cursor() as cursor:
         # One statement, hence one snapshot: what is pruned goes in the same statement of the
-        # sweep that says so in the channel, and no hole can tear open in between.
+        # sweep that says so in the channel, and no hole can tear open in between. Above what the
+        # channel remembers as pruned, its rows have no gap: if the first is there, all are.
         #
         # Per channel one range of the index (channel, eid), as wide as a page since eids are
         # dense; then all are merged in commit order, and only what is on the page is looked
@@ -199,22 +197,29 @@ def _read(
         cursor.execute(
             """
             WITH asked AS MATERIALIZED (
-                SELECT given.channel, coalesce(known.pruned, 0) AS pruned,
-                       CASE given.eid WHEN %(earliest)s THEN coalesce(known.pruned, 0)
-                                      ELSE given.eid END AS eid
+                SELECT channel, pruned,
+                       greatest((SELECT eid FROM pg_eventstream_stream AS s
+                                  WHERE s.channel = given.channel ORDER BY eid DESC LIMIT 1),
+                                pruned) AS tip,
+                       CASE WHEN given.eid = %(earliest)s
+                            THEN coalesce((SELECT eid - 1 FROM pg_eventstream_stream AS s
+                                            WHERE s.channel = given.channel AND s.eid > pruned
+                                            ORDER BY eid LIMIT 1), pruned)
+                            ELSE given.eid END AS eid
                   FROM unnest(%(channels)s::text[], %(eids)s::bigint[]) AS given (channel, eid)
-                  LEFT JOIN LATERAL (
-                        SELECT pruned FROM pg_eventstream_channel
-                         WHERE name = given.channel OFFSET 0
-                       ) AS known ON true
+                 CROSS JOIN LATERAL (
+                       SELECT coalesce((SELECT pruned FROM pg_eventstream_channel
+                                         WHERE name = given.channel), 0) AS pruned OFFSET 0
+                     ) AS known
             )
-            SELECT 0 AS nth, channel,
-                   greatest((SELECT eid FROM pg_eventstream_stream AS s
-                              WHERE s.channel = asked.channel ORDER BY eid DESC LIMIT 1), pruned),
-                   NULL, NULL, NULL, pruned
+            SELECT 0 AS nth, channel, tip, NULL, NULL, NULL, eid,
+                   eid = tip
+                   OR eid >= pruned
+                      AND (SELECT s.eid FROM pg_eventstream_stream AS s
+                            WHERE s.channel = asked.channel AND s.eid = asked.eid + 1) IS NOT NULL
               FROM asked
             UNION ALL
-            SELECT nth, channel, eid, type, data, skip_user_ids, found
+            SELECT nth, channel, eid, type, data, skip_user_ids, found, NULL
               FROM (
                 SELECT *, count(*) OVER () AS found, row_number() OVER by_position AS nth,
                        sum(octet_length(data)) OVER by_position AS bytes
@@ -249,7 +254,7 @@ def _read(
             },
         )
         rows = cursor.fetchall()
-    channels = {row[1]: _Channel(row[2], row[6]) for row in rows[: len(after)]}
+    channels = {row[1]: _Channel(row[2], row[6], row[7]) for row in rows[: len(after)]}
     page = rows[len(after) :]
     events = [RecoveredEvent._make(row[1:6]) for row in page]
     return channels, events, bool(page) and page[0][6] > len(page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -18,23 +19,41 @@ _SCAN_EVENTS = 10_000
 # we know of; whatever else puts one there has it pruned an hour later.
 _FORGET_SECONDS = 3600.0
 
+# A channel remembers at least every so many events how far it is pruned.
+_REMEMBER_EVENTS = 1000
+
 # Statistics that know nothing of a burst yet, or of what is pruned already, make the planner
-# read and sort all that there is, again for each batch.
-_BY_INDEX = """
+# read and sort all that there is, again for each batch. And no batch is worth waiting for the
+# disk: what a crash brings back is pruned once more.
+_SET_UP = """
     SET LOCAL enable_seqscan = off;
     SET LOCAL enable_bitmapscan = off;
-    SET LOCAL enable_sort = off
+    SET LOCAL enable_sort = off;
+    SET LOCAL synchronous_commit = off
 """
 
 # One statement, so that no reader sees the event without its place in the stream or the
-# other way round; and the channel remembers how far it is pruned in the same one. Of the rows
-# looked at, those that are old go. Returns how many, and up to where no row is left.
+# other way round. Of the rows looked at, those that are old go. Returns how many, and up to
+# where no row is left.
+#
+# A channel remembers how far it is pruned only where its rows do not tell: when none is left
+# above, or one is left below. And every so often, so that nobody who looks for its oldest row
+# walks over many that are gone and not vacuumed. To write it down with each batch would cost
+# more than all the rest.
 _PRUNE = """
     WITH looked_at AS MATERIALIZED ({looked_at}),
     old AS MATERIALIZED (SELECT * FROM looked_at WHERE old),
     remembered AS (
         INSERT INTO pg_eventstream_channel AS known (name, pruned)
-        SELECT channel, max(eid) FROM old GROUP BY channel
+        SELECT channel, last
+          FROM (SELECT channel, min(eid) AS first, max(eid) AS last, count(*) AS events
+                  FROM old GROUP BY channel) AS gone
+         WHERE (SELECT s.eid FROM pg_eventstream_stream AS s
+                 WHERE s.channel = gone.channel AND s.eid = gone.last + 1) IS NULL
+            OR (SELECT s.eid FROM pg_eventstream_stream AS s
+                 WHERE s.channel = gone.channel AND s.eid = gone.first - 1) IS NOT NULL
+            OR events <> last - first + 1
+            OR last / {every} > (first - 1) / {every}
         ON CONFLICT (name) DO UPDATE
            SET pruned = greatest(known.pruned, excluded.pruned)
     ),
@@ -88,23 +107,27 @@ class Sweep:
         """Returns how many events were pruned. Raises `psycopg.Error`."""
         if time.monotonic() >= self._forget_at:
             self._forget()
+        # What becomes due meanwhile is left to the next time: there would always be a little.
+        row = self._connection.execute("SELECT statement_timestamp()").fetchone()
+        assert row is not None  # noqa: S101
+        now: datetime = row[0]
         pruned = 0
         while not self._stopping.is_set() and self._prune_outbox():
             pass
-        while not self._stopping.is_set() and (batch := self._prune_old()):
+        while not self._stopping.is_set() and (batch := self._prune_old(now)):
             pruned += batch
         if self._scanned is None:
-            pruned += self._prune_unreliable_channels()
-        while not self._stopping.is_set() and (page := self._prune_unreliable()) is not None:
+            pruned += self._prune_unreliable_channels(now)
+        while not self._stopping.is_set() and (page := self._prune_unreliable(now)) is not None:
             pruned += page
         return pruned
 
-    def _prune_old(self) -> int:
+    def _prune_old(self, now: datetime) -> int:
         """Up to 1,000 events past the retention, oldest first."""
         pruned, empty_to = self._prune(
             """
             SELECT position, channel, eid, event_id,
-                   sequenced_at < statement_timestamp() - %(retention)s AS old
+                   sequenced_at < %(now)s - %(retention)s AS old
               FROM pg_eventstream_stream
              WHERE position > %(empty_to)s
                AND position <= CASE WHEN %(proxied)s
@@ -116,6 +139,7 @@ class Sweep:
                 "empty_to": self._empty_to,
                 "proxied": bool(conf.grip_proxies),
                 "batch": _BATCH_EVENTS,
+                "now": now,
                 "retention": conf.retention,
             },
         )
@@ -123,7 +147,7 @@ class Sweep:
             self._empty_to = empty_to
         return pruned
 
-    def _prune_unreliable_channels(self) -> int:
+    def _prune_unreliable_channels(self, now: datetime) -> int:
         """Those that a sweep before this one has left, found by their channels.
 
         There are far fewer channels than events, and the index leads from one to the next.
@@ -131,9 +155,10 @@ class Sweep:
         row = self._connection.execute(
             """
             SELECT position FROM pg_eventstream_stream
-             WHERE sequenced_at < statement_timestamp() - interval '1 minute'
+             WHERE sequenced_at < %s - interval '1 minute'
              ORDER BY position DESC LIMIT 1
-            """
+            """,
+            [now],
         ).fetchone()
         last = row[0] if row else self._empty_to
         pruned, name = 0, ""
@@ -178,7 +203,7 @@ class Sweep:
         ).fetchall()
         return [row[0] for row in rows]
 
-    def _prune_unreliable(self) -> int | None:
+    def _prune_unreliable(self, now: datetime) -> int | None:
         """Those among the next 10,000 events; None if there are none to look at.
 
         Only the channel manager knows which they are, so each event is looked at once.
@@ -187,13 +212,13 @@ class Sweep:
             """
             SELECT max(position), array_agg(DISTINCT channel)
               FROM (SELECT position, channel,
-                           bool_and(sequenced_at < statement_timestamp() - interval '1 minute')
+                           bool_and(sequenced_at < %s - interval '1 minute')
                            OVER (ORDER BY position) AS old
                       FROM (SELECT * FROM pg_eventstream_stream WHERE position > %s
                              ORDER BY position LIMIT %s) AS following) AS page
              WHERE old
             """,
-            [self._scanned, _SCAN_EVENTS],
+            [now, self._scanned, _SCAN_EVENTS],
         ).fetchone()
         if row is None or row[0] is None:
             return None
@@ -215,9 +240,11 @@ class Sweep:
     def _prune(self, looked_at: str, params: dict[str, Any]) -> tuple[int, int | None]:
         # The lock keeps two sweeps apart; it conflicts with no reader and no sender.
         with self._connection.transaction(), self._connection.cursor() as cursor:
-            cursor.execute(_BY_INDEX)
+            cursor.execute(_SET_UP)
             cursor.execute("LOCK TABLE pg_eventstream_channel IN SHARE ROW EXCLUSIVE MODE")
-            row = cursor.execute(_PRUNE.format(looked_at=looked_at), params).fetchone()
+            row = cursor.execute(
+                _PRUNE.format(looked_at=looked_at, every=_REMEMBER_EVENTS), params
+            ).fetchone()
         assert row is not None  # noqa: S101
         return row[0], row[1]
 
@@ -232,7 +259,7 @@ class Sweep:
         than some that are in the outbox already.
         """
         with self._connection.transaction(), self._connection.cursor() as cursor:
-            cursor.execute(_BY_INDEX)
+            cursor.execute(_SET_UP)
             row = cursor.execute(
                 """
                 WITH gone AS (

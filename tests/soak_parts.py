@@ -77,9 +77,12 @@ class Parts:
         return next((p for p in self.publishers if p.running and p.pid in pids), None)
 
     def pruned(self) -> int:
-        """How many events of the reliable channels are gone."""
+        """How many events are gone."""
         return int(
-            self.database.value("SELECT coalesce(sum(pruned), 0) FROM pg_eventstream_channel")
+            self.database.value(
+                "SELECT coalesce(max(position), 0) - (SELECT count(*) FROM pg_eventstream_stream)"
+                "  FROM pg_eventstream_cursor"
+            )
         )
 
     def figures(self) -> dict[str, float]:

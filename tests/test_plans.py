@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
+from datetime import datetime, timezone
 from typing import Any
 
 import psycopg
@@ -89,9 +90,9 @@ def read_for_streams(database: Database) -> Explained:
 def prune_old(database: Database) -> Explained:
     with database.connect() as session, override_settings(EVENTSTREAM_RETENTION=1e-6):
         sweep = retention.Sweep(session)
-        assert sweep._prune_old() == 1000
+        assert sweep._prune_old(datetime.now(timezone.utc)) == 1000
         explained = Explained(session)
-        assert sweep._prune_old() == 1000
+        assert sweep._prune_old(datetime.now(timezone.utc)) == 1000
     return explained
 
 

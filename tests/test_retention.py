@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from io import StringIO
@@ -10,7 +11,7 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.test import override_settings
 
-from pg_eventstream import send_event, send_events
+from pg_eventstream import get_events, send_event, send_events
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.retention import Sweep
 
@@ -197,6 +198,80 @@ def test_young_event_in_front_holds_nothing_else_up_and_is_pruned_in_its_time(
         assert sweep.run_once() == 2
         age(database, events_of="young", by=2 * DAY)
         assert sweep.run_once() == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_left_of_a_channel_is_known_exactly(database: Database, seed: int) -> None:
+    """In whichever order events become due: what is kept behind what is gone, is complete."""
+    chance = random.Random(seed)
+    events = 1500 if seed == 0 else 12
+    send_events([(chance.choice("ab"), "message", n) for n in range(events)])
+    database.execute("SELECT pg_eventstream_sequence()")
+    everything: list[tuple[str, int]] = database.fetch(
+        "SELECT channel, eid FROM pg_eventstream_stream ORDER BY position"
+    )
+    kept = list(everything)
+    with database.connect() as connection, override_settings(GRIP_URL=None):
+        sweep = Sweep(connection)
+        while kept:
+            # Mostly the oldest, sometimes the clock was wrong.
+            due = kept[: chance.randrange(1, 1 + len(kept))]
+            if chance.random() < 0.5:
+                due = chance.sample(due, chance.randrange(1, 1 + len(due)))
+            connection.execute(
+                "UPDATE pg_eventstream_stream SET sequenced_at = '2000-01-01' WHERE (channel, eid)"
+                " IN (SELECT * FROM unnest(%s::text[], %s::bigint[]))",
+                [[channel for channel, _ in due], [eid for _, eid in due]],
+            )
+            sweep._forget()
+            assert sweep.run_once() == len(due)
+            kept = [event for event in kept if event not in due]
+            for channel in "ab":
+                of = [eid for name, eid in everything if name == channel]
+                left = {eid for name, eid in kept if name == channel}
+                gone = max((eid for eid in of if eid not in left), default=0)
+                page = get_events([channel], "earliest", limit=500)
+                assert page.reset == []
+                assert [event.eid for event in page.events] == list(range(gone + 1, len(of) + 1))[
+                    :500
+                ]
+                for eid in (gone - 1, gone, gone + 1, len(of), len(of) + 1):
+                    if eid >= 0:
+                        page = get_events([channel], f"{channel}:{eid}")
+                        assert (page.reset == []) == (gone <= eid <= len(of)), (channel, eid)
+    send_events([("a", "message", "next"), ("b", "message", "next")])
+    database.execute("SELECT pg_eventstream_sequence()")
+    assert sorted(database.fetch("SELECT channel, eid FROM pg_eventstream_stream")) == [
+        (channel, 1 + sum(name == channel for name, _ in everything)) for channel in "ab"
+    ]
+
+
+def test_busy_channel_costs_the_sweep_no_write_of_its_own(database: Database) -> None:
+    send_events([("a", "message", n) for n in range(20)])
+    database.execute("SELECT pg_eventstream_sequence()")
+    age(database, events_of="a", by=2 * DAY)
+    send_event("a", "message", "stays")
+    database.execute("SELECT pg_eventstream_sequence()")
+    with override_settings(GRIP_URL=None):
+        assert prune() == "20 events pruned."
+    assert database.value("SELECT count(*) FROM pg_eventstream_channel") == 0
+    assert get_events(["a"], "a:19").reset == ["a"]
+    assert get_events(["a"], "a:20").events[0].json() == "stays"
+
+
+def test_sweep_leaves_what_becomes_due_meanwhile_to_the_next(database: Database) -> None:
+    send_events([("a", "message", n) for n in range(20_000)])
+    database.execute("SELECT pg_eventstream_sequence()")
+    database.execute(
+        "UPDATE pg_eventstream_stream"
+        " SET sequenced_at = statement_timestamp() + (position - 1000) * interval '0.2 ms'"
+    )
+    with (
+        database.connect() as connection,
+        override_settings(EVENTSTREAM_RETENTION=1e-6, GRIP_URL=None),
+    ):
+        sweep = Sweep(connection)
+        assert 1000 <= sweep.run_once() < 20_000
 
 
 def test_batch_does_not_walk_over_what_was_pruned_below_a_held_snapshot(
