@@ -151,18 +151,20 @@ class Publisher:
             self._busy_at = time.monotonic()  # the last leader may have been, a moment ago
             feeds = stack.enter_context(self._helpers())
             beat_at = 0.0
+            known = 0
             while not self._stopping.is_set():
                 if time.monotonic() < beat_at:
-                    sequenced = sequence(connection)
+                    sequenced, before = _sequence(connection)
                 else:
                     beat_at = time.monotonic() + _HEARTBEAT_SECONDS
                     if connection.shared and not _try_lead(connection):
                         return
-                    sequenced = _sequence_and_beat(connection)
-                if sequenced:
+                    sequenced, before = _sequence_and_beat(connection)
+                if sequenced or before > known:
                     for feed in feeds:
                         feed.wake()
                     self._busy_at = time.monotonic()
+                known = before + sequenced
                 self._doorbell.wait(sequenced)
 
     def _close_doorbell(self, locker: WatchedConnection) -> None:
@@ -256,9 +258,21 @@ def sequence(connection: Connection) -> int:
 
     Durable when this returns: what a client may have seen keeps its id across a crash.
     """
-    row = connection.execute("SELECT pg_eventstream_sequence()").fetchone()
+    return _sequence(connection)[0]
+
+
+# With it, the last position as it was before: whoever else may sequence rings for no feed.
+_SEQUENCE = """
+    SELECT pg_eventstream_sequence(),
+           (SELECT position FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1)
+"""
+
+
+def _sequence(connection: Connection) -> tuple[int, int]:
+    """How many events were sequenced, and the last position before."""
+    row = connection.execute(_SEQUENCE).fetchone()
     assert row is not None  # noqa: S101
-    return int(row[0])
+    return int(row[0]), int(row[1] or 0)
 
 
 def _try_lead(connection: WatchedConnection) -> bool:
@@ -303,18 +317,18 @@ def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> N
         connection.execute("DELETE FROM pg_eventstream_proxy WHERE name <> ALL(%s)", [names])
 
 
-def _sequence_and_beat(connection: Connection) -> int:
-    """`sequence`, and in the same statement, of which an idle publisher sends few: show that we
+def _sequence_and_beat(connection: Connection) -> tuple[int, int]:
+    """The same, and in the same statement, of which an idle publisher sends few: show that we
     are alive, and look after the queue that all notifications go through.
     """
     row = connection.execute(
-        """
+        f"""
         WITH beat AS (UPDATE pg_eventstream_publisher SET heartbeat = now() WHERE id = 1)
-        SELECT pg_eventstream_sequence(), pg_notification_queue_usage()
-        """
+        {_SEQUENCE}, pg_notification_queue_usage()
+        """  # noqa: S608
     ).fetchone()
     assert row is not None  # noqa: S101
-    sequenced, usage = row
+    sequenced, before, usage = row
     if usage > _QUEUE_USAGE_WARNING:
         logger.warning(
             "PostgreSQL's notification queue is %.0f %% full; when it is full, transactions that"
@@ -322,4 +336,4 @@ def _sequence_and_beat(connection: Connection) -> int:
             " transaction: look for the oldest xact_start in pg_stat_activity, and end it.",
             usage * 100,
         )
-    return int(sequenced)
+    return int(sequenced), int(before or 0)

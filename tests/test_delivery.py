@@ -125,6 +125,27 @@ def test_nothing_is_published_twice_after_an_orderly_restart(
     assert [event.data for event in client.events] == ["0", "1", "2"]
 
 
+def test_events_that_somebody_else_has_sequenced_are_published(
+    database: Database,
+    publisher: PublisherProcess,
+    stream: Callable[..., SSEClient],
+    channel: str,
+) -> None:
+    """Whoever may, may call it: a script, or a person in psql."""
+    client = stream(channel).wait_open()
+    for n in range(3):
+        with database.connect(autocommit=False) as connection:
+            connection.execute("SET LOCAL pg_eventstream.bell = off")
+            connection.execute(
+                "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)", [channel, n]
+            )
+            connection.commit()
+            connection.execute("SELECT pg_eventstream_sequence()")
+            connection.commit()
+        client.wait_count(n + 1)
+    assert [event.data for event in client.events] == ["0", "1", "2"]
+
+
 def test_once_publishes_what_is_there(
     database: Database, new_publisher: Callable[..., PublisherProcess], stream: Stream, channel: str
 ) -> None:

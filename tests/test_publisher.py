@@ -313,7 +313,7 @@ def test_heartbeat_is_part_of_a_round(database: Database) -> None:
         publisher_module._register(leader, "test", [])
         leader.execute("UPDATE pg_eventstream_publisher SET heartbeat = now() - interval '1 hour'")
         send_event("a", "message", 1)
-        assert publisher_module._sequence_and_beat(leader) == 1
+        assert publisher_module._sequence_and_beat(leader) == (1, 0)
     assert database.fetch(
         "SELECT count(*) FROM pg_eventstream_publisher"
         " WHERE heartbeat > now() - interval '1 minute'"
