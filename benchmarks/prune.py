@@ -1,7 +1,7 @@
 """Sending while the sweep prunes as much: throughput and the latency of a commit.
 
 pgbench sends events in 1,000 channels, one a transaction, with 8 clients, while one session
-sequences them every 20 ms. In turns: alone, and beside a sweep that runs twice a second and
+sequences them every 20 ms, and holds the bell as an awake publisher does. In turns: alone, and beside a sweep that runs twice a second and
 has as much to prune as is sent, since as many events pass the end of their retention.
 
     full speed     as fast as the clients can: commits per second
