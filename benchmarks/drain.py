@@ -12,7 +12,7 @@ a subscriber, who must get every event, once and in order.
 Beside them, sequencing alone, and the relay of django-outbox-pattern, `manage.py publish`, to a
 broker that does nothing but count: from its first message to its last, without its COMMIT.
 
-    python -m benchmarks.drain [--quick] [--rounds 2]
+    python -m benchmarks.drain [--quick] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -182,4 +182,4 @@ def benchmark(options: report.Options) -> Report:
 
 
 if __name__ == "__main__":
-    report.main("drain", __doc__, benchmark, rounds=2)
+    report.main("drain", __doc__, benchmark)

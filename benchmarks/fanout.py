@@ -9,7 +9,7 @@ the same PostgreSQL), in turns. Each event is committed on its own by a view of 
     latency   events are sent at a rate that both can keep up with; from an event's commit to
               its arrival at a client, over all clients
 
-    python -m benchmarks.fanout [--quick] [--rounds 5]
+    python -m benchmarks.fanout [--quick] [--rounds 3]
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ call takes that finds a single event, and how many events a second go through, 5
 What passes in between goes through the outbox table 10,000 at a time, which is kind to it. (The
 seconds that this takes are no comparison: ours arrive in transactions of 100, and are swept.)
 
-    python -m benchmarks.held_snapshot [--quick] [--rounds 5]
+    python -m benchmarks.held_snapshot [--quick] [--rounds 3]
 """
 
 from __future__ import annotations

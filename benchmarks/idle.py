@@ -151,4 +151,4 @@ def _wal(database: Database, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    report.main("idle", __doc__, benchmark, rounds=3)
+    report.main("idle", __doc__, benchmark)

@@ -10,7 +10,7 @@ of its own:
 The sender (`paced_sender.py`) is a process of its own that commits one event a transaction. At one
 event per second the three take turns a third of a second apart, otherwise slice by slice.
 
-    python -m benchmarks.latency [--quick] [--rounds 5]
+    python -m benchmarks.latency [--quick] [--rounds 3]
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ is given 20,000 events more, as 200 transactions, and measured is how long it ta
     to sequence and publish them  from their COMMIT, one for all 20,000, until a client of Pushpin
                                   has the last; the publisher has been running for a while
 
-    python -m benchmarks.log_size [--quick] [--rounds 5]
+    python -m benchmarks.log_size [--quick] [--rounds 3]
 """
 
 from __future__ import annotations

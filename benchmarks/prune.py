@@ -1,8 +1,9 @@
 """Sending while the sweep prunes as much: throughput and the latency of a commit.
 
 pgbench sends events in 1,000 channels, one a transaction, with 8 clients, while one session
-sequences them every 20 ms, and holds the bell as an awake publisher does. In turns: alone, and beside a sweep that runs twice a second and
-has as much to prune as is sent, since as many events pass the end of their retention.
+sequences them every 20 ms and the bell is held, as an awake publisher does. In turns: alone,
+and beside a sweep that runs twice a second and has as much to prune as is sent, since as many
+events pass the end of their retention.
 
     full speed     as fast as the clients can: commits per second
     steady rate    at 40 % of that (pgbench --rate): 99th percentile of a commit's latency
@@ -217,4 +218,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    report.main("prune", __doc__, benchmark, rounds=3)
+    report.main("prune", __doc__, benchmark)

@@ -13,7 +13,7 @@ one and then with the other package, in turns.
 (Pushpin 1.36 answers 502 to what it cannot pass on at once; such a client, and one whose stream
 ends before it has all, comes again after 0.1 s.)
 
-    python -m benchmarks.recover [--quick] [--rounds 5]
+    python -m benchmarks.recover [--quick] [--rounds 3]
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Options:
 Benchmark = Callable[[Options], Report]
 
 
-def main(name: str, document: str | None, benchmark: Benchmark, rounds: int = 5) -> None:
+def main(name: str, document: str | None, benchmark: Benchmark, rounds: int = 3) -> None:
     """Run a benchmark alone: ``python -m benchmarks.NAME [--quick] [--rounds N]``."""
     parser = argparse.ArgumentParser(
         description=document, formatter_class=argparse.RawDescriptionHelpFormatter

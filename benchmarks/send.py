@@ -15,7 +15,7 @@ From Django (`send_event` in `atomic()`, 1 and 8 processes, all on one channel o
 own), compared with a bare INSERT in `atomic()` through the same Django connection, and with
 django-eventstream (events stored in the same PostgreSQL) and django-pgpubsub.
 
-    python -m benchmarks.send [--quick] [--rounds 7]
+    python -m benchmarks.send [--quick] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -207,4 +207,4 @@ def benchmark(options: Options) -> Report:
 
 
 if __name__ == "__main__":
-    report.main("send", __doc__, benchmark, rounds=7)
+    report.main("send", __doc__, benchmark)

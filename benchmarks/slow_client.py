@@ -5,7 +5,7 @@ an event's commit to its arrival, is measured beside another client that stopped
 without it, in turns. In each turn a burst of events fills the sockets' buffers first.
 In the end that client reads on: it must get every event, once and in order.
 
-    python -m benchmarks.slow_client [--quick] [--rounds 5]
+    python -m benchmarks.slow_client [--quick] [--rounds 3]
 """
 
 from __future__ import annotations
