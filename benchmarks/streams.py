@@ -69,8 +69,14 @@ class Streams:
         self.changed = asyncio.Event()
 
     async def __aenter__(self) -> Streams:
+        deadline = time.monotonic() + 10
         while len(self.streams) < self._count:
-            await self._open(min(25, self._count - len(self.streams)))
+            try:
+                await self._open(min(25, self._count - len(self.streams)))
+            except ConnectionError:  # Pushpin answers so while it starts
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.2)
         return self
 
     async def _open(self, count: int) -> None:
@@ -79,7 +85,12 @@ class Streams:
             (await loop.create_connection(lambda: _Stream(self), "127.0.0.1", self._port))[1]
             for _ in range(count)
         ]
-        await asyncio.wait_for(asyncio.gather(*(stream.opened for stream in fresh)), 120)
+        try:
+            await asyncio.wait_for(asyncio.gather(*(stream.opened for stream in fresh)), 120)
+        except ConnectionError:
+            for stream in fresh:
+                stream.transport.abort()
+            raise
         self.streams += fresh
 
     async def __aexit__(

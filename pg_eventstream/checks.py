@@ -22,6 +22,8 @@ _FASTLY = "api.fastly.com"
 _ORIGIN = re.compile(
     r"(?!http://.*:80$)(?!https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d+)?"
 )
+# RFC 7518, 3.2: what a key for HS256 must have at least.
+_SECRET_BYTES = 32
 _HEADER = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
 
 
@@ -192,6 +194,7 @@ def _check_grip() -> list[CheckMessage]:
 def _check_grip_keys() -> list[CheckMessage]:
     messages: list[CheckMessage] = []
     for entry in conf.grip_proxies:
+        found = len(messages)
         uri = entry.get("control_uri")
         if entry.get("verify_key") and not entry.get("key"):
             # django_grip.py, GripMiddleware.process_request: KeyError
@@ -228,6 +231,17 @@ def _check_grip_keys() -> list[CheckMessage]:
                     id="pg_eventstream.E013",
                 )
             )
+        secret = _as_bytes(entry.get("verify_key") or entry.get("key") or "")
+        if len(messages) == found and 0 < len(secret) < _SECRET_BYTES:
+            messages.append(
+                Warning(
+                    f"The secret shared with the proxy {uri} is shorter than {_SECRET_BYTES} bytes:"
+                    " whoever guesses it can pose as the proxy, and read every channel.",
+                    hint="Set a longer one, in pushpin.conf as well: python -c"
+                    ' "import secrets; print(secrets.token_urlsafe(32))"',
+                    id="pg_eventstream.W003",
+                )
+            )
     return messages
 
 
@@ -246,6 +260,10 @@ def _problem_of_key(key: str | bytes) -> str | None:
             jwt.get_algorithm_by_name(algorithm).prepare_key(text)
             return None
     return "cannot be read as a key of ES256 or RS256"
+
+
+def _as_bytes(key: str | bytes) -> bytes:
+    return key.encode() if isinstance(key, str) else key
 
 
 def _check_cors() -> list[CheckMessage]:

@@ -249,15 +249,15 @@ class Feed:
         hint = grip.hint(event.channel, event.reliable)
         if batch.items[0] == hint:
             logger.error(
-                "%s: refused even a hint of event %s:%d (%s); clients get it when they"
+                "%s: refused even a hint of event %d of channel %r (%s); clients get it when they"
                 " reconnect or with the channel's next event",
-                self._proxy.name, event.channel, event.eid, refusal,
+                self._proxy.name, event.eid, event.channel, refusal,
             )  # fmt: skip
             return True
         logger.error(
-            "%s: refused event %s:%d (%s); published a hint instead, so that clients fetch"
-            " it from the endpoint",
-            self._proxy.name, event.channel, event.eid, refusal,
+            "%s: refused event %d of channel %r (%s); published a hint instead, so that clients"
+            " fetch it from the endpoint",
+            self._proxy.name, event.eid, event.channel, refusal,
         )  # fmt: skip
         instead = grip.Batch([event], [hint])
         self._hints.note(instead, time.monotonic())

@@ -21,7 +21,9 @@ from pg_eventstream import checks
 from pg_eventstream.channelmanager import DefaultChannelManager
 
 ROOT = Path(__file__).parent.parent
-PROXY = {"control_uri": "http://localhost:5561", "key": b"secret"}
+# As long as a key for HS256 must be.
+SECRET = "a secret of thirty-two characters"
+PROXY = {"control_uri": "http://localhost:5561", "key": SECRET.encode()}
 # Such as Fastly publishes one, for all services.
 PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
 MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE12NUd9d8F0ZJLl4SjLNKXrxGSezt
@@ -52,10 +54,10 @@ def check(**overrides: Any) -> list[CheckMessage]:
     "correct",
     [
         {},
-        {"GRIP_URL": "http://localhost:5561?key=secret"},
+        {"GRIP_URL": f"http://localhost:5561?key={SECRET}"},
         {"GRIP_PROXIES": [PROXY]},
         {"GRIP_PROXIES": [PROXY, {**PROXY, "control_uri": "https://api.example/realm"}]},
-        {"GRIP_PROXIES": [{**PROXY, "verify_key": b"another secret"}]},
+        {"GRIP_PROXIES": [{**PROXY, "verify_key": b"another secret of thirty-two characters"}]},
         {"GRIP_PROXIES": [{**PROXY, "verify_key": PUBLIC_KEY, "verify_iss": "fastly:ID"}]},
         {"GRIP_URL": FASTLY, "GRIP_VERIFY_KEY": PUBLIC_KEY},
         {"GRIP_URL": FASTLY, "GRIP_VERIFY_KEY": PUBLIC_KEY.encode()},
@@ -119,13 +121,16 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("E007", {"EVENTSTREAM_CHANNELMANAGER_CLASS": None}),
     ("E007", {"EVENTSTREAM_CHANNELMANAGER_CLASS": NO_MANAGER}),
     ("E007", {"EVENTSTREAM_CHANNELMANAGER_CLASS": "pg_eventstream.conf.conf"}),
-    ("E008", {"GRIP_PROXIES": [{"key": b"secret"}]}),
+    ("E008", {"GRIP_PROXIES": [{"key": SECRET.encode()}]}),
     ("E008", {"GRIP_PROXIES": [{**PROXY, "control_uri": "tcp://localhost:5560"}]}),
     ("E009", {"GRIP_PROXIES": [PROXY], "MIDDLEWARE": []}),
-    ("E010", {"GRIP_URL": "http://localhost:5562?key=x", "GRIP_PROXIES": [PROXY]}),
-    ("E010", {"GRIP_URL": "http://localhost:5562?key=x", "GRIP_PROXIES": []}),
-    ("E011", {"GRIP_VERIFY_KEY": "secret", "GRIP_URL": "http://localhost:5561"}),
-    ("E011", {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561", "verify_key": b"x"}]}),
+    ("E010", {"GRIP_URL": f"http://localhost:5562?key={SECRET}", "GRIP_PROXIES": [PROXY]}),
+    ("E010", {"GRIP_URL": f"http://localhost:5562?key={SECRET}", "GRIP_PROXIES": []}),
+    ("E011", {"GRIP_VERIFY_KEY": SECRET, "GRIP_URL": "http://localhost:5561"}),
+    (
+        "E011",
+        {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561", "verify_key": SECRET.encode()}]},
+    ),
     ("E012", {"GRIP_VERIFY_KEY": f"base64:{BASE64_KEY}", "GRIP_URL": FASTLY}),
     ("E012", {"GRIP_VERIFY_KEY": JSON_WEB_KEY, "GRIP_URL": FASTLY}),
     ("E012", {"GRIP_VERIFY_KEY": PUBLIC_KEY[:-60], "GRIP_URL": FASTLY}),
@@ -151,6 +156,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("W001", {"GRIP_URL": "http://localhost:5561"}),
     ("W001", {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561"}]}),
     ("W001", {"GRIP_PROXIES": [{"control_uri": "http://localhost:5561", "key": ""}]}),
+    ("W003", {"GRIP_URL": "http://localhost:5561?key=changeme"}),
+    ("W003", {"GRIP_PROXIES": [{**PROXY, "verify_key": b"x" * 31}]}),
     ("W002", {"EVENTSTREAM_STORAGE_CLASS": "django_eventstream.storage.DjangoModelStorage"}),
     ("W002", {"EVENTSTREAM_STORAGE_CONNECTION": {"host": "localhost"}}),
     ("W002", {"EVENTSTREAM_REDIS": {"host": "localhost"}}),

@@ -202,6 +202,12 @@ class Run:
             for start in ("earliest", "id"):
                 self.read(user, CHANNELS, start, (0, 0, 0), 3)
             self.connect(user, [c for c in CHANNELS if c.startswith("public")], 1, "earliest")
+        self.world.come_to_rest()
+        # Each by itself: nothing that comes behind shows what it lacks.
+        for length, poisonous in ((300, False), (1, True), (1, False)):
+            last = Send(CHANNELS, "INSERT", set(), length, poisonous)
+            self.transact(SENDERS[0], [last], "COMMIT")
+            self.publish(([], []), [])
         self.world.time_out()
         for client in self.clients:
             assert client.connected != client.over

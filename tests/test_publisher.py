@@ -186,7 +186,7 @@ def test_refused_event_is_replaced_by_a_hint_and_the_others_go_out(
     # The burst's hint, for those that could not follow it, comes last.
     assert control.ids == [*expected, None]
     assert control.items[32]["formats"] == {"http-stream": {"action": "hint"}}
-    assert "refused event a:33" in caplog.text
+    assert "refused event 33 of channel 'a'" in caplog.text
 
 
 def test_event_over_the_proxys_limit_becomes_a_hint(
