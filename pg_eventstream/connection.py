@@ -6,6 +6,7 @@ shared, pooled or closed by anyone else.
 
 from __future__ import annotations
 
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -84,12 +85,16 @@ class Database:
     def _hears(self, connection: WatchedConnection) -> bool:
         """Whether the connection has a session of its own, at a pooler: if LISTEN works.
 
-        One's own notification proves nothing, since it arrives within the transaction.
+        One's own notification proves nothing, since it arrives within the transaction. Nor does
+        that of another connection which looks for the same, and in whose session we may be.
         """
         connection.execute(f"LISTEN {_PROBE}")
+        ours = uuid.uuid4().hex
         with self._open("probe") as other:
-            other.execute(f"NOTIFY {_PROBE}")
-        heard = any(connection.notifies(timeout=_PROBE_SECONDS, stop_after=1))
+            other.execute("SELECT pg_notify(%s, %s)", [_PROBE, ours], prepare=False)
+        notifies = connection.notifies(timeout=_PROBE_SECONDS)
+        heard = any(notify.payload == ours for notify in notifies)
+        notifies.close()
         connection.execute(f"UNLISTEN {_PROBE}")
         return heard
 

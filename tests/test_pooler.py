@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import psycopg
 import pytest
 
+import pg_eventstream.connection
 from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
@@ -110,6 +113,29 @@ def test_publisher_behind_a_pooler_says_what_is_wrong_and_delivers_by_polling(
     # Nor anything that would keep another from leading.
     publisher.kill()
     new_publisher().lead()
+
+
+def test_pooler_is_recognised_while_others_look_for_one(
+    pooled: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publisher's connections do so at the same time, each in sessions of the others."""
+    monkeypatch.setattr(pg_eventstream.connection, "_PROBE_SECONDS", 0.1)
+    over = threading.Event()
+
+    def look() -> None:
+        with database.connect() as other:
+            while not over.is_set():
+                other.execute("NOTIFY pg_eventstream_probe")
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            for _ in range(20):
+                with pg_eventstream.connection.Database("default", pooled).connect("test") as found:
+                    assert found.shared
+        finally:
+            over.set()
+        looking.result()
 
 
 @pytest.mark.thorough
