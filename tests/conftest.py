@@ -7,6 +7,7 @@ row of one test reaches another.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -74,6 +75,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if not _only_hands_out_tests(config):
         _postgres.stop("immediate")
     _directory.cleanup()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that nobody's time limit runs meanwhile
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Several tests run at once; with one that is marked ``alone`` none does."""
+    alone = item.get_closest_marker("alone") is not None
+    with (item.config.rootpath / "pyproject.toml").open() as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

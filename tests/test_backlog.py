@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import pytest
+
 from pg_eventstream.demo.processes import wait_until
 
 from .conftest import Database, PublisherProcess
@@ -16,6 +18,7 @@ FIRST_WITHIN = 15.0
 MEMORY_MB = 160
 
 
+@pytest.mark.alone
 def test_backlog_of_a_million_events_starts_at_once_and_in_bounded_memory(
     database: Database,
     new_publisher: Callable[..., PublisherProcess],
