@@ -29,6 +29,7 @@ _SET_UP = """
     SET LOCAL enable_seqscan = off;
     SET LOCAL enable_bitmapscan = off;
     SET LOCAL enable_sort = off;
+    SET LOCAL jit = off;
     SET LOCAL synchronous_commit = off
 """
 

@@ -36,10 +36,6 @@ PAUSES = 20 if THOROUGH else 2
 PATIENCE = 3.0
 BACK = "takes events again"
 UNREACHABLE = "cannot be reached: "
-#: A proxy that is starting loses requests without a trace; clients have to give up on those.
-PATIENCE = 3.0
-BACK = "takes events again"
-UNREACHABLE = "cannot be reached: "
 #: The publisher waits for an answer for so many seconds.
 ANSWER_SECONDS = 10.0
 

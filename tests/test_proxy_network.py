@@ -86,7 +86,9 @@ def test_batch_whose_answer_is_lost_on_the_way_is_not_delivered_twice(
         with load.running():
             for n in range(BREAKS):
                 goes_on(load, steady, restless)
-                network.cut_after(chance.randrange(1, ANSWER_BYTES), reset=chance.random() < 0.7)
+                # The first in a way that is noticed for certain.
+                count = chance.randrange(1, ANSWER_BYTES) if n else 1
+                network.cut_after(count, reset=n == 0 or chance.random() < 0.7)
                 made = network.connections
                 wait_until(lambda k=made: network.connections > k + 1, timeout=20)  # type: ignore[misc]
                 network.heal()
