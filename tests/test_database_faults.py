@@ -63,8 +63,6 @@ def test_sessions_ended_at_random_all_the_time_lose_and_repeat_nothing(
     load.settle()
     load.check(client)
     assert all(publisher.running for publisher in publishers)
-    # Nothing of a lead that is over works on: the leader has four sessions, who stands by has one.
-    wait_until(lambda: database.value(f"SELECT count(*) {OURS}") == 5, timeout=60)
     if THOROUGH:  # it was everybody's turn
         assert {name.split(" ")[1] for name in ended if " " in name} >= {
             "leader", "bell", "feed", "sweep",
