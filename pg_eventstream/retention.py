@@ -23,8 +23,10 @@ _FORGET_SECONDS = 3600.0
 _REMEMBER_EVENTS = 1000
 
 # Statistics that know nothing of a burst yet, or of what is pruned already, make the planner
-# read and sort all that there is, again for each batch. And no batch is worth waiting for the
-# disk: what a crash brings back is pruned once more.
+# read and sort all that there is, again for each batch. What is switched off here counts, before
+# PostgreSQL 18, as a cost of 1e10 where nothing else will do, for which JIT would compile a batch
+# for longer than it runs. And no batch is worth waiting for the disk: what a crash brings back is
+# pruned once more.
 _SET_UP = """
     SET LOCAL enable_seqscan = off;
     SET LOCAL enable_bitmapscan = off;
