@@ -19,7 +19,7 @@ import psycopg
 
 from . import grip
 from .connection import Database, explained
-from .permission import is_reliable
+from .permission import CHANGES, is_reliable
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ _PAGE_BYTES = 4_000_000
 # After a crash at most this much is published again; the proxy drops what it has seen in
 # the last 60 seconds, and prev-id stops what is older.
 _ACKNOWLEDGE_SECONDS = 0.5
+# For these the next publisher gives the hints that it may not have given any more.
+_RECALLED_EVENTS = 100_000
 _FIRST_RETRY, _MOST_RETRY = 0.1, 10.0
 
 
@@ -187,10 +189,48 @@ class Feed:
         row = connection.execute(
             "SELECT position FROM pg_eventstream_proxy WHERE name = %s", [self._proxy.name]
         ).fetchone()
-        # What went out while the connection was lost is published already.
         self._acknowledged = int(row[0]) if row else 0
-        self._position = max(self._position, self._acknowledged)
+        # What went out while the connection was lost is published already.
+        if self._acknowledged > self._position:
+            self._recall_hints(connection, self._acknowledged)
+            self._position = self._acknowledged
         self._connection = connection
+
+    def _recall_hints(self, connection: psycopg.Connection[Any], position: int) -> None:
+        """Note the hints again that may be owed for what another publisher published last."""
+        rows = connection.execute(
+            """
+            WITH last AS (
+                SELECT sequenced_at FROM pg_eventstream_stream
+                 WHERE position <= %(position)s ORDER BY position DESC LIMIT 1
+            ), late AS (
+                SELECT s.position, s.channel, s.eid, e.type, octet_length(e.data) AS bytes,
+                       CASE WHEN s.channel = %(changes)s THEN e.data END AS data
+                  FROM pg_eventstream_stream AS s
+                  JOIN pg_eventstream_event AS e ON e.id = s.event_id
+                 WHERE s.position BETWEEN %(position)s - %(most)s AND %(position)s
+                   AND s.sequenced_at >= (SELECT sequenced_at FROM last) - interval '10 s'
+            )
+            SELECT position, channel, eid, type, data FROM late WHERE channel = %(changes)s
+            UNION ALL
+            SELECT max(position), channel, max(eid), '', NULL FROM late
+             WHERE channel <> %(changes)s GROUP BY channel
+            HAVING count(*) >= %(many)s OR max(bytes) > %(large)s
+             ORDER BY position
+            """,
+            {
+                "position": position,
+                "most": _RECALLED_EVENTS,
+                "changes": CHANGES,
+                "many": grip.Hints.MANY,
+                "large": grip.EVENT_BYTES,
+            },
+        ).fetchall()
+        now = time.monotonic()
+        for place, channel, eid, kind, data in rows:
+            if is_reliable(channel) or channel == CHANGES:
+                event = grip.StreamEvent(place, channel, eid, kind, data, [])
+                self._hints.follow(grip.item(event), now)
 
     def _acknowledge(self) -> None:
         assert self._connection is not None  # noqa: S101

@@ -81,7 +81,7 @@ class Hints:
     fetching its next link, may have been read before the event, and held after the hint.
     """
 
-    _MANY, _WINDOW_SECONDS, _AFTER = 50, 1.0, (0.5, 5.0)
+    MANY, _WINDOW_SECONDS, _AFTER = 50, 1.0, (0.5, 5.0)
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -97,20 +97,21 @@ class Hints:
         channels = set()
         for event, encoded in zip(batch.events, batch.items, strict=True):
             if event.channel == permission.CHANGES:
-                self._follow(encoded, now)
+                self.follow(encoded, now)
             elif event.reliable:
                 self._counts[event.channel] += 1
                 channels.add(event.channel)
                 if encoded.endswith(_HINT):
-                    self._follow(encoded, now)
+                    self.follow(encoded, now)
         for channel in channels:
             encoded = hint(channel)
-            if self._counts[channel] >= self._MANY:
-                self._follow(encoded, now)
+            if self._counts[channel] >= self.MANY:
+                self.follow(encoded, now)
             elif encoded in self._due:
                 self._put_off(encoded, now)
 
-    def _follow(self, encoded: bytes, now: float) -> None:
+    def follow(self, encoded: bytes, now: float) -> None:
+        """This hint is to follow, as it does by itself what `note` finds to need one."""
         self._due[encoded] = (now + self._AFTER[0], 0)
 
     def _put_off(self, encoded: bytes, now: float) -> None:

@@ -220,7 +220,7 @@ def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
     # Limits that a few events reach.
     monkeypatch.setattr(grip, "EVENT_BYTES", 200)
     monkeypatch.setattr(grip, "BATCH_ITEMS", 3)
-    monkeypatch.setattr(grip.Hints, "_MANY", 8)
+    monkeypatch.setattr(grip.Hints, "MANY", 8)
     monkeypatch.setattr(feed, "_PAGE_EVENTS", 3)
     monkeypatch.setattr(recovery, "PAGE_BYTES", 150)
     monkeypatch.setattr(views, "_FIRST_BYTES", 300)

@@ -183,8 +183,9 @@ def test_revocation_that_is_published_late_does_not_end_what_is_granted_again(
 
 
 @pytest.mark.parametrize("manager", ["SlowMembers"], indirect=True)
+@pytest.mark.parametrize("by_whom", ["this publisher", "the next one"])
 def test_stream_that_was_allowed_before_the_revocation_and_held_after_it_ends_soon(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: Stream, channel: str, by_whom: str
 ) -> None:
     """The hint is repeated: the first may find a stream that is still being opened."""
     ann, cookie = log_in("ann")
@@ -205,6 +206,9 @@ def test_stream_that_was_allowed_before_the_revocation_and_held_after_it_ends_so
         wait_until(lambda: database.value(_DECIDED), timeout=10)
         leave(ann, channel)
         wait_until(lambda: database.value(_ACKNOWLEDGED, [2]), timeout=10)
+        if by_whom == "the next one":
+            publisher.kill()
+            publisher.lead()
     client.wait_open()
     assert_ended(client, channel)
 

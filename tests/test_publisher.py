@@ -124,6 +124,32 @@ def control() -> Iterator[ControlPort]:
         yield port
 
 
+def test_hints_that_a_killed_publisher_owed_come_from_the_next_one(
+    database: Database, control: ControlPort, new_publisher: NewPublisher
+) -> None:
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
+    send_events(("burst", "message", n) for n in range(60))
+    send_events(("quiet", "message", n) for n in range(40))
+    send_event("large", "message", "x" * grip.EVENT_BYTES)
+    acknowledged = "SELECT position FROM pg_eventstream_proxy"
+    wait_until(lambda: database.value(acknowledged) == 101, timeout=20)
+    publisher.kill()
+    del control.items[:]
+    publisher.lead()
+    for _ in ("soon", "later"):
+        wait_until(lambda: len(control.items) == 2, timeout=20)
+        assert hinted(control) == ["events-burst", "events-large"]
+        del control.items[:]
+    send_event("quiet", "message", "next")
+    wait_until(lambda: control.ids == ["41"], timeout=20)
+
+
+def hinted(control: ControlPort) -> list[str]:
+    """The channels of which there was a hint."""
+    hint = {"action": "hint"}
+    return sorted(i["channel"] for i in control.items if i["formats"]["http-stream"] == hint)
+
+
 def test_batches_keep_order_and_stay_below_the_limits(
     database: Database, control: ControlPort
 ) -> None:
