@@ -87,3 +87,7 @@ def test_publisher_that_leads_anew_shares_no_connection_with_what_it_left_behind
     wait_until(lambda: len(control.ids) >= 2, timeout=20)
     assert publisher.log.count(": leading") == 2
     assert "cannot be reached" not in publisher.log
+    # Nor does that go on beside it: its feed would read, as soon as it has its answer.
+    feeds = f"SELECT count(*) {OURS} AND starts_with(application_name, 'pg_eventstream feed')"
+    with pytest.raises(TimeoutError):
+        wait_until(lambda: database.value(feeds) != 1, timeout=5)
