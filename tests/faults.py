@@ -192,6 +192,8 @@ def before_it_sequences(stage: Stage) -> Iterator[PublisherProcess]:
 def while_it_sequences(stage: Stage) -> Iterator[PublisherProcess]:
     """It has written some of the rows, and would write more."""
     publisher = stage.lead()
+    begun = "SELECT count(*) FROM pg_eventstream_cursor"
+    wait_until(lambda: stage.database.value(begun) == 1, timeout=30)
     with stage.database.connect(autocommit=False) as connection:
         with locked(stage.database, "LOCK TABLE pg_eventstream_cursor IN SHARE MODE"):
             connection.execute(
