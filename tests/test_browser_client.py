@@ -36,7 +36,12 @@ AT_THE_LATEST = "() => { Math.random = () => 0.9999; }"
 OPEN = "event: stream-open\nid: a:0\ndata:\n\n"
 
 
-@pytest.fixture(params=pages.KINDS)
+# The classic script is written from the module (see `test_both_scripts_are_one`).
+_CLASSIC = pytest.param("classic", marks=[pytest.mark.faults, pytest.mark.thorough])
+both_kinds = pytest.mark.parametrize("kind", pages.KINDS, indirect=True)
+
+
+@pytest.fixture(params=["module", _CLASSIC])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -126,6 +131,7 @@ class Sender:
                 number += 1
 
 
+@both_kinds
 def test_nothing_is_missing_and_nothing_comes_twice_whatever_breaks_on_the_way(
     application: Process,
     app_port: int,
@@ -184,6 +190,7 @@ def test_nothing_is_missing_and_nothing_comes_twice_whatever_breaks_on_the_way(
     assert [event["data"] for event in received(page)] == sender.sent
 
 
+@both_kinds
 def test_texts_and_ids_arrive_as_they_were_sent(
     application: Process,
     pushpin: Pushpin,
@@ -375,6 +382,7 @@ def test_only_a_connection_that_proved_itself_shortens_the_waits(page: Page, ser
     assert waits[6] < 3  # behind the keep-alive; it would have been 3.2
 
 
+@both_kinds
 def test_silent_connection_is_replaced(page: Page, serve: Serve) -> None:
     server = serve(answer("id: a:1\ndata: 1\n\n", hold=True), answer("data: 2\n\n", hold=True))
     page.evaluate("listen('/events/', { max_silence_time: 1000 })")
@@ -649,6 +657,7 @@ def test_listener_that_throws_is_reported_and_keeps_nothing_from_others(
     assert reported == ["handler 1", "listener", "handler 2", "listener"]
 
 
+@both_kinds
 def test_module_exports_the_class_by_both_names(page: Page, serve: Serve, kind: str) -> None:
     serve(answer(OPEN, hold=True))
     if kind == "module":
