@@ -49,6 +49,23 @@ def test_postgresql_that_crashes_under_load_loses_and_repeats_nothing(
     assert all(publisher.running for publisher in publishers)
 
 
+def test_what_is_sequenced_survives_a_crash_whatever_the_database_is_set_to(
+    database: Database,
+) -> None:
+    """Clients may have seen it by then; and the events themselves stand before it in the WAL."""
+    for count in range(1, 4):
+        with database.connect() as connection:
+            connection.execute("SET synchronous_commit = off")
+            connection.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', '')")
+            connection.execute("SELECT pg_eventstream_sequence()")
+            database.postgres.kill()
+            database.postgres.start()
+        assert database.fetch(
+            "SELECT s.eid FROM pg_eventstream_stream s JOIN pg_eventstream_event e"
+            " ON e.id = s.event_id ORDER BY s.eid"
+        ) == [(eid,) for eid in range(1, count + 1)]
+
+
 @pytest.mark.timeout(600)
 def test_sessions_ended_at_random_all_the_time_lose_and_repeat_nothing(
     database: Database, new_publisher: NewPublisher, stream: Stream, channel: str

@@ -122,6 +122,12 @@ BEGIN
         VALUES (coalesce(last.position, 0) + moved, cur, here);
     END IF;
     IF moved > 0 THEN
+        -- A client may soon have seen these ids, so no crash and no failover may take them
+        -- back, nor the events, whose commits precede this one in the WAL: however the
+        -- database is set up, and whatever the senders wait for.
+        IF current_setting('synchronous_commit') <> 'remote_apply' THEN
+            PERFORM set_config('synchronous_commit', 'on', true);
+        END IF;
         -- For those who stream to clients by themselves; nothing to do with the doorbell.
         PERFORM pg_notify('pg_eventstream_news', '');
     END IF;
