@@ -124,6 +124,21 @@ def control() -> Iterator[ControlPort]:
         yield port
 
 
+def test_what_the_proxy_has_not_taken_is_published_by_the_next_publisher(
+    database: Database, control: ControlPort, new_publisher: NewPublisher
+) -> None:
+    """Not even if the channel has no other event, which would show clients the gap."""
+    control.silent.set()
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
+    send_events(("a", "message", n) for n in range(250))
+    wait_until(lambda: len(control.bodies) == 1, timeout=20)
+    publisher.kill()
+    control.silent.clear()
+    publisher.lead()
+    wait_until(lambda: len(control.ids) >= 250, timeout=20)
+    assert control.ids[:250] == [str(n) for n in range(1, 251)]
+
+
 def test_hints_that_a_killed_publisher_owed_come_from_the_next_one(
     database: Database, control: ControlPort, new_publisher: NewPublisher
 ) -> None:
