@@ -115,6 +115,6 @@ class Streams:
             self.changed.clear()
             try:
                 await asyncio.wait_for(self.changed.wait(), patience)
-            except TimeoutError:
+            except asyncio.TimeoutError:  # before Python 3.11 not the same
                 if time.monotonic() - self.last_time > patience:
                     return
