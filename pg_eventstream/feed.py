@@ -20,6 +20,7 @@ import psycopg
 from . import grip
 from .connection import Database, explained
 from .permission import CHANGES, is_reliable
+from .send import NAME_LENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ _PAGE_BYTES = 4_000_000
 _ACKNOWLEDGE_SECONDS = 0.5
 # For these the next publisher gives the hints that it may not have given any more.
 _RECALLED_EVENTS = 100_000
+# No change of permission is as long: two names, each character escaped. Who forges longer ones
+# fills no memory with them.
+_CHANGE_BYTES = 2 * 12 * NAME_LENGTH + 100
 _FIRST_RETRY, _MOST_RETRY = 0.1, 10.0
 
 
@@ -179,6 +183,7 @@ class Feed:
 
     def _connect(self) -> None:
         connection = self._database.connect(f"feed {self._proxy.name}")
+        self._connection = connection  # from here on, `close` closes it
         if not connection.shared:
             # To lose the last acknowledgement in a crash is harmless, to wait for the disk
             # with each is not.
@@ -194,7 +199,6 @@ class Feed:
         if self._acknowledged > self._position:
             self._recall_hints(connection, self._acknowledged)
             self._position = self._acknowledged
-        self._connection = connection
 
     def _recall_hints(self, connection: psycopg.Connection[Any], position: int) -> None:
         """Note the hints again that may be owed for what another publisher published last."""
@@ -204,16 +208,17 @@ class Feed:
                 SELECT sequenced_at FROM pg_eventstream_stream
                  WHERE position <= %(position)s ORDER BY position DESC LIMIT 1
             ), late AS (
-                SELECT s.position, s.channel, s.eid, e.type, octet_length(e.data) AS bytes,
-                       CASE WHEN s.channel = %(changes)s THEN e.data END AS data
+                SELECT s.position, s.channel, octet_length(e.data) AS bytes,
+                       CASE WHEN s.channel = %(changes)s AND octet_length(e.data) < %(longest)s
+                            THEN e.data END AS change
                   FROM pg_eventstream_stream AS s
                   JOIN pg_eventstream_event AS e ON e.id = s.event_id
                  WHERE s.position BETWEEN %(position)s - %(most)s AND %(position)s
                    AND s.sequenced_at >= (SELECT sequenced_at FROM last) - interval '10 s'
             )
-            SELECT position, channel, eid, type, data FROM late WHERE channel = %(changes)s
+            SELECT position, channel, change FROM late WHERE change IS NOT NULL
             UNION ALL
-            SELECT max(position), channel, max(eid), '', NULL FROM late
+            SELECT max(position), channel, NULL FROM late
              WHERE channel <> %(changes)s GROUP BY channel
             HAVING count(*) >= %(many)s OR max(bytes) > %(large)s
              ORDER BY position
@@ -222,14 +227,15 @@ class Feed:
                 "position": position,
                 "most": _RECALLED_EVENTS,
                 "changes": CHANGES,
+                "longest": _CHANGE_BYTES,
                 "many": grip.Hints.MANY,
                 "large": grip.EVENT_BYTES,
             },
         ).fetchall()
         now = time.monotonic()
-        for place, channel, eid, kind, data in rows:
-            if is_reliable(channel) or channel == CHANGES:
-                event = grip.StreamEvent(place, channel, eid, kind, data, [])
+        for nth, channel, change in rows:
+            if channel == CHANGES or is_reliable(channel):
+                event = grip.StreamEvent(nth, channel, 0, "", change, [])
                 self._hints.follow(grip.item(event), now)
 
     def _acknowledge(self) -> None:
