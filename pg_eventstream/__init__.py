@@ -25,9 +25,9 @@ The way of an event, and the module of each step:
 Beside it: `listener` is LISTEN, `channelmanager` is what a project overrides to decide who
 reads what, `conf` holds the settings, `checks` validates them, `errors` is what can be raised,
 `connection` opens connections that live for long, `silence` gives up those whose answers are
-lost. `viewsets` and `renderers` are the endpoint
-for Django REST Framework, `testing` is for the tests of a project, `importing` moves one from
-django-eventstream.
+lost. `unmigrated` makes the tables where migrations are switched off. `viewsets` and
+`renderers` are the endpoint for Django REST Framework, `testing` is for the tests of a project,
+`importing` moves one from django-eventstream.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 from django.apps import AppConfig
+from django.db.models.signals import pre_migrate
 
 
 class PgEventStreamConfig(AppConfig):
@@ -7,4 +8,6 @@ class PgEventStreamConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from . import checks  # noqa: F401  (registers the system checks)
+        from . import checks, unmigrated  # noqa: F401  (registers the system checks)
+
+        pre_migrate.connect(unmigrated.create_tables, sender=self)

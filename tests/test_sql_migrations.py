@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -17,7 +20,7 @@ from psycopg import sql
 from migrations import generate
 from pg_eventstream.demo.postgres import Postgres
 
-from .conftest import Database
+from .conftest import Database, child_environment
 from .roles import MIGRATIONS, granted, psql, run_file
 
 NewDatabase = Callable[..., Database]
@@ -57,19 +60,26 @@ def granted_nothing(database: Database) -> str:
     return role
 
 
-def migrate_by_django(
-    database: Database, *target: str, user: str = "postgres", fake: bool = False
-) -> None:
+@contextmanager
+def as_default(database: Database, user: str = "postgres") -> Iterator[None]:
+    """Django's database, for a while."""
     address = connections["default"].settings_dict
     before = {name: address[name] for name in ("NAME", "USER")}
     connections.close_all()
     address.update(NAME=database.name, USER=user)
     try:
-        # Nothing but this app, whose migrations depend on no other's.
-        call_command("migrate", "pg_eventstream", *target, fake=fake, verbosity=0)
+        yield
     finally:
         connections.close_all()
         address.update(before)
+
+
+def migrate_by_django(
+    database: Database, *target: str, user: str = "postgres", fake: bool = False
+) -> None:
+    with as_default(database, user):
+        # Nothing but this app, whose migrations depend on no other's.
+        call_command("migrate", "pg_eventstream", *target, fake=fake, verbosity=0)
 
 
 def migrate_by_psql(database: Database, user: str = "postgres") -> None:
@@ -77,12 +87,28 @@ def migrate_by_psql(database: Database, user: str = "postgres") -> None:
         run_file(database, MIGRATIONS / f"{name}.sql", user=user)
 
 
+class NoMigrations:
+    """What ``pytest --nomigrations`` puts into MIGRATION_MODULES."""
+
+    def __contains__(self, app_label: str) -> bool:
+        return True
+
+    def __getitem__(self, app_label: str) -> None:
+        return None
+
+
+def create_without_migrations(database: Database, **settings: object) -> None:
+    settings = {"MIGRATION_MODULES": NoMigrations(), **settings}
+    with as_default(database), override_settings(**settings):
+        call_command("migrate", run_syncdb=True, verbosity=0)
+
+
 def schema_of(database: Database) -> str:
-    """All of a database but Django's own table, as pg_dump writes it."""
+    """All of a database but the tables of other apps, as pg_dump writes it."""
     dump = subprocess.run(
         [
             str(database.postgres.program("pg_dump")),
-            *("--schema-only", "--exclude-table=django_migrations*", database.dsn),
+            *("--schema-only", "--exclude-table=(django|auth|app)_*", database.dsn),
         ],
         capture_output=True,
         text=True,
@@ -116,6 +142,96 @@ def test_psql_and_django_make_the_same_schema(new_database: NewDatabase, schema:
     assert expected.count("SECURITY DEFINER") == 2
     assert expected.count("FROM PUBLIC") == 2
     assert expected.count("CREATE CONSTRAINT TRIGGER") == 1
+
+
+@pytest.mark.parametrize("schema", ["public", OTHER_SCHEMA])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"MIGRATION_MODULES": {"pg_eventstream": None}},
+        {"MIGRATION_MODULES": {"pg_eventstream": "tests.node"}},  # which has none
+        {"PGTRIGGER_INSTALL_ON_MIGRATE": True},
+        {"PGTRIGGER_SCHEMA_EDITOR": False},
+        {"PGTRIGGER_MIGRATIONS": False},
+    ],
+)
+def test_database_created_without_migrations_has_the_same_schema_and_rows(
+    new_database: NewDatabase, schema: str, settings: dict[str, object]
+) -> None:
+    migrated, created = new_database(schema), new_database(schema)
+    migrate_by_django(migrated)
+    create_without_migrations(created, **settings)
+    assert schema_of(created) == schema_of(migrated)
+    for database in (migrated, created):
+        database.send("c", "sent")
+        assert database.value("SELECT pg_eventstream_sequence()") == 1
+    counts = "SELECT count(*) FROM pg_eventstream_cursor"
+    assert created.value(counts) == migrated.value(counts)
+    create_without_migrations(created, **settings)  # once more changes nothing
+    assert schema_of(created) == schema_of(migrated)
+    assert created.value("SELECT count(*) FROM pg_eventstream_event") == 1
+
+
+def test_only_databases_that_hold_the_tables_get_them_without_migrations(
+    new_database: NewDatabase,
+) -> None:
+    database = new_database()
+    create_without_migrations(database, DATABASE_ROUTERS=[f"{__name__}.NotHere"])
+    assert not re.findall(r"^CREATE .*pg_eventstream.*", schema_of(database), re.MULTILINE)
+
+
+class NotHere:
+    """A router that keeps our tables out."""
+
+    def allow_migrate(self, db: str, app_label: str, **hints: object) -> bool | None:
+        return False if app_label == "pg_eventstream" else None
+
+
+_TEST_THAT_SENDS = """
+from django.test import TransactionTestCase
+from django.db import connection
+from pg_eventstream import send_event
+
+class SendTest(TransactionTestCase):
+    def test_send(self):
+        for n in range(2):
+            send_event("c", "message", n)
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_eventstream_sequence()")
+                self.assertEqual(cursor.fetchone(), (1,))
+
+    test_send_once_more = test_send
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["DATABASES['default']['TEST'] = {'MIGRATE': False}", "MIGRATION_MODULES = Nothing()"],
+)
+def test_manage_py_test_creates_its_databases_with_migrations_switched_off(
+    database: Database, tmp_path: Path, setting: str
+) -> None:
+    (tmp_path / "test_settings.py").write_text(
+        "from tests.settings import *\n"
+        f"DATABASES['default']['NAME'] = {database.name!r}\n"
+        "class Nothing:\n"
+        "    __contains__ = lambda self, label: True\n"
+        "    __getitem__ = lambda self, label: None\n"
+        f"{setting}\n"
+    )
+    (tmp_path / "test_send.py").write_text(_TEST_THAT_SENDS)
+    done = subprocess.run(
+        [sys.executable, "-m", "django", "test", "--settings=test_settings"],
+        cwd=tmp_path,
+        env={**child_environment(), "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Ran 2 tests" in done.stderr
 
 
 def test_sql_file_is_applied_as_a_whole_or_not_at_all(new_database: NewDatabase) -> None:

@@ -1,0 +1,44 @@
+"""The tables where a project has switched migrations off, mostly to create test databases.
+
+Django then creates tables from models alone (``migrate --run-syncdb``), which knows nothing of
+our functions: the trigger could not be created. So our own migrations are run, before it looks
+for tables that are missing. They depend on no other app's, and are not recorded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.apps import AppConfig
+from django.db import connections
+from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.state import ProjectState
+
+
+class _OurMigrations(MigrationLoader):
+    """Those of this app, whatever ``MIGRATION_MODULES`` says, and no others."""
+
+    def __init__(self, app: AppConfig) -> None:
+        self._app = app
+        super().__init__(None)
+
+    def migrations_module(self, app_label: str) -> tuple[str | None, bool]:  # type: ignore[override]
+        ours = app_label == self._app.label
+        return (f"{self._app.name}.migrations" if ours else None), True
+
+
+def create_tables(app_config: AppConfig, using: str, **kwargs: Any) -> None:
+    """A receiver of pre_migrate: create what is not there, if nobody else will."""
+    connection = connections[using]
+    if app_config.label not in MigrationLoader(None, ignore_no_migrations=True).unmigrated_apps:
+        return
+    tables = {model._meta.db_table for model in app_config.get_models()}
+    if tables.intersection(connection.introspection.table_names()):
+        return
+    loader = _OurMigrations(app_config)
+    state = ProjectState()
+    for key in loader.graph.leaf_nodes(app_config.label):
+        for step in loader.graph.forwards_plan(key):
+            migration = loader.graph.nodes[step]
+            with connection.schema_editor(atomic=migration.atomic) as schema_editor:
+                state = migration.apply(state, schema_editor)
