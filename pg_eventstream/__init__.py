@@ -10,6 +10,7 @@ The way of an event, and the module of each step:
     feed        one proxy's share: reads the stream in order, publishes, acknowledges
     grip        a GRIP proxy: items, batches, the POST to its control port
     sse         the wire format
+    users       how users are named in links, at the proxy, and in lists of whom to skip
     permission  who may read it; ends open streams when that changes
     recovery    what a client has missed
     reading     the few threads and connections that read it for clients
@@ -18,6 +19,7 @@ The way of an event, and the module of each step:
     direct      streams from this very process, without a proxy
     subscription    one reader of channels: what was missed, then what comes
     hub         reads the stream, once for all readers of the process
+    caching     keeps its answers out of caches
     cors        lets pages of other origins read it
     static/     the browser's client
     retention   prunes what is past its day

@@ -86,7 +86,8 @@ def _check_numbers() -> list[CheckMessage]:
         messages.append(
             Error(
                 f"EVENTSTREAM_CHANNEL_LIMIT must be a number from 1 to {MOST_CHANNELS}.",
-                hint="A GRIP proxy cuts further channels of a connection off without a word.",
+                hint="A GRIP proxy holds 20 channels for a connection, one of which is the user's,"
+                " and cuts off the others without saying so.",
                 id="pg_eventstream.E004",
             )
         )

@@ -9,8 +9,9 @@ from typing import Any
 from django.conf import settings
 from gripcontrol import parse_grip_uri
 
-#: The proxy cuts further channels off without a word (Pushpin: connection_subscription_max).
-MOST_CHANNELS = 20
+#: Channels of a stream. The proxy holds 20 for a connection and cuts off what is more without a
+#: word (Pushpin: connection_subscription_max); one of them is the user's.
+MOST_CHANNELS = 19
 
 
 class Conf:
@@ -36,8 +37,8 @@ class Conf:
 
     @property
     def channel_limit(self) -> int:
-        """Channels per stream, at most 20 behind a proxy (default 10)."""
-        return int(getattr(settings, "EVENTSTREAM_CHANNEL_LIMIT", 10))
+        """Channels per stream (default 10); 19 at most, whatever the setting says."""
+        return min(int(getattr(settings, "EVENTSTREAM_CHANNEL_LIMIT", 10)), MOST_CHANNELS)
 
     @property
     def next_link_timeout(self) -> int:

@@ -151,6 +151,11 @@ def instruct(
     if held:
         instruct.set_hold_stream()
         instruct.set_keep_alive(sse.KEEP_ALIVE, sse.KEEP_ALIVE_SECONDS)
+    # The user's channel first: if the proxy holds fewer than there are, it is events that are
+    # missing, and never a change of permission.
+    grip_channel = Channel(user_channel(session.user_id))
+    grip_channel.filters.append("require-sub")
+    instruct.add_channel(grip_channel)
     for channel in session.channels:
         if channel in ids:
             grip_channel = Channel(events_channel(channel), prev_id=str(ids[channel]))
@@ -158,9 +163,6 @@ def instruct(
             grip_channel = Channel(events_channel(channel, reliable=False))
         grip_channel.filters += ["build-id", "skip-users"]
         instruct.add_channel(grip_channel)
-    grip_channel = Channel(user_channel(session.user_id))
-    grip_channel.filters.append("require-sub")
-    instruct.add_channel(grip_channel)
     instruct.meta["id_format"] = id_format(ids)
     instruct.meta["user"] = quote_user(session.user_id)
 

@@ -10,34 +10,17 @@ from typing import TYPE_CHECKING
 from django.db import close_old_connections
 
 from .channelmanager import get_channelmanager
-from .errors import EventPermissionError, InvalidEvent
+from .errors import EventPermissionError
 from .send import NAME_LENGTH, RESERVED, check_name, insert
+from .users import user_id
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import AbstractBaseUser, AnonymousUser
 
 logger = logging.getLogger(__name__)
 
-#: In place of a primary key: visitors that are not logged in.
-ANONYMOUS = "anonymous"
-
 #: The channel of our own that says whose permission changed, in order with all events.
 CHANGES = f"{RESERVED}permission"
-
-
-def user_id(user: AbstractBaseUser | AnonymousUser | None) -> str:
-    """As it stands in ``skip_user_ids``, in links and at the proxy.
-
-    Raises `InvalidEvent` if the user has no primary key, not yet or not any more.
-    """
-    if user is None or getattr(user, "is_anonymous", False):
-        return ANONYMOUS
-    if user.pk is None:
-        raise InvalidEvent(
-            f"The user {user} has no primary key. Before it is saved it has no streams; if it is"
-            " to be deleted, call this before."
-        )
-    return str(user.pk)
 
 
 def check_permission(

@@ -18,6 +18,7 @@ from django.db import connections
 
 from .conf import conf
 from .errors import InvalidEvent
+from .users import skipped_ids
 
 #: Channels whose name begins so are the library's own: nobody reads them.
 RESERVED = "pg_eventstream:"
@@ -57,13 +58,16 @@ def send_event(
     delivered in commit order.
 
     ``data`` is serialised by `DjangoJSONEncoder`; with ``json_encode=False`` it is a
-    string that goes on the wire as it is. Users in ``skip_user_ids`` (primary keys) do
-    not get the event. ``using`` is a database alias, by default ``EVENTSTREAM_DATABASE``.
+    string that goes on the wire as it is. Those in ``skip_user_ids`` do not get the event:
+    users or their primary keys, and None or an ``AnonymousUser`` for all visitors who are not
+    logged in. (The text ``"anonymous"`` stands for these and for a user with that primary
+    key.) ``using`` is a database alias, by default ``EVENTSTREAM_DATABASE``.
     ``async_publish`` makes no difference, since nothing is published here: it is where callers
     of django-eventstream have it.
 
     Raises `InvalidEvent` (a ``ValueError``) if a name is empty, too long, or has a line
-    break or NUL in it, or the data cannot be sent; nothing is written then.
+    break or NUL in it, the data cannot be sent, or a user to skip has no primary key; nothing
+    is written then.
     """
     insert(to_row(NewEvent(channel, event_type, data, skip_user_ids, json_encode)), using)
 
@@ -184,8 +188,9 @@ def _user_ids(skip_user_ids: Iterable[object] | None) -> list[str]:
         raise InvalidEvent(
             f"skip_user_ids must be a list of user ids, not the {kind} {skip_user_ids!r}."
         )
-    # A user, in place of its primary key, would otherwise be skipped by its name: never.
-    ids = [_encodable("user id", str(getattr(user, "pk", user))) for user in skip_user_ids]
+    ids = [
+        _encodable("user id", user_id) for user in skip_user_ids for user_id in skipped_ids(user)
+    ]
     if any("\0" in user_id for user_id in ids):
         raise InvalidEvent("A user id must not contain NUL.")
     return ids

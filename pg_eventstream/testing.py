@@ -60,9 +60,10 @@ class SentEvents(Sequence[SentEvent]):
 
     @property
     def permission_changes(self) -> list[tuple[str, str]]:
-        """What `channel_permission_changed` was called with, which is no event to clients.
+        r"""What `channel_permission_changed` was called with, which is no event to clients.
 
-        Per call the user's id as text, "anonymous" for None, and the channel.
+        Per call the user's id as text, "anonymous" for None, and the channel. (A user whose
+        primary key is that very text is "\anonymous".)
         """
         return [parse_change(e.data) for e in self._everything() if e.channel == CHANGES]
 

@@ -18,13 +18,15 @@ from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_http_methods, require_safe
 
 from . import cors, direct, hold, sse
+from .caching import never_cached
 from .channelmanager import get_channelmanager
 from .conf import conf
 from .errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
-from .permission import ANONYMOUS, check_permission, reliable, user_id
+from .permission import check_permission, reliable
 from .reading import in_other_thread
 from .recovery import Recovered, parse_start, recover
 from .send import RESERVED
+from .users import primary_key, user_id
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import AbstractBaseUser
@@ -47,6 +49,7 @@ _NO_PROXY = (
 _IMPOSSIBLE = re.compile("[\r\n\0\ud800-\udfff]")
 
 
+@never_cached
 @require_http_methods(["GET", "HEAD", "OPTIONS"])
 def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
     """Open a stream, or resume one with Last-Event-ID.
@@ -60,6 +63,7 @@ def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
     return open_stream(request, kwargs, link_to=_next_link_of(request))
 
 
+@never_cached
 @require_safe
 def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBase:
     """Tell the proxy how a stream goes on. Ends it if the user may not read it any more."""
@@ -209,9 +213,10 @@ def _requested_id(request: HttpRequest) -> str | None:
 
 def _user_of_session(session: hold.Session) -> AbstractBaseUser | None:
     """The user that opened the stream; the proxy's requests carry no cookies."""
-    if session.user_id == ANONYMOUS:
+    key = primary_key(session.user_id)
+    if key is None:
         return None
-    user = get_channelmanager().get_user(session.user_id)
+    user = get_channelmanager().get_user(key)
     if user is None:
         raise EventPermissionError(session.channels)
     return user
@@ -269,7 +274,6 @@ def _error(
 
 
 def _finish(request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:
-    response["Cache-Control"] = "no-cache, no-transform"
     response["X-Accel-Buffering"] = "no"  # nginx would hold events back
     # So that no middleware applies another. Django 5.2 would make each piece a gzip file of its
     # own (middleware/gzip.py), and browsers show the first of these only.

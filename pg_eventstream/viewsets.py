@@ -13,6 +13,7 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponseBase
 from django.urls import NoReverseMatch
+from django.utils.decorators import method_decorator
 from rest_framework.decorators import action
 from rest_framework.exceptions import ParseError
 from rest_framework.renderers import BaseRenderer, BrowsableAPIRenderer
@@ -23,6 +24,7 @@ from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSetMixin
 
 from . import cors, views
+from .caching import never_cached
 from .channelmanager import get_channelmanager
 from .renderers import BrowsableAPIEventStreamRenderer, SSEEventRenderer, StreamDescription
 
@@ -58,6 +60,7 @@ class EventsView(APIView):
         api_settings.DEFAULT_RENDERER_CLASSES
     )
 
+    @method_decorator(never_cached)
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         # A browser asks this without credentials, so it must not be asked for any.
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
@@ -88,6 +91,7 @@ class EventsViewSet(ViewSetMixin, EventsView):
     ?channels=news,sport
     """
 
+    @method_decorator(never_cached)
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         # The proxy's own request. It has no credentials, so no policy applies to it: its token
         # was signed for a request that they let in.

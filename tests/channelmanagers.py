@@ -94,3 +94,17 @@ class LoneSurrogates(DefaultChannelManager):
         self, request: HttpRequest, view_kwargs: Mapping[str, Any]
     ) -> Collection[str]:
         return ["a\udcff"]
+
+
+class TextKeys(DefaultChannelManager):
+    """Users whose primary key is a text, of the header X-User. Each reads a channel of its own."""
+
+    def get_user_for_request(self, request: HttpRequest) -> AbstractBaseUser | None:
+        return self.get_user(request.headers["X-User"]) if "X-User" in request.headers else None
+
+    def get_user(self, user_id: str) -> AbstractBaseUser | None:
+        return User(pk=user_id, username=user_id)
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        name = "visitors" if user is None else f"of {user.pk}"
+        return channel.startswith("public") or channel == name

@@ -41,7 +41,7 @@ def test_stream_opens_with_padding_and_headers_that_nobody_may_buffer_or_change(
 ) -> None:
     answer = origin.open(channel)
     assert answer.response["Content-Type"] == "text/event-stream"
-    assert answer.response["Cache-Control"] == "no-cache, no-transform"
+    assert answer.response["Cache-Control"] == "private, no-cache, no-store, no-transform"
     assert answer.response["X-Accel-Buffering"] == "no"
     assert answer.body.startswith(":" + " " * 2048 + "\n\nevent: stream-open\n")
     assert answer.held

@@ -33,7 +33,10 @@ Stream = Callable[..., SSEClient]
 @pytest.fixture(autouse=True, params=["Members"])
 def manager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The channel manager of the test's servers; parametrize indirectly with another."""
-    settings = {"EVENTSTREAM_CHANNELMANAGER_CLASS": f"tests.channelmanagers.{request.param}"}
+    settings = {
+        "EVENTSTREAM_CHANNELMANAGER_CLASS": f"tests.channelmanagers.{request.param}",
+        "EVENTSTREAM_CHANNEL_LIMIT": 19,
+    }
     monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(settings))
 
 
@@ -91,6 +94,38 @@ def test_revoked_user_loses_that_stream_at_once_and_no_other(
     for client in others:
         assert client.wait_count(1)[0].data == '"after"'
         assert client.connections == 1
+
+
+def test_stream_of_as_many_channels_as_there_can_be_ends_at_once_and_more_are_refused(
+    publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    rooms = [f"{channel}{n:02}" for n in range(20)]
+    join(ann, *rooms)
+    refused = stream(*rooms, headers={"Cookie": cookie})
+    assert refused.ended.wait(20)
+    [error] = refused.control
+    assert json.loads(error.data)["text"] == ("Invalid request: Channel limit exceeded (20 > 19).")
+    for revoked in (rooms[0], rooms[18]):
+        client = stream(*rooms[:19], headers={"Cookie": cookie}).wait_open()
+        for room in rooms[:19]:
+            send_event(room, "message", room)
+        assert {json.loads(event.data) for event in client.wait_count(19)} == set(rooms[:19])
+        leave(ann, revoked)
+        for room in rooms:
+            send_event(room, "message", "secret")
+        assert_ended(client, revoked)
+        assert "secret" not in {json.loads(event.data) for event in client.events}
+        join(ann, revoked)
+
+
+@behind_a_proxy
+def test_channel_by_which_a_user_is_told_is_the_last_that_a_proxy_would_cut_off(
+    database: Database,
+) -> None:
+    opened = Origin().open("public-a", "public-b")
+    names = [part.partition(";")[0] for part in opened.response["Grip-Channel"].split(", ")]
+    assert names == ["user-anonymous", "events-public-a", "events-public-b"]
 
 
 def test_second_revocation_within_a_minute_ends_the_stream_too(

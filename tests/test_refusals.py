@@ -56,6 +56,9 @@ def test_more_channels_than_the_limit_are_a_bad_request(origin: Origin) -> None:
         error = error_of(origin.open("a", "b", "c", "d"))
     assert error["condition"] == "bad-request"
     assert "4 > 3" in error["text"]
+    with override_settings(EVENTSTREAM_CHANNEL_LIMIT=100):  # more than a proxy holds
+        assert origin.open(*map(str, range(19))).held
+        assert "20 > 19" in error_of(origin.open(*map(str, range(20))))["text"]
 
 
 def test_malformed_id_is_a_bad_request(origin: Origin) -> None:

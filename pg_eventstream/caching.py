@@ -1,0 +1,39 @@
+"""Keeps what the endpoint answers out of every cache, Django's own included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from django.core.exceptions import BadRequest, PermissionDenied, SuspiciousOperation
+from django.core.handlers.exception import response_for_exception
+from django.db import connections
+from django.http import Http404, HttpRequest, HttpResponseBase
+
+# An answer is for whoever asked, and for now. Not to be changed on the way: compression delays
+# events. "private" says it to caches that know nothing else: Django's middleware before 5.2.9.
+_NEVER = "private, no-cache, no-store, no-transform"
+
+View = Callable[..., HttpResponseBase]
+
+
+def never_cached(view: View) -> View:
+    """The view, with answers that no cache keeps; those to a refusal by exception as well.
+
+    A cache may keep a 404 that does not say for how long (RFC 9111, 4.2.2).
+    """
+
+    @wraps(view)
+    def wrapped(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        try:
+            response = view(request, *args, **kwargs)
+        except (Http404, PermissionDenied, BadRequest, SuspiciousOperation) as e:
+            for connection in connections.all(initialized_only=True):
+                if connection.settings_dict["ATOMIC_REQUESTS"] and connection.in_atomic_block:
+                    connection.set_rollback(True)
+            response = response_for_exception(request, e)
+        response["Cache-Control"] = _NEVER
+        return response
+
+    return wrapped
