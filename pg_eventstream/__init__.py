@@ -17,6 +17,7 @@ The way of an event, and the module of each step:
     hold        tells the proxy to hold a stream: channels, ids, signed next links
     views       the endpoint
     direct      streams from this very process, without a proxy
+    shutdown    ends them when their server wants to end
     subscription    one reader of channels: what was missed, then what comes
     hub         reads the stream, once for all readers of the process
     caching     keeps its answers out of caches

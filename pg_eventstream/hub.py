@@ -72,9 +72,6 @@ class Subscriber(Protocol):
     def read_anew(self) -> None:
         """Something may be missing: read it from the database."""
 
-    def end(self) -> None:
-        """The process ends."""
-
 
 class _Group:
     """The subscribers of one event loop. All but `post` is called in that loop."""
@@ -118,18 +115,13 @@ class _Group:
         for subscriber in self.subscribers:
             subscriber.read_anew()
 
-    def end(self) -> None:
-        for subscriber in self.subscribers:
-            subscriber.end()
-
 
 class Hub:
     """Offers everything in the stream, in order and without a gap, to its subscribers."""
 
     def __init__(self, alias: str) -> None:
         self._database = Database(alias)
-        # Of all that follows. A signal handler may take it where its own thread holds it.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # of all that follows
         self._groups: dict[asyncio.AbstractEventLoop, _Group] = {}
         self._followed: Counter[str] = Counter()
         self._reader: _Reader | None = None
@@ -161,13 +153,6 @@ class Hub:
         """Whether all that comes from now on is offered. `Subscriber.read_anew` says when."""
         reader = self._reader
         return reader is not None and reader.position is not None
-
-    def end(self) -> None:
-        """End all streams: the process is about to end."""
-        with self._lock:
-            groups = list(self._groups.values())
-        for group in groups:
-            group.call(group.end)
 
     def audience(self, reader: _Reader) -> tuple[list[_Group], list[str]]:
         """Whom the reader serves, and the channels that they follow; nobody if it is not needed."""
@@ -320,18 +305,10 @@ def _news(rows: Iterable[tuple[Any, ...]]) -> list[News | PermissionChange]:
 
 
 _hubs: dict[str, Hub] = {}
-_hubs_lock = threading.RLock()
+_hubs_lock = threading.Lock()
 
 
 def hub_of(alias: str) -> Hub:
     """The process's hub for a database alias."""
     with _hubs_lock:
         return _hubs.setdefault(alias, Hub(alias))
-
-
-def end_all() -> None:
-    """End all streams of the process."""
-    with _hubs_lock:
-        hubs = list(_hubs.values())
-    for hub in hubs:
-        hub.end()

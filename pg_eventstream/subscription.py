@@ -63,8 +63,8 @@ class Batch:
     """What came: events, each with the eids behind it. Nothing at all if the time was over.
 
     ``reset`` names the channels of which events are gone that should come first, ``start`` is
-    set when this was read from the database: the eids before the first event. ``ended``: the
-    process is about to end.
+    set when this was read from the database: the eids before the first event. ``ended``: after
+    `Subscription.end`.
     """
 
     events: list[tuple[News | RecoveredEvent, Mapping[str, int]]] = field(default_factory=list)
@@ -158,7 +158,16 @@ class Subscription:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    # What the hub calls, but for `ask_again`
+    def end(self) -> None:
+        """From now on `next_batch` says that it has ended."""
+        self._ended = True
+        self._wake()
+
+    def ask_again(self) -> None:
+        """As if the reader's permissions had changed."""
+        self.offer(PermissionChange(self._reader or "", ""))
+
+    # What the hub calls
 
     def offer(self, news: News | PermissionChange) -> None:
         if isinstance(news, PermissionChange) and news.user != self._reader:
@@ -171,18 +180,10 @@ class Subscription:
             self._queued_bytes += len(news.data or "")
         self._wake()
 
-    def ask_again(self) -> None:
-        """As if the reader's permissions had changed."""
-        self.offer(PermissionChange(self._reader or "", ""))
-
     def read_anew(self) -> None:
         self._queue.clear()
         self._queued_bytes = 0
         self._behind = True
-        self._wake()
-
-    def end(self) -> None:
-        self._ended = True
         self._wake()
 
     # What comes next

@@ -109,7 +109,9 @@ def _stream(
     def check() -> None:
         check_permission(_user_of_session(session), session.channels)
 
-    return _finish(request, direct.stream(session.channels, after, session.user_id, check))
+    assert isinstance(request, ASGIRequest)  # noqa: S101  (see _streams_directly)
+    response = direct.stream(session.channels, after, session.user_id, check, request.scope)
+    return _finish(request, response)
 
 
 def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpResponseBase:

@@ -6,13 +6,14 @@ import http.client
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from typing import Any
 import django.db
 import httpx
 import pytest
+import uvicorn
 from httpx_sse import connect_sse
 
 from pg_eventstream import send_event
 from pg_eventstream.demo.processes import HOST, Process, accepts, free_port, wait_until
 
 from . import settings as tests_settings
+from .asgi import application
 from .browser import Browser
 from .conftest import DIRECTORY, Database, child_environment
 from .load import Load
@@ -36,9 +39,11 @@ from .sse_client import SSEClient
 SERVERS = {
     "uvicorn": "uvicorn tests.asgi:application --log-level=warning --port={port}",
     "uvicorn with workers": "uvicorn tests.asgi:application --workers=2 --port={port}",
+    "gunicorn asgi": (
+        "gunicorn tests.asgi:application --worker-class=asgi --workers=2 --bind=127.0.0.1:{port}"
+    ),
     "daphne": "daphne tests.asgi:application --port={port}",
-    # Its workers are told by polling, not by a signal: they wait that long for open streams.
-    "hypercorn": ("hypercorn tests.asgi:application --graceful-timeout=1 --bind=127.0.0.1:{port}"),
+    "hypercorn": "hypercorn tests.asgi:application --bind=127.0.0.1:{port}",
     "granian": "granian tests.asgi:application --interface=asgi --port={port}",
     "gunicorn": (
         "gunicorn tests.asgi:application --worker-class=uvicorn_worker.UvicornWorker"
@@ -51,13 +56,15 @@ SERVERS = {
 class Server(Process):
     """One of the servers, which keeps its port."""
 
-    def __init__(self, kind: str, database: Database, **settings: Any) -> None:
+    def __init__(
+        self, kind: str, database: Database, options: tuple[str, ...] = (), **settings: Any
+    ) -> None:
         self.port = free_port()
         self.address = f"http://{HOST}:{self.port}"
         self.url = f"{self.address}/events/"
         super().__init__(
             kind,
-            [sys.executable, "-m", *SERVERS[kind].format(port=self.port).split()],
+            [sys.executable, "-m", *SERVERS[kind].format(port=self.port).split(), *options],
             log_path=DIRECTORY / f"{kind.replace(' ', '-')}-{database.name}-{self.port}.log",
             environment=child_environment(PG_EVENTSTREAM_TEST_SETTINGS=json.dumps(settings)),
         )
@@ -75,8 +82,8 @@ def serve(database: Database) -> Iterator[Serve]:
     """Starts servers, and ends them with the test."""
     with ExitStack() as stack:
 
-        def start(kind: str = "uvicorn", **settings: Any) -> Server:
-            server = Server(kind, database, **settings)
+        def start(kind: str = "uvicorn", options: tuple[str, ...] = (), **settings: Any) -> Server:
+            server = Server(kind, database, options, **settings)
             stack.callback(server.kill)
             return server.begin()
 
@@ -148,6 +155,146 @@ def test_server_that_is_told_to_stop_ends_at_once_and_its_clients_go_on_at_the_n
                 server.begin()
         for client in clients:
             load.check(client)
+
+
+def workers(server: Server) -> set[int]:
+    """The processes that serve: the server's own if it has no others."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    helper = b"resource_tracker"  # of Python's multiprocessing
+    return {
+        int(pid) for pid in children if helper not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    } or {server.pid}
+
+
+def reach_limit(server: Server) -> None:
+    """One request more."""
+    with suppress(OSError, http.client.HTTPException):
+        link = http.client.HTTPConnection(HOST, server.port, timeout=5)
+        with closing(link):
+            link.request("GET", "/nothing/")
+            link.getresponse().read()
+
+
+def hang_up(server: Server) -> None:
+    """As an administrator does, once, to have new workers."""
+    if not getattr(server, "was_hung_up", False):
+        server.was_hung_up = True  # type: ignore[attr-defined]
+        os.kill(server.pid, signal.SIGHUP)
+
+
+def by_limit(kind: str, option: str, *marks: pytest.MarkDecorator) -> Any:
+    options = (f"--{option}=20",)
+    return pytest.param(kind, options, reach_limit, id=f"{kind} {option}", marks=marks)
+
+
+def by_hanging_up(kind: str, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param(kind, (), hang_up, id=f"{kind} SIGHUP", marks=marks)
+
+
+SELDOM = (pytest.mark.faults, pytest.mark.thorough)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "make_it_end"),
+    [
+        by_limit("uvicorn", "limit-max-requests"),
+        by_limit("uvicorn with workers", "limit-max-requests", *SELDOM),
+        by_limit("gunicorn", "max-requests", *SELDOM),
+        by_limit("gunicorn asgi", "max-requests", *SELDOM),
+        by_limit("hypercorn", "max-requests"),
+        by_hanging_up("uvicorn with workers", *SELDOM),
+        by_hanging_up("gunicorn", *SELDOM),
+        by_hanging_up("gunicorn asgi", *SELDOM),
+        by_hanging_up("hypercorn", *SELDOM),
+        by_hanging_up("granian"),
+    ],
+)
+def test_server_that_ends_by_itself_or_changes_its_workers_ends_their_streams(
+    database: Database,
+    serve: Serve,
+    kind: str,
+    options: tuple[str, ...],
+    make_it_end: Callable[[Server], None],
+    channel: str,
+) -> None:
+    server = serve(kind, options)
+    load = Load(database, channel, senders=2, pause=0.02)
+    with ExitStack() as stack:
+        clients = [Client(server.url, [channel], reconnect=True) for _ in range(5)]
+        for client in clients:
+            stack.enter_context(client)
+        for client in clients:
+            client.wait_open()
+        old = workers(server)
+        with load.running():
+
+            def all_ended() -> bool:
+                make_it_end(server)
+                # Uvicorn's supervisor may need 5 s to see that a worker is gone.
+                return all(client.ends for client in clients) and not any(
+                    Path(f"/proc/{pid}/exe").exists() for pid in old
+                )
+
+            wait_until(all_ended, timeout=30)
+            assert [client.ends[0] for client in clients] == ["clean"] * 5
+            if not server.running:
+                server.kill()
+                server.begin()
+        for client in clients:
+            load.check(client)
+
+
+def test_server_in_a_thread_ends_its_streams_and_may_begin_again(
+    database: Database, channel: str
+) -> None:
+    port = free_port()
+    client = Client(f"http://{HOST}:{port}/events/", [channel], reconnect=True)
+    with client:
+        for count in (1, 2):
+            server = uvicorn.Server(uvicorn.Config(application, port=port, log_level="error"))
+            thread = threading.Thread(target=server.run)
+            thread.start()
+            try:
+                client.wait_for(lambda count=count: client.connections >= count)  # type: ignore[misc]
+                send_event(channel, "message", count)
+                client.wait_count(count)
+            finally:
+                server.should_exit = True
+                thread.join(10)
+            assert not thread.is_alive()
+            assert client.ends == ["clean"] * count
+    assert texts(client) == ["1", "2"]
+
+
+def test_server_at_a_unix_socket_ends_its_streams(
+    database: Database, tmp_path: Path, channel: str
+) -> None:
+    path = tmp_path / "socket"
+    server = Process(
+        "uvicorn at a Unix socket",
+        [sys.executable, "-m", "uvicorn", "tests.asgi:application", f"--uds={path}",
+         "--limit-max-requests=1"],
+        log_path=DIRECTORY / f"unix-{database.name}.log",
+        environment=child_environment(),
+    )  # fmt: skip
+
+    def ask(target: str) -> http.client.HTTPResponse:
+        link = http.client.HTTPConnection("localhost")
+        link.sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+        link.sock.settimeout(20)
+        link.sock.connect(str(path))
+        link.request("GET", target)
+        return stack.enter_context(link.getresponse())
+
+    with ExitStack() as stack:
+        stack.callback(server.kill)
+        server.start(ready=path.exists)
+        stream = ask(f"/events/?channel={channel}")
+        while stream.readline() != b"event: stream-open\n":
+            pass
+        ask("/nothing/").read()  # streams count when they are over
+        assert stream.read().endswith(b"\n\n")  # to its end
+        server.wait(timeout=10)
 
 
 def test_runserver_with_daphne_reloads_at_once_though_streams_are_open(
