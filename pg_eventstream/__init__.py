@@ -20,6 +20,7 @@ The way of an event, and the module of each step:
     shutdown    ends them when their server wants to end
     subscription    one reader of channels: what was missed, then what comes
     hub         reads the stream, once for all readers of the process
+    limits      refuses a stream that could not resume
     caching     keeps its answers out of caches
     cors        lets pages of other origins read it
     static/     the browser's client

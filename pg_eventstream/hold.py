@@ -16,7 +16,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from django.core import signing
 from gripcontrol import Channel
@@ -56,7 +56,7 @@ def user_channel(user_id: str) -> str:
 
 def quote_user(user_id: str) -> str:
     """A user id inside a header, or between the commas of a list of them."""
-    return quote(user_id)
+    return sse.quote_name(user_id, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +110,11 @@ def last_ids(grip_last: Mapping[str, str], channels: Collection[str]) -> dict[st
     """
     last: dict[str, int] = {}
     prefix = conf.grip_prefix + _EVENTS
+    # The streams of an older version are held by long names in full.
+    names = {quote(c): c for c in channels} | {sse.quote_channel(c): c for c in channels}
     for name, eid in grip_last.items():
-        channel = unquote(name.removeprefix(prefix))
-        if name.startswith(prefix) and channel in channels:
+        channel = names.get(name.removeprefix(prefix))
+        if name.startswith(prefix) and channel is not None:
             if not (eid.isascii() and eid.isdigit() and len(eid) <= 18):
                 raise InvalidRequest("Grip-Last is malformed")
             last[channel] = int(eid)

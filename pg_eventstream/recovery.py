@@ -137,7 +137,7 @@ def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[s
         case "earliest":
             return dict.fromkeys(channels, EARLIEST)
         case given:
-            return sse.parse_id(given)
+            return sse.parse_id(given, channels)
 
 
 def recover(after: Mapping[str, int | None], limit: int = PAGE_EVENTS) -> Recovered:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -60,8 +61,24 @@ def encode_error(condition: str, text: str, extra: Mapping[str, Any] | None = No
 
 
 def quote_channel(channel: str) -> str:
-    """The name of a channel inside an id or a header: neither ``,`` ``:`` nor spaces."""
-    return quote(channel)
+    """The name of a channel inside an id or a header: neither ``,`` ``:`` nor spaces.
+
+    Never longer than 64 characters, so that the id of as many channels as there can be fits
+    into a request: a longer name is replaced by its digest.
+    """
+    return quote_name(channel, 64)
+
+
+def quote_name(name: str, most: int) -> str:
+    """The name, percent-encoded; if that is longer than so many characters, a digest of it.
+
+    Nobody can find a name with the digest of another. No name that is quoted looks like one,
+    since quote() leaves ``~`` as it is.
+    """
+    quoted = quote(name)
+    if len(quoted) <= most:
+        return quoted
+    return "%7E" + blake2b(name.encode(), digest_size=16).hexdigest()
 
 
 def make_id(eids: Mapping[str, int]) -> str:
@@ -82,8 +99,8 @@ class RunningId:
         return ",".join(self._parts.values())
 
 
-def parse_id(event_id: str) -> dict[str, int]:
-    """The eid of each channel in a composite id.
+def parse_id(event_id: str, channels: Iterable[str] = ()) -> dict[str, int]:
+    """The eid of each channel in a composite id. What is a digest there names one of ``channels``.
 
     The first value of a channel wins: behind a proxy the event's own id comes first and
     is followed by what the proxy knows, which may be the previous one (`hold.id_format`).
@@ -93,6 +110,7 @@ def parse_id(event_id: str) -> dict[str, int]:
     """
     if event_id.strip() == _ERROR_ID:
         raise ResumeNotAllowed("Can't resume session after stream-error")
+    asked = {quote_channel(channel): channel for channel in channels}
     eids: dict[str, int] = {}
     for part in event_id.strip().split(","):
         name, colon, number = part.strip().rpartition(":")
@@ -101,5 +119,5 @@ def parse_id(event_id: str) -> dict[str, int]:
             raise InvalidRequest(
                 "Last-Event-ID is malformed; send back the id of an event as it arrived"
             )
-        eids.setdefault(unquote(name), int(number))
+        eids.setdefault(asked.get(name) or unquote(name), int(number))
     return eids

@@ -17,7 +17,7 @@ from django.urls import NoReverseMatch, reverse
 from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_http_methods, require_safe
 
-from . import cors, direct, hold, sse
+from . import cors, direct, hold, limits, sse
 from .caching import never_cached
 from .channelmanager import get_channelmanager
 from .conf import conf
@@ -82,6 +82,9 @@ def open_stream(
         channels = _requested_channels(request, view_kwargs)
         user = get_channelmanager().get_user_for_request(request)
         session = hold.Session(channels, user_id(user))
+        limits.check_head(request, channels, proxied)
+        if proxied:
+            limits.check_link(link_to(hold.sign(session)), channels)
         after = parse_start(_requested_id(request), channels)
         if not proxied:
             check_permission(user, channels)
