@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
@@ -18,6 +18,8 @@ from .hub import News
 from .recovery import RecoveredEvent
 from .shutdown import server_of
 from .subscription import Batch, Subscription
+
+_T = TypeVar("_T")
 
 # What one piece of a response holds, unless a single event is larger.
 _PIECE_CHARACTERS = 64_000
@@ -40,7 +42,8 @@ def stream(
 
 
 async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> AsyncIterator[bytes]:
-    await _let_go_of_request()
+    if not await _let_go_of_request():
+        subscription.run = _in_thread_of_request
     server = server_of(scope)
     now = asyncio.get_running_loop().time
     ends_at = now() + (conf.max_age or math.inf)
@@ -102,14 +105,26 @@ def _encode_event(event: News | RecoveredEvent, ids: Mapping[str, int]) -> str:
     return event.sse
 
 
-async def _let_go_of_request() -> None:
-    """Give back what a request holds until its response is over.
+async def _let_go_of_request() -> bool:
+    """Give back what a request holds until its response is over; False if it is not its own.
 
     Django runs a request's synchronous parts in a thread of its own, which keeps its database
-    connections until then; a stream would hold them for hours.
+    connections until then; a stream would hold them for hours. But in a test that thread is the
+    test's, and the connection has what the test did and will roll back.
     """
-    await sync_to_async(connections.close_all)()
+    if await sync_to_async(_in_transaction)():
+        return False
     context = SyncToAsync.thread_sensitive_context.get(None)
     thread = None if context is None else SyncToAsync.context_to_thread_executor.pop(context, None)
     if thread is not None:
+        thread.submit(connections.close_all)
         thread.shutdown(wait=False)
+    return True
+
+
+async def _in_thread_of_request(function: Callable[[], _T]) -> _T:
+    return await sync_to_async(function)()
+
+
+def _in_transaction() -> bool:
+    return any(connection.in_atomic_block for connection in connections.all(initialized_only=True))

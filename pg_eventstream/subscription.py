@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Protocol, TypeVar
 
 from django.db import Error
 
@@ -25,6 +26,8 @@ from .reading import in_thread
 from .recovery import ReceivedEvent, Recovered, RecoveredEvent, as_names, parse_start, recover
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # What waits in memory for a subscriber that is slow; beyond, it reads from the database again.
 _QUEUE_EVENTS, _QUEUE_BYTES = 250, 500_000
@@ -73,6 +76,10 @@ class Batch:
     ended: bool = False
 
 
+class Run(Protocol):
+    async def __call__(self, function: Callable[[], _T]) -> _T: ...
+
+
 class Subscription:
     """One reader of some channels: an async context manager.
 
@@ -94,6 +101,8 @@ class Subscription:
         self._after = after
         self._reader = reader
         self._check = check
+        #: Calls what reads the database.
+        self.run: Run = in_thread
         self._hub = hub_of(conf.database)
         self._ids: dict[str, int] | None = None  # of the reliable channels
         self._queue: deque[News | PermissionChange] = deque()
@@ -193,7 +202,7 @@ class Subscription:
         # What is offered meanwhile is queued: it may or may not be on the page.
         self._behind = False
         try:
-            missed = await in_thread(self._recover)
+            missed = await self.run(self._recover)
         except BaseException:
             self._behind = True
             raise
@@ -221,7 +230,7 @@ class Subscription:
             if isinstance(news, PermissionChange):
                 if events:
                     break
-                await in_thread(self._check)
+                await self.run(self._check)
                 if self._behind:  # it was cleared meanwhile
                     break
                 self._queue.popleft()

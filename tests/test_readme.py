@@ -47,7 +47,7 @@ SETTINGS, URLS, PAGE = "INSTALLED_APPS +=", '"rooms/<room>/events/"', "import { 
 MANAGER, MANAGER_SETTING = "def can_read_channel", "EVENTSTREAM_CHANNELMANAGER_CLASS ="
 REVOKE, SEND, READ, TEST = "user.groups.remove", "order.paid = True", "page = get_", "OrderTest"
 ROLE, INSERT, NODE, UNIT = "CREATE ROLE", "BEGIN;", "client.query", "[Service]"
-FOLLOW = "async def follow"
+FOLLOW, STREAM_TEST = "async def follow", "StreamTest"
 ORIGINS, API, PROXIES = "_ALLOW_CRED", "NewsViewSet(", "GRIP_PROXIES = ["
 INSTALL, INSTALL_DRF = "install pg-", "[drf]"
 # Run by make itself, and by tests/test_moving.py.
@@ -55,6 +55,7 @@ ELSEWHERE = ["make demo", "grep -rlE", "eventstream_import\n"]
 HERE = [
     *(SETTINGS, URLS, PAGE, MANAGER, MANAGER_SETTING, REVOKE, SEND, READ, TEST),
     *(ROLE, INSERT, NODE, UNIT, FOLLOW, ORIGINS, API, PROXIES, INSTALL, INSTALL_DRF),
+    STREAM_TEST,
 ]
 
 
@@ -287,6 +288,7 @@ def test_worker_follows_from_its_checkpoint(project: Project) -> None:
 
 def test_tests_of_a_project(project: Project) -> None:
     add(project, example(TEST))
+    add(project, example(STREAM_TEST))
     project.manage("test", "shop")
 
 

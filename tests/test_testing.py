@@ -2,30 +2,92 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import unittest
+from contextlib import aclosing
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.testing import ApplicationCommunicator
 from django.contrib.auth.models import User
 from django.db import IntegrityError, connection, transaction
-from django.test import TestCase, TransactionTestCase
+from django.test import AsyncClient, TestCase, TransactionTestCase, override_settings
 
 from pg_eventstream import asend_event, send_event, send_events
 from pg_eventstream.permission import channel_permission_changed
 from pg_eventstream.testing import SentEvent, captured_events
 
+from .app.models import Membership
+from .asgi import application
 from .conftest import Database
 
 ROOT = Path(__file__).parent.parent
 
 
-class InTestCase(TestCase):
+async def first_piece(response: Any) -> str:
+    """What a response says first."""
+    if not response.streaming:
+        return str(response.content, "utf-8")
+    async with aclosing(aiter(response.streaming_content)) as pieces:
+        return str(await asyncio.wait_for(anext(pieces), 20), "utf-8")
+
+
+class ReadStreams:
+    """What a test has written is still there after it has read a stream, however it did."""
+
+    async_client: AsyncClient
+
+    async def test_async_client_in_an_asynchronous_test(self) -> None:
+        await User.objects.acreate(username="ann")
+        response = await self.async_client.get("/events/?channel=a")
+        assert "event: stream-open" in await first_piece(response)
+        assert await User.objects.acount() == 1
+
+    def test_async_client_in_a_synchronous_test(self) -> None:
+        User.objects.create(username="ann")
+
+        async def read() -> str:
+            return await first_piece(await self.async_client.get("/events/?channel=a"))
+
+        assert "event: stream-open" in async_to_sync(read)()
+        assert User.objects.count() == 1
+
+    async def test_clients_that_call_the_application_as_servers_do(self) -> None:
+        await User.objects.acreate(username="ann")
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/events/",
+            "query_string": b"channel=a",
+            "headers": [(b"host", b"testserver")],
+            "server": ("testserver", 80),
+        }
+        client: Any = ApplicationCommunicator(application, scope)  # type: ignore[no-untyped-call]
+        await client.send_input({"type": "http.request"})
+        await client.receive_output(20)
+        assert b"event: stream-open" in (await client.receive_output(20))["body"]
+        assert await User.objects.acount() == 1
+        await client.send_input({"type": "http.disconnect"})
+        await client.wait(20)
+        assert await User.objects.acount() == 1
+
+    async def test_permissions_that_the_test_has_written_are_there(self) -> None:
+        ann = await User.objects.acreate(username="ann")
+        await Membership.objects.acreate(user_id=ann.pk, channel="room")
+        await self.async_client.aforce_login(ann)
+        with override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.channelmanagers.Members"):
+            for channel, event in (("room", "stream-open"), ("other", "stream-error")):
+                response = await self.async_client.get(f"/events/?channel={channel}")
+                assert f"event: {event}" in await first_piece(response)
+
+
+class InTestCase(ReadStreams, TestCase):
     """Its transaction never commits."""
 
     __test__ = False
@@ -132,10 +194,31 @@ class InTestCase(TestCase):
         assert len(sent) == 1
 
 
-class InTransactionTestCase(TransactionTestCase):
+class InTransactionTestCase(ReadStreams, TransactionTestCase):
     """Transactions commit, and other connections send as well."""
 
     __test__ = False
+
+    async def test_stream_that_the_test_reads_has_what_it_sends(self) -> None:
+        response: Any = await self.async_client.get("/events/?channel=a")
+        async with aclosing(aiter(response.streaming_content)) as pieces:
+            assert b"event: stream-open" in await asyncio.wait_for(anext(pieces), 20)
+            await asend_event("a", "message", 1)
+            assert (
+                await asyncio.wait_for(anext(pieces), 20) == b"event: message\nid: a:1\ndata: 1\n\n"
+            )
+
+    async def test_session_of_the_tests_connection_lives_on(self) -> None:
+        """Settings, temporary tables and locks, for instance."""
+
+        def backend() -> int:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_backend_pid()")
+                return int(cursor.fetchone()[0])
+
+        before = await sync_to_async(backend)()
+        await first_piece(await self.async_client.get("/events/?channel=a"))
+        assert await sync_to_async(backend)() == before
 
     def other(self) -> Any:
         return Database.connect(self.database, autocommit=False)  # type: ignore[attr-defined]
