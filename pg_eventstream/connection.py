@@ -14,11 +14,13 @@ from typing import Any
 import psycopg
 from django.db import connections
 
-from .silence import WatchedConnection
+from .silence import OnStandby, WatchedConnection
 
 # A server that vanishes without a word (power, network) is noticed within some 15
-# seconds, on either side, so that a lock is not held by a leader that is gone.
-_KEEPALIVE: dict[str, Any] = {
+# seconds, on either side, so that a lock is not held by a leader that is gone. And text is
+# Unicode, also where the encoding of the database says nothing (SQL_ASCII).
+_PARAMETERS: dict[str, Any] = {
+    "client_encoding": "UTF8",
     "keepalives": 1,
     "keepalives_idle": 5,
     "keepalives_interval": 3,
@@ -28,17 +30,42 @@ _KEEPALIVE: dict[str, Any] = {
 }
 _SET_UP_SECONDS = 10.0
 _PROBE, _PROBE_SECONDS = "pg_eventstream_probe", 2.0
-# What a role or a database may be set up with for web requests must not hit a daemon that
-# sleeps for hours, and whose one statement may sequence a million events.
+# What a role or a database may be set up with for web requests or for people must not hit a
+# daemon that sleeps for hours, and whose one statement may sequence a million events. Names as in
+# pg_settings: what a version does not have is left out there. What limits memory, disk or access,
+# or says where the tables are, is the role's own business.
 _SESSION = {
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "3",
     "tcp_keepalives_count": "3",
-    "statement_timeout": "0",
+    "tcp_user_timeout": "0",
     "lock_timeout": "0",
     "idle_session_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "exit_on_error": "off",
+    # To write, and to see in each statement what was committed before it.
     "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    "default_transaction_deferrable": "off",
+    # What psycopg reads, and how it is read.
+    "DateStyle": "ISO",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "array_nulls": "on",
+    "standard_conforming_strings": "on",
+    "transform_null_equals": "off",
+    # Short statements, by their keys.
+    "jit": "off",
+    "plan_cache_mode": "auto",
 }
+# First, and by themselves: they would end what sets the others.
+_STATEMENT_TIMEOUTS = {"statement_timeout": 0, "transaction_timeout": 170000}
+# Not every role may, and not every platform can.
+_IF_POSSIBLE = [
+    # A statement that runs or waits ends soon after we do, and gives back its locks.
+    "SET client_connection_check_interval = '1s'",
+    "SET track_activities = on",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +106,7 @@ class Database:
             # Django's cursor class and type adapters belong to Django's connections.
             for name in ("cursor_factory", "context", "prepare_threshold"):
                 params.pop(name, None)
-        params = {**_KEEPALIVE, **params, "application_name": f"pg_eventstream {role}"}
+        params = {**_PARAMETERS, **params, "application_name": f"pg_eventstream {role}"}
         return WatchedConnection.connect(**params, autocommit=True)
 
     def _hears(self, connection: WatchedConnection) -> bool:
@@ -99,15 +126,19 @@ class Database:
         return heard
 
     def _set_up(self, connection: WatchedConnection) -> None:
+        for name, since in _STATEMENT_TIMEOUTS.items():
+            if connection.info.server_version >= since:
+                connection.execute(f"SET {name} = 0")
         connection.execute(
-            "SELECT set_config(name, value, false)"
-            " FROM unnest(%s::text[], %s::text[]) AS setting (name, value)",
+            "SELECT set_config(name, ours, false) FROM pg_settings"
+            " JOIN unnest(%s::text[], %s::text[]) AS setting (name, ours) USING (name)",
             [list(_SESSION), list(_SESSION.values())],
         )
-        # A statement that runs or waits ends soon after we do, and gives back its locks.
-        # A server on a platform that cannot tell refuses the setting.
-        with suppress(psycopg.errors.InvalidParameterValue):
-            connection.execute("SET client_connection_check_interval = '1s'")
+        for statement in _IF_POSSIBLE:
+            with suppress(
+                psycopg.errors.InvalidParameterValue, psycopg.errors.InsufficientPrivilege
+            ):
+                connection.execute(statement)
         if self.dsn is not None:
             return
         if assume_role := connections[self.alias].settings_dict["OPTIONS"].get("assume_role"):
@@ -129,12 +160,20 @@ def explained(error: psycopg.Error) -> str:
     message = str(error).strip()
     match error:
         case psycopg.errors.UndefinedTable() | psycopg.errors.UndefinedFunction():
-            message += " - are the migrations applied here? (manage.py migrate)"
+            message += (
+                " - are the migrations applied here? (manage.py migrate)"
+                " Is their schema in this role's search_path?"
+            )
         case psycopg.errors.InsufficientPrivilege():
             message += " - the GRANTs that each role needs are in migrations/README.md"
-        case psycopg.errors.ReadOnlySqlTransaction():
+        case OnStandby():
             message += (
                 " - this is a standby; to find the primary among several hosts, name them all"
                 " and say target_session_attrs=read-write"
+            )
+        case psycopg.errors.ReadOnlySqlTransaction():
+            message += (
+                " - default_transaction_read_only is on for this role or database; a direct"
+                " connection turns it off for itself, one through a pooler cannot"
             )
     return message

@@ -26,6 +26,8 @@ PAGE_EVENTS = 500
 
 #: In place of an eid: begin with the oldest event that is kept.
 EARLIEST: Final = -1
+# From now on. Not NULL, which `array_nulls` may keep out of arrays.
+_NOW = -2
 
 
 class RecoveredEvent(NamedTuple):
@@ -206,7 +208,7 @@ def _read(
                             THEN coalesce((SELECT eid - 1 FROM pg_eventstream_stream AS s
                                             WHERE s.channel = given.channel AND s.eid > pruned
                                             ORDER BY eid LIMIT 1), pruned)
-                            ELSE given.eid END AS eid
+                            ELSE nullif(given.eid, %(now)s) END AS eid
                   FROM unnest(%(channels)s::text[], %(eids)s::bigint[]) AS given (channel, eid)
                  CROSS JOIN LATERAL (
                        SELECT coalesce((SELECT pruned FROM pg_eventstream_channel
@@ -248,8 +250,9 @@ def _read(
             """,
             {
                 "channels": list(after),
-                "eids": list(after.values()),
+                "eids": [_NOW if eid is None else eid for eid in after.values()],
                 "earliest": EARLIEST,
+                "now": _NOW,
                 "limit": limit,
                 "bytes": PAGE_BYTES,
             },

@@ -32,6 +32,10 @@ _SOON = 8.0
 _T = TypeVar("_T")
 
 
+class OnStandby(psycopg.errors.ReadOnlySqlTransaction):
+    """Nothing can be written, because the server follows another one."""
+
+
 class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
     """Raises `psycopg.OperationalError` instead of waiting for an answer that is lost.
 
@@ -59,9 +63,13 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         Not for connections through a pooler, which does not tell which of the server's sessions
         works for us.
         """
-        row = self.execute(
+        # As who has logged in: whatever role is assumed since may not be told about the session.
+        found = self.execute(
+            "SET LOCAL ROLE NONE;"
             "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
-        ).fetchone()
+        )
+        found.nextset()
+        row = found.fetchone()
         assert row is not None  # noqa: S101
         self._session = row
         self._ask = ask
@@ -76,6 +84,10 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         """What every statement goes through, in psycopg."""
         try:
             return super().wait(self._listening(gen), *args, **kwargs)
+        except psycopg.errors.ReadOnlySqlTransaction as e:
+            if self.info.parameter_status("in_hot_standby") == "on":
+                raise OnStandby(*e.args) from e
+            raise
         finally:
             self._heard_at = None
 
@@ -134,6 +146,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
             return
         try:
             with self._ask() as other, other.within(_SOON):
+                other.execute("SET ROLE NONE")  # as in `watch`
                 if self._server_works(other):
                     self._done_at = None
                 elif self._done_at != heard_at:
@@ -149,12 +162,14 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
 
     def _server_works(self, other: WatchedConnection) -> bool:
         row = other.execute(
-            # What we may not see, and what a standby does not know, counts as work.
+            # What we may not see, and what a standby does not know, counts as work; to wait for
+            # us does not, which is told where track_activities is off as well.
             """
             SELECT pg_is_in_recovery() OR EXISTS (
                    SELECT FROM pg_stat_activity
                     WHERE (pid, backend_start) = (%s, %s)
-                      AND coalesce(state, '') NOT LIKE 'idle%%')
+                      AND coalesce(state, '') NOT LIKE 'idle%%'
+                      AND wait_event IS DISTINCT FROM 'ClientRead')
             """,
             self._session,
         ).fetchone()

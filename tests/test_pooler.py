@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 import pg_eventstream.connection
+from pg_eventstream.connection import explained
 from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
@@ -136,6 +137,18 @@ def test_pooler_is_recognised_while_others_look_for_one(
         finally:
             over.set()
         looking.result()
+
+
+def test_session_that_may_only_read_is_not_taken_for_a_standby(
+    pooled: str, database: Database
+) -> None:
+    """What a direct connection turns off for itself, a pooler's session is set up with."""
+    database.execute(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
+    with pg_eventstream.connection.Database("default", pooled).connect("test") as session:
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction) as raised:
+            session.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', '')")
+        assert "default_transaction_read_only is on" in explained(raised.value)
+        assert "standby" not in explained(raised.value)
 
 
 @pytest.mark.thorough

@@ -11,16 +11,19 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
 import pytest
+from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import send_event, silence
 from pg_eventstream.connection import Database as Connections
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.publisher import Publisher
+from pg_eventstream.silence import WatchedConnection
 
 from .conftest import Database, PublisherProcess
 from .faults import OURS, locked, suspended
@@ -93,6 +96,88 @@ def test_statement_that_works_or_waits_is_waited_for(
             waiting = in_thread(connection.execute, "SELECT pg_eventstream_sequence()")
             assert wait([waiting], timeout=1.5).not_done
         assert waiting.result(10).fetchone() == (0,)
+
+
+@dataclass(frozen=True)
+class Login:
+    """Who logs in, and who it is then: {login} and {other} are members of nothing else."""
+
+    sql: str
+    options: dict[str, str] = field(default_factory=dict)
+    is_other: bool = True
+
+
+LOGINS = {
+    "assume_role": Login("GRANT {other} TO {login}", {"assume_role": "{other}"}),
+    "assume_role, not inherited": Login(
+        "ALTER ROLE {login} NOINHERIT; GRANT {other} TO {login}", {"assume_role": "{other}"}
+    ),
+    "assume_role of a superuser": Login("ALTER ROLE {login} SUPERUSER", {"assume_role": "{other}"}),
+    "-c role": Login("GRANT {other} TO {login}", {"options": "-c role={other}"}),
+    "ALTER ROLE SET role": Login("GRANT {other} TO {login}; ALTER ROLE {login} SET role = {other}"),
+    "both": Login(
+        "GRANT {other} TO {login}; ALTER ROLE {login} SET role = {other}",
+        {"assume_role": "{other}"},
+    ),
+    "nothing": Login("SELECT 1", is_other=False),
+    "track_activities": Login("ALTER ROLE {login} SET track_activities = off", is_other=False),
+    "track_activities, assume_role": Login(
+        "GRANT {other} TO {login}; ALTER ROLE {login} SET track_activities = off",
+        {"assume_role": "{other}"},
+    ),
+}
+
+
+ORDINARILY = ("assume_role, not inherited", "ALTER ROLE SET role", "track_activities")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=() if name in ORDINARILY else pytest.mark.thorough)
+        for name in LOGINS
+    ]
+)
+def session_as(
+    request: pytest.FixtureRequest, database: Database, network: Network
+) -> Iterator[WatchedConnection]:
+    """A connection, over the network, of which its own role may perhaps not be told."""
+    login = LOGINS[request.param]
+    names = {name: f"{name}_{database.name}" for name in ("login", "other")}
+    for name in names.values():
+        database.execute(f"CREATE ROLE {name} LOGIN")
+    database.execute(login.sql.format(**names))
+    alias = names["login"]
+    connections.settings[alias] = {
+        **connections.settings["default"],
+        "USER": names["login"],
+        "HOST": "127.0.0.1",
+        "PORT": network.port,
+        "OPTIONS": {name: value.format(**names) for name, value in login.options.items()},
+    }
+    try:
+        with Connections(alias).connect("test") as connection:
+            row = connection.execute("SELECT current_user").fetchone()
+            assert row == (names["other" if login.is_other else "login"],)
+            yield connection
+    finally:
+        del connections.settings[alias]
+        database.execute("DROP ROLE {login}, {other}".format(**names))
+
+
+def test_session_whose_role_may_not_be_told_of_it_is_not_given_up_while_it_works(
+    impatient: None, session_as: WatchedConnection
+) -> None:
+    session_as.execute("SELECT pg_sleep(1.5)")
+
+
+def test_session_whose_role_may_not_be_told_of_it_is_given_up_when_its_answer_is_lost(
+    database: Database, network: Network, impatient: None, session_as: WatchedConnection
+) -> None:
+    session_as.execute("SELECT pg_advisory_lock(1)")
+    network.forget()
+    with pytest.raises(psycopg.OperationalError):
+        session_as.execute("SELECT 1")
+    wait_until(lambda: database.value("SELECT pg_try_advisory_xact_lock(1)"), timeout=10)
 
 
 def test_silent_server_that_cannot_be_asked_is_waited_for(
