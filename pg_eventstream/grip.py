@@ -162,12 +162,15 @@ def item(event: StreamEvent, prefix: str | None = None) -> bytes:
     if prefix is None:
         prefix = conf.grip_prefix
     grip_channel, own_id = _names(prefix, event.channel, event.reliable)
-    if event.reliable:
+    if event.type in sse.RESERVED_TYPES:  # from before the table refused them
+        content = ":\n"
+    elif event.reliable:
         content = sse.encode_event(event_type, data, event_id=f"{own_id}:{event.eid}%I")
-        ids = f'"id":"{event.eid}","prev-id":"{event.eid - 1}"'
     else:
         content = sse.encode_event(event_type, data)
-        ids = f'"id":"{event.eid}"'
+    ids = f'"id":"{event.eid}"'
+    if event.reliable:
+        ids += f',"prev-id":"{event.eid - 1}"'
     skipped = ",".join(map(hold.quote_user, event.skip_user_ids))
     meta = f',"meta":{_json({"skip_users": skipped})}' if skipped else ""
     # By hand and not with pubcontrol's Item, for a publisher does little else than this.

@@ -18,6 +18,8 @@ from django.db import models
 from django.db.models.functions import Now
 from pgtrigger import compiler
 
+from .sse import RESERVED_TYPES
+
 if not apps.is_installed("pgtrigger"):
     # Without it Django would refuse the attribute "triggers" below, and not say why.
     raise ImproperlyConfigured(
@@ -141,6 +143,15 @@ class Event(models.Model):
                 violation_error_message=(
                     "An event type may not be empty (leave it out for 'message')"
                     " or contain CR or LF."
+                ),
+            ),
+            # Apart from the one above, so that it can be NOT VALID: there may be older rows.
+            models.CheckConstraint(
+                name="pg_eventstream_type_not_reserved",
+                condition=~models.Q(type__in=RESERVED_TYPES),
+                violation_error_message=(
+                    "An event type may not be one of the library's own:"
+                    f" {', '.join(RESERVED_TYPES)}."
                 ),
             ),
             models.CheckConstraint(

@@ -18,6 +18,7 @@ from django.db import connections
 
 from .conf import conf
 from .errors import InvalidEvent
+from .sse import RESERVED_TYPES
 from .users import skipped_ids
 
 #: Channels whose name begins so are the library's own: nobody reads them.
@@ -65,9 +66,9 @@ def send_event(
     ``async_publish`` makes no difference, since nothing is published here: it is where callers
     of django-eventstream have it.
 
-    Raises `InvalidEvent` (a ``ValueError``) if a name is empty, too long, or has a line
-    break or NUL in it, the data cannot be sent, or a user to skip has no primary key; nothing
-    is written then.
+    Raises `InvalidEvent` (a ``ValueError``) if a name is empty, too long, has a line break or
+    NUL in it, or is one of the library's own (types such as ``stream-error``), if the data
+    cannot be sent, or if a user to skip has no primary key; nothing is written then.
     """
     insert(to_row(NewEvent(channel, event_type, data, skip_user_ids, json_encode)), using)
 
@@ -132,9 +133,16 @@ def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:
     channel = check_name("channel", event.channel)
     if channel.startswith(RESERVED):
         raise InvalidEvent(f"Channel names that begin with {RESERVED!r} are reserved.")
+    event_type = check_name("event type", event.event_type)
+    if event_type in RESERVED_TYPES:
+        raise InvalidEvent(
+            f"Events of the type {event_type!r} are the library's own: clients would take it for"
+            f" what the server says of the stream. So are {', '.join(RESERVED_TYPES)}. Give the"
+            " type another name."
+        )
     return (
         channel,
-        check_name("event type", event.event_type),
+        event_type,
         _text(event.data, event.json_encode),
         _user_ids(event.skip_user_ids),
     )

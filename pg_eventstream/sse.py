@@ -24,6 +24,10 @@ KEEP_ALIVE_SECONDS = 20
 # Fills the buffers of old browsers and of proxies, so that the first event shows at once.
 PADDING = ":" + " " * 2048 + "\n\n"
 
+#: Types of events by which the server speaks of the stream itself. Nobody else may send them. They
+#: are what a client compares them with: exactly these texts.
+RESERVED_TYPES = ("stream-open", "stream-reset", "stream-error", "keep-alive", "event-erased")
+
 _ERROR_ID = "error"
 # Only these three end a line of an event stream; str.splitlines() knows many more.
 _LINE_END = re.compile(r"\r\n|\r|\n")

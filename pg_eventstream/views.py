@@ -242,7 +242,7 @@ def _encode(missed: Recovered, reader: str, most_bytes: float = inf) -> tuple[st
     running_id = sse.RunningId(ids)
     for event in missed.events:
         id_behind = running_id.move(event.channel, event.eid)
-        if reader not in event.skip_user_ids:
+        if reader not in event.skip_user_ids and event.type not in sse.RESERVED_TYPES:
             part = sse.encode_event(event.type, event.data, id_behind)
             size += len(part.encode())
             if size > most_bytes:

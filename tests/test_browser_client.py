@@ -438,14 +438,141 @@ def test_other_errors_are_overcome_from_the_last_good_id(
     assert [resumed_from(request) for request in server.requests] == [None, "a:7", "a:7"]
 
 
-@pytest.mark.parametrize(("status", "start"), [(204, ""), (400, "error")])
-def test_status_can_end_it_for_good(page: Page, serve: Serve, status: int, start: str) -> None:
-    server = serve(Answer(status=status))
+@pytest.mark.parametrize("content_type", ["text/event-stream", "text/html"])
+@pytest.mark.parametrize(("status", "start"), [(204, ""), (400, "error"), (401, ""), (410, "")])
+def test_status_can_end_it_for_good(
+    page: Page, serve: Serve, status: int, start: str, content_type: str
+) -> None:
+    server = serve(Answer(status=status, content_type=content_type))
     page.evaluate("(lastEventId) => listen('/events/', { lastEventId })", start)
     page.wait_for("source.readyState === 2")
     _others_go_on_asking(page)
     assert len(server.requests) == 1
     assert page.evaluate("states") == ["error 2"]
+
+
+def own_refusal(status: int, condition: str, **headers: str) -> Answer:
+    """As Django REST Framework refuses a client that asks for a stream."""
+    text = f'event: stream-error\nid: error\ndata: {{"condition": "{condition}"}}\n\n'
+    return Answer([text.encode()], status=status, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("status", "condition"),
+    [
+        (400, "bad-request"),
+        (401, "unauthorized"),
+        (402, "payment-required"),
+        (403, "forbidden"),
+        (404, "not-found"),
+        (405, "method-not-allowed"),
+        (406, "not-acceptable"),
+        (410, "gone"),
+    ],
+)
+def test_refusal_by_the_server_itself_ends_it_at_once(
+    page: Page, serve: Serve, status: int, condition: str
+) -> None:
+    server = serve(own_refusal(status, condition))
+    page.evaluate("listen('/events/', {}, ['message', 'stream-error'])")
+    page.wait_for("source.readyState === 2")
+    _others_go_on_asking(page)
+    assert [json.loads(event["data"])["condition"] for event in received(page)] == [condition]
+    assert page.evaluate("states") == ["error 2"]
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "passing",
+    [
+        own_refusal(408, "request-timeout"),
+        own_refusal(429, "too-many-requests"),
+        own_refusal(500, "internal-server-error"),
+        own_refusal(503, "service-unavailable"),
+        *(Answer(status=status, content_type="text/html") for status in (502, 503, 504, 429)),
+    ],
+    ids=lambda answer: f"{answer.status} {answer.content_type}",
+)
+def test_what_passes_is_tried_again_however_often(
+    page: Page, serve: Serve, passing: Answer
+) -> None:
+    server = serve(*[passing] * 15, answer("data: 1\n\n", hold=True))
+    page.evaluate("listen('/events/')")
+    page.wait_for("received.length === 1")
+    assert len(server.requests) == 16
+    assert page.evaluate("states") == ["error 0"] * 15 + ["open 1"]
+
+
+REFUSALS = [
+    *(Answer(status=status, content_type="text/html") for status in (403, 404, 405, 400)),
+    Answer(status=403),
+    Answer([b"please log in"], content_type="text/html"),
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda a: f"{a.status} {a.content_type}")
+def test_refusals_of_a_moment_are_overcome_and_those_that_stay_end_it(
+    page: Page, serve: Serve, refusal: Answer
+) -> None:
+    moments = [*[refusal] * 9, Answer(status=502), *[refusal] * 9, answer("data: 1\n\n")]
+    server = serve(*moments, refusal)
+    page.evaluate("listen('/events/')")
+    page.wait_for("source.readyState === 2")
+    assert [event["data"] for event in received(page)] == ["1"]
+    _others_go_on_asking(page)
+    assert len(server.requests) == len(moments) + 10
+
+
+def test_redirect_to_a_page_to_log_in_is_a_refusal(page: Page, serve: Serve) -> None:
+    server = serve(Answer(status=302, headers={"Location": "/pages/module/"}))
+    page.evaluate("listen('/events/')")
+    page.wait_for("source.readyState === 2")
+    assert len(server.requests) == 10
+    assert page.evaluate("states") == ["error 0"] * 9 + ["error 2"]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_waits_as_long_as_the_server_says(page: Page, serve: Serve, status: int) -> None:
+    busy = own_refusal(status, "busy", **{"Retry-After": "2"})
+    past = Answer(status=503, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})
+    server = serve(busy, past, answer("data: 1\n\n", hold=True))
+    page.evaluate("listen('/events/', { max_retry_time: 10 })")
+    page.wait_for("received.length === 1")
+    assert gaps(server.requests)[0] > 1.99
+    assert gaps(server.requests)[1] < 1.99
+
+
+@pytest.mark.parametrize("event_id", ["a:7", "errors", ""])
+def test_event_that_looks_like_an_error_of_the_server_is_an_event(
+    page: Page, serve: Serve, event_id: str
+) -> None:
+    forged = f'event: stream-error\nid: {event_id}\ndata: {{"condition": "forbidden"}}\n\n'
+    server = serve(answer(OPEN + forged + "data: 1\n\n"), answer("data: 2\n\n", hold=True))
+    page.evaluate("listen('/events/', {}, ['message', 'stream-error'])")
+    page.wait_for("received.length === 3")
+    assert [event["type"] for event in received(page)] == ["stream-error", "message", "message"]
+    assert resumed_from(server.requests[1]) == (event_id or None)
+
+
+def test_id_that_would_make_the_address_too_long_goes_in_a_header(page: Page, serve: Serve) -> None:
+    long = ",".join(f"room{n}:{n}" for n in range(200))
+    server = serve(
+        answer("id: a:1\ndata:\n\n"),
+        answer(f"id: {long} \ndata:\n\n"),
+        answer("id: a:2\ndata:\n\n"),
+        Answer(status=204),
+    )
+    page.evaluate("listen('/events/?x=1&lastEventId=old')")
+    page.wait_for("source.readyState === 2")
+    assert [
+        (request.target, (request.headers["Last-Event-ID"] or "").strip())
+        for request in server.requests
+    ] == [
+        ("/events/?x=1&lastEventId=old", ""),
+        ("/events/?x=1&lastEventId=a%3A1", ""),
+        ("/events/?x=1", long),
+        ("/events/?x=1&lastEventId=a%3A2", ""),
+    ]
 
 
 def test_network_that_is_back_is_used_at_once(page: Page, serve: Serve) -> None:

@@ -238,6 +238,18 @@ def test_event_type_is_what_clients_would_have_got(
     assert database.value("SELECT type FROM pg_eventstream_event") == sent
 
 
+@pytest.mark.parametrize("type", ["stream-error", "keep-\nalive"])
+def test_event_by_which_the_server_would_speak_is_left_where_it_is(
+    database: Database, des: DjangoEventstream, type: str
+) -> None:
+    des.send("room", 1)
+    des.send("room", 2, type=type)
+    des.send("room", 3)
+    assert "1 events to resume from" in run()
+    assert resume("room", 1) is None  # a reset: what comes next is not here
+    assert resume("room", 2) == [(3, "3")]
+
+
 def test_too_old_an_id_gets_a_stream_reset(des: DjangoEventstream) -> None:
     des.send("room", 1, 2, ago=25 * HOUR)
     des.send("room", 3, ago=23 * HOUR)

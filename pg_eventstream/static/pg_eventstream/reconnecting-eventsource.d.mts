@@ -14,17 +14,19 @@ export interface ReconnectingEventSourceInit extends EventSourceInit {
   eventSourceClass?: unknown;
 }
 
-/** Thrown by the constructor where there is no `fetch()`. */
+/** Thrown by the constructor where there is no `fetch()`, or another of what it needs. */
 export declare class EventSourceNotAvailableError extends Error {
-  constructor();
+  constructor(missing?: string[]);
 }
 
 type Handler<E extends Event> = ((this: EventSource, event: E) => any) | null;
 
 /**
  * An `EventSource` that always comes back, and goes on exactly where it stopped. It ends only by
- * `close()`, by a `stream-error` event of the condition `forbidden` or `bad-request`, by status
- * 204, and by status 400 to the id of a `stream-error`.
+ * `close()`; by a `stream-error` of the server, with the id `error`, whose condition is `forbidden`
+ * or `bad-request`, or which comes with a status from 400 to 499 (but 408, 425 and 429); by the
+ * statuses 204, 401 and 410, and 400 to the id of a `stream-error`; and when ten answers in a row
+ * were refusals (other statuses from 400 to 499, or a page in place of a stream).
  */
 export declare class ReconnectingEventSource extends EventTarget implements EventSource {
   static readonly CONNECTING: 0;
@@ -33,7 +35,7 @@ export declare class ReconnectingEventSource extends EventTarget implements Even
   readonly CONNECTING: 0;
   readonly OPEN: 1;
   readonly CLOSED: 2;
-  /** Throws a `TypeError` for a URL that is not valid. */
+  /** Throws a `TypeError` for a URL that is not valid: a relative one where there is no page. */
   constructor(url: string | URL, options?: ReconnectingEventSourceInit);
   readonly url: string;
   readonly readyState: 0 | 1 | 2;

@@ -10,14 +10,25 @@ const STATES = { CONNECTING: 0, OPEN: 1, CLOSED: 2 };
 const LONGEST_TIMER = 2 ** 31 - 1; // browsers fire later ones at once
 // A stream-error of these conditions would be the answer to each further request, too.
 const FINAL_CONDITIONS = ["forbidden", "bad-request"];
+const FINAL_STATUSES = [204, 401, 410];
+// These go away by themselves. Others from 400 to 499 may, while something in front of the server
+// is being changed; so a client gives up only when it has met nothing else for a while.
+const PASSING_STATUSES = [408, 425, 429];
+const MOST_REFUSALS = 10; // in a row: after half a minute, if nothing else is said
+const LONGEST_URL = 2000; // with an id in it; servers take a line of 4,000 bytes, and more of a header
+const NEEDED = ["fetch", "EventTarget", "Event", "MessageEvent", "AbortController", "Headers"];
 
 export class EventSourceNotAvailableError extends Error {
-  constructor() {
-    super("ReconnectingEventSource needs fetch(), which this environment lacks. Load a polyfill.");
+  constructor(missing = ["fetch"]) {
+    super(
+      `ReconnectingEventSource needs ${missing.join(", ")}, which this environment lacks. ` +
+        "Load a polyfill (Node.js has all of it from version 18 on).",
+    );
   }
 }
 
-export class ReconnectingEventSource extends EventTarget {
+// Where there is no EventTarget, the constructor says so.
+export class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) {
   #url;
   #withCredentials;
   #headers;
@@ -27,6 +38,7 @@ export class ReconnectingEventSource extends EventTarget {
   #readyState = STATES.CONNECTING;
   #firstRetryTime = 1000;
   #failures = 0;
+  #refusals = 0; // answers in a row that would be final, did they come from the server itself
   #attempt = null; // the AbortController of the connection that counts, if there is one
   #timer; // of the next attempt, or for the silence of this one
   #heardAt; // by the wall clock: others stand still while the computer sleeps
@@ -34,8 +46,9 @@ export class ReconnectingEventSource extends EventTarget {
 
   constructor(url, options) {
     super();
-    if (typeof fetch !== "function") throw new EventSourceNotAvailableError();
-    this.#url = new URL(url, globalThis.document?.baseURI ?? globalThis.location?.href).href;
+    const missing = NEEDED.filter((name) => typeof globalThis[name] !== "function");
+    if (missing.length > 0) throw new EventSourceNotAvailableError(missing);
+    this.#url = absolute(url);
     this.#withCredentials = Boolean(options?.withCredentials);
     this.#headers = new Headers(options?.headers);
     this.#headers.set("Accept", "text/event-stream");
@@ -46,7 +59,8 @@ export class ReconnectingEventSource extends EventTarget {
       this.addEventListener(type, (event) => this[`on${type}`]?.(event));
     }
     const { signal } = this.#lifetime;
-    const on = (target, type, listener) => target?.addEventListener(type, listener, { signal });
+    // Without a window there are none of these events to listen to.
+    const on = (target, type, listener) => target?.addEventListener?.(type, listener, { signal });
     on(globalThis, "online", () => this.#reconnect());
     on(globalThis, "pagehide", () => this.#disconnect()); // a page with a connection is not kept
     on(globalThis, "pageshow", (event) => event.persisted && this.#reconnect());
@@ -78,57 +92,81 @@ export class ReconnectingEventSource extends EventTarget {
     return this.#attempt !== null && Date.now() - this.#heardAt <= this.#maxSilenceTime;
   }
 
-  get #address() {
-    if (this.#lastEventId === undefined) return this.#url;
+  /** The URL and the headers of a request that goes on from the last id. */
+  get #request() {
+    const id = this.#lastEventId;
+    const headers = new Headers(this.#headers);
+    if (id === undefined) return [this.#url, headers];
     const url = new URL(this.#url);
     const pairs = url.search.slice(1).split("&");
     const others = pairs.filter((pair) => pair && !/^lastEventId(=|$)/.test(pair));
-    url.search = [...others, `lastEventId=${encodeURIComponent(this.#lastEventId)}`].join("&");
-    return url.href;
+    url.search = [...others, `lastEventId=${encodeURIComponent(id)}`].join("&");
+    if (url.href.length <= LONGEST_URL) return [url.href, headers];
+    // For a header another origin is asked for leave first, so it is only for what is too long.
+    url.search = others.join("&");
+    headers.set("Last-Event-ID", id);
+    return [url.href, headers];
   }
 
   async #connect() {
     this.#disconnect();
     const attempt = (this.#attempt = new AbortController());
     this.#watch();
+    let wait = 0;
     try {
-      const response = await fetch(this.#address, {
-        headers: this.#headers,
+      const [url, headers] = this.#request;
+      const response = await fetch(url, {
+        headers,
         credentials: this.#withCredentials ? "include" : "same-origin",
         cache: "no-store",
         signal: attempt.signal,
       });
-      if (attempt === this.#attempt) await this.#read(response, attempt);
+      if (attempt === this.#attempt) {
+        wait = retryAfter(response);
+        await this.#read(response, attempt);
+      }
     } catch {
       // No connection, or not any more. Which of them it was, browsers do not tell.
     }
-    if (attempt === this.#attempt) this.#retry();
+    if (attempt === this.#attempt) this.#retry(wait);
   }
 
   /** Dispatch the events of a response until it ends, or does not count any more. */
   async #read(response, attempt) {
-    const refused = response.status === 400 && this.#lastEventId === "error";
-    if (refused || response.status === 204) return this.#fail();
+    const { status, body } = response;
     const contentType = response.headers.get("Content-Type") ?? "";
-    if (response.status !== 200 || !/^text\/event-stream\s*(;|$)/i.test(contentType)) return;
-    const { origin } = new URL(response.url);
+    const isStream = /^text\/event-stream\s*(;|$)/i.test(contentType) && body !== null;
+    const refused = status >= 400 && status < 500 && !PASSING_STATUSES.includes(status);
+    // A page in place of the stream is mostly one to log in.
+    this.#refusals = refused || (status === 200 && !isStream) ? this.#refusals + 1 : 0;
+    const isLast =
+      FINAL_STATUSES.includes(status) ||
+      (status === 400 && this.#lastEventId === "error") ||
+      this.#refusals >= MOST_REFUSALS;
+    if (!isStream) return isLast ? this.#fail() : undefined;
+    const { origin } = new URL(response.url || this.#url);
     const parser = new Parser(this.#lastEventId);
-    const reader = response.body.getReader();
+    const reader = body.getReader();
     this.#watch();
-    this.#readyState = STATES.OPEN;
-    this.dispatchEvent(new Event("open"));
+    if (status === 200) {
+      this.#readyState = STATES.OPEN;
+      this.dispatchEvent(new Event("open"));
+    }
     for (;;) {
       const { done, value } = await reader.read();
-      if (done || attempt !== this.#attempt) return;
+      if (attempt !== this.#attempt) return;
+      if (done) return isLast ? this.#fail() : undefined;
       this.#watch();
       for (const { type, data, id } of parser.parse(value)) {
-        if (type !== "stream-error") this.#lastEventId = id; // its id is no place to resume from
+        // The server's own has this id, which is no place to resume from.
+        const isError = type === "stream-error" && id === "error";
+        if (!isError) this.#lastEventId = id;
         if (data === null) continue;
         // A server that only just opens streams may still be failing.
-        if (!["stream-open", "stream-error"].includes(type)) this.#failures = 0;
+        if (!isError && type !== "stream-open") this.#failures = 0;
         this.dispatchEvent(new MessageEvent(type, { data, lastEventId: id ?? "", origin }));
         if (attempt !== this.#attempt) return; // a listener has closed it
-        if (type === "stream-error") return isFinal(data) ? this.#fail() : undefined;
+        if (isError) return isLast || refused || isFinal(data) ? this.#fail() : undefined;
       }
       this.#firstRetryTime = parser.retryTime ?? this.#firstRetryTime;
     }
@@ -143,9 +181,9 @@ export class ReconnectingEventSource extends EventTarget {
   }
 
   /** Full jitter: anywhere between now and the limit, so that clients do not come back as one. */
-  #retry() {
+  #retry(atLeast = 0) {
     const limit = Math.min(this.#firstRetryTime * 2 ** this.#failures++, this.#maxRetryTime);
-    this.#reconnect(Math.random() * limit);
+    this.#reconnect(Math.min(atLeast + Math.random() * limit, LONGEST_TIMER));
   }
 
   #reconnect(delay = 0) {
@@ -216,6 +254,27 @@ class Parser {
     if (field === "id" && !value.includes("\0")) this.#id = value;
     if (field === "retry" && /^[0-9]+$/.test(value)) this.retryTime = Math.max(1, Number(value));
   }
+}
+
+function absolute(url) {
+  const base = globalThis.document?.baseURI ?? globalThis.location?.href;
+  try {
+    return new URL(url, base).href;
+  } catch (error) {
+    throw new TypeError(
+      base === undefined
+        ? `${url} is no absolute URL, and there is no page whose address could complete it.`
+        : `${url} is no valid URL (in ${base}).`,
+      { cause: error },
+    );
+  }
+}
+
+/** Milliseconds to wait, as the server says in seconds or by a date; 0 if it does not. */
+function retryAfter(response) {
+  const value = response.headers.get("Retry-After") ?? "";
+  const wait = /^[0-9]+$/.test(value) ? Number(value) * 1000 : Date.parse(value) - Date.now();
+  return response.status >= 400 && wait > 0 ? wait : 0;
 }
 
 function isFinal(data) {
