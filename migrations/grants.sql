@@ -48,10 +48,10 @@ GRANT SELECT, INSERT, UPDATE ON pg_eventstream_channel TO :"publisher";
 \endif
 
 -- The pruner: eventstream_prune, where a cron job prunes rather than the publisher. It
--- sees which events are old, and not what they say.
+-- sees when events were sent, and not what they say.
 \if :{?pruner}
 GRANT USAGE ON SCHEMA :"schema" TO :"pruner";
-GRANT SELECT (id), DELETE ON pg_eventstream_event TO :"pruner";
+GRANT SELECT (id, created), DELETE ON pg_eventstream_event TO :"pruner";
 GRANT SELECT, DELETE ON pg_eventstream_stream, pg_eventstream_outbox TO :"pruner";
 GRANT SELECT ON pg_eventstream_cursor, pg_eventstream_proxy TO :"pruner";
 GRANT SELECT, INSERT, UPDATE ON pg_eventstream_channel TO :"pruner";

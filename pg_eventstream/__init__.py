@@ -25,13 +25,14 @@ The way of an event, and the module of each step:
     cors        lets pages of other origins read it
     static/     the browser's client
     retention   prunes what is past its day
+    unseen      and events that the trigger did not see
 
 Beside it: `listener` is LISTEN, `channelmanager` is what a project overrides to decide who
-reads what, `conf` holds the settings, `checks` validates them, `errors` is what can be raised,
-`connection` opens connections that live for long, `silence` gives up those whose answers are
-lost. `unmigrated` makes the tables where migrations are switched off. `viewsets` and
-`renderers` are the endpoint for Django REST Framework, `testing` is for the tests of a project,
-`importing` moves one from django-eventstream.
+reads what, `conf` holds the settings, `checks` validates them, `database_checks` looks at the
+tables, `errors` is what can be raised, `connection` opens connections that live for long,
+`silence` gives up those whose answers are lost. `unmigrated` makes the tables where migrations are
+switched off. `viewsets` and `renderers` are the endpoint for Django REST Framework, `testing` is
+for the tests of a project, `importing` moves one from django-eventstream.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ class PgEventStreamConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from . import checks, unmigrated  # noqa: F401  (registers the system checks)
+        # The first two register the system checks.
+        from . import checks, database_checks, unmigrated  # noqa: F401
 
         pre_migrate.connect(unmigrated.create_tables, sender=self)

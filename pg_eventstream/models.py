@@ -119,6 +119,9 @@ class EnqueueAtCommit(pgtrigger.Trigger):
         )
 
 
+ENQUEUE = EnqueueAtCommit(name="enqueue")
+
+
 class Event(models.Model):
     """What was said, on which channel. Immutable: inserted once, deleted by the sweep."""
 
@@ -160,7 +163,7 @@ class Event(models.Model):
                 violation_error_message="User ids to skip may not be NULL or nested.",
             ),
         ]
-        triggers = [EnqueueAtCommit(name="enqueue")]
+        triggers = [ENQUEUE]
 
     def __str__(self) -> str:
         return f"{self.type} on {self.channel}"

@@ -11,6 +11,7 @@ import psycopg
 
 from .conf import conf
 from .permission import CHANGES, is_reliable
+from .unseen import UnseenEvents
 
 _BATCH_EVENTS = 1000
 _SCAN_EVENTS = 10_000
@@ -80,7 +81,8 @@ class Sweep:
     An event is due when it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at
     least one of the configured proxies has acknowledged it; without proxies, the age decides
     alone. What is not sequenced yet stays, however old. An unreliable event is due after a
-    minute: by then every proxy and every process has passed it on, or will not.
+    minute: by then every proxy and every process has passed it on, or will not. An event that the
+    trigger did not see is due as long after it was created as others after they were sequenced.
 
     It goes on where it stopped, and does not look for the oldest row from the lower end of an
     index: while some session holds an old snapshot, vacuum can remove nothing, and all that
@@ -96,6 +98,7 @@ class Sweep:
         self._stopping = stopping or threading.Event()
         # How far the unreliable events are pruned: nothing below is looked at again.
         self._scanned: int | None = None
+        self._unseen = UnseenEvents(connection)
         self._forget()
 
     def _forget(self) -> None:
@@ -104,6 +107,7 @@ class Sweep:
         self._empty_to = -(2**63)
         # Nor of the outbox up to here: see _prune_outbox.
         self._outbox_empty_to = ("0", -(2**63))
+        self._unseen.forget()
         self._forget_at = time.monotonic() + _FORGET_SECONDS
 
     def run_once(self) -> int:
@@ -122,6 +126,8 @@ class Sweep:
         if self._scanned is None:
             pruned += self._prune_unreliable_channels(now)
         while not self._stopping.is_set() and (page := self._prune_unreliable(now)) is not None:
+            pruned += page
+        while not self._stopping.is_set() and (page := self._unseen.prune(now)) is not None:
             pruned += page
         return pruned
 

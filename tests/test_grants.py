@@ -224,7 +224,7 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
             "pruner",
             prune_only,
             {
-                "event": "DELETE SELECT (id)",
+                "event": "DELETE SELECT (created, id)",
                 "stream": "DELETE SELECT",
                 "outbox": "DELETE SELECT",
                 "cursor": "SELECT",

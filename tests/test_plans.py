@@ -118,6 +118,14 @@ def prune_outbox(database: Database) -> Explained:
     return explained
 
 
+def look_for_unseen(database: Database) -> Explained:
+    with database.connect() as session:
+        explained = Explained(session)
+        sweep = retention.Sweep(session)
+        assert sweep._unseen.prune(datetime.now(timezone.utc)) is None
+    return explained
+
+
 def sequence(database: Database) -> Explained:
     database.send("c1")
     with database.connect() as session:
@@ -168,6 +176,7 @@ CASES = [
     (prune_old, EVENT, 1000),
     (find_channels, EID, CHANNELS + 1),
     (prune_outbox, OUTBOX, 1000),
+    (look_for_unseen, EVENT, 100),
     (sequence, OUTBOX, 10),
     (sequence, EID, 10),
 ]

@@ -1,0 +1,131 @@
+"""Events that the trigger did not see: they have no place in the order, and never get one.
+
+It fires in no session with ``session_replication_role = replica`` (restores, replication), and
+not while somebody has disabled it. Such an event is in neither the outbox nor the stream, while
+every other is in one of the two from its COMMIT until it is pruned, in any snapshot.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from typing import Any
+
+import psycopg
+
+from .conf import conf
+
+logger = logging.getLogger(__name__)
+
+# How many events are looked at, looked for in a part of the stream, and then in all of it.
+_PEEK_EVENTS, _PAGE_EVENTS, _MOST_EVENTS = 100, 10_000, 100_000
+_PART_EVENTS = 2 * _PAGE_EVENTS
+
+# Nothing is indexed by event, so the tables are read once, whatever the statistics say.
+_SET_UP = """
+    SET LOCAL enable_nestloop = off;
+    SET LOCAL enable_mergejoin = off;
+    SET LOCAL jit = off;
+    SET LOCAL synchronous_commit = off
+"""
+# Events stand in the stream nearly in the order of their keys, so most are found at once in the
+# part that follows what was found last. Null: not found.
+_NEAR = """
+    WITH near AS MATERIALIZED (
+        SELECT position, event_id FROM pg_eventstream_stream
+         WHERE position > %(near)s ORDER BY position LIMIT %(part)s
+    )
+    SELECT id, position FROM unnest(%(ids)s::bigint[]) AS id LEFT JOIN near ON event_id = id
+"""
+_DELETE = """
+    WITH old AS MATERIALIZED (SELECT unnest(%s::bigint[]) AS id)
+    DELETE FROM pg_eventstream_event WHERE id = ANY(ARRAY(
+        SELECT id FROM old
+        EXCEPT SELECT event_id FROM old JOIN pg_eventstream_stream ON event_id = id
+        EXCEPT SELECT event_id FROM old JOIN pg_eventstream_outbox ON event_id = id))
+"""
+
+#: Sends again what has no place, with new ids and the present time.
+SEND_AGAIN = """\
+WITH unseen AS (
+    DELETE FROM pg_eventstream_event AS e
+     WHERE NOT EXISTS (SELECT FROM pg_eventstream_stream AS s WHERE s.event_id = e.id)
+       AND NOT EXISTS (SELECT FROM pg_eventstream_outbox AS o WHERE o.event_id = e.id)
+    RETURNING *
+)
+INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)
+SELECT channel, type, data, skip_user_ids FROM unseen ORDER BY id;"""
+
+
+class UnseenEvents:
+    """Prunes them when they were created longer ago than ``EVENTSTREAM_RETENTION``.
+
+    After a sweep hardly an event is as old, so it looks at the oldest few, by their key. Only
+    where one of them is, are events looked for in the stream: each once, however long they stay
+    because no proxy acknowledges them.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self._connection = connection
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew with the first event: others may have appeared below."""
+        self._first = self._near = -(2**63)
+        self._not_found: list[int] = []
+
+    def prune(self, now: datetime) -> int | None:
+        """A page of old events: how many of them were pruned. None if none was left to look at."""
+        params = {"first": self._first, "now": now, "retention": conf.retention}
+        old, first = self._look(_PEEK_EVENTS, params)
+        if old:
+            old, _ = self._look(_PAGE_EVENTS, params)
+            self._find(old)
+            self._first = old[-1] + 1
+            if len(self._not_found) < _MOST_EVENTS:
+                return 0
+        elif first is not None:
+            self._first = first
+        if not self._not_found:
+            return None
+        old, self._not_found = self._not_found, []
+        return self._delete(old)
+
+    def _look(self, limit: int, params: dict[str, Any]) -> tuple[list[int], int | None]:
+        """The old ones among so many events from the first, and the first of all."""
+        row = self._connection.execute(
+            """
+            SELECT coalesce(array_agg(id ORDER BY id) FILTER (WHERE old), '{}'), min(id)
+              FROM (SELECT id, created < %(now)s - %(retention)s AS old
+                      FROM pg_eventstream_event
+                     WHERE id >= %(first)s ORDER BY id LIMIT %(limit)s) AS oldest
+            """,
+            {**params, "limit": limit},
+        ).fetchone()
+        assert row is not None  # noqa: S101
+        return row[0], row[1]
+
+    def _find(self, ids: list[int]) -> None:
+        with self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.execute(_SET_UP)
+            rows = cursor.execute(
+                _NEAR, {"ids": ids, "near": self._near, "part": _PART_EVENTS}
+            ).fetchall()
+        self._not_found += [event_id for event_id, position in rows if position is None]
+        positions = [position for _, position in rows if position is not None]
+        if positions:
+            self._near = max(positions) - _PAGE_EVENTS
+
+    def _delete(self, ids: list[int]) -> int:
+        """Those of the events that are in neither table."""
+        with self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.execute(_SET_UP)
+            pruned = cursor.execute(_DELETE, [ids]).rowcount
+        if pruned:
+            logger.warning(
+                "%d events have been pruned that were never delivered: the trigger on"
+                " pg_eventstream_event did not see them; look at manage.py check --database %s",
+                pruned,
+                conf.database,
+            )
+        return pruned
