@@ -42,12 +42,13 @@ export class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) 
   #attempt = null; // the AbortController of the connection that counts, if there is one
   #timer; // of the next attempt, or for the silence of this one
   #heardAt; // by the wall clock: others stand still while the computer sleeps
-  #lifetime = new AbortController();
+  #lifetime; // an AbortController
 
   constructor(url, options) {
     super();
     const missing = NEEDED.filter((name) => typeof globalThis[name] !== "function");
     if (missing.length > 0) throw new EventSourceNotAvailableError(missing);
+    this.#lifetime = new AbortController();
     this.#url = absolute(url);
     this.#withCredentials = Boolean(options?.withCredentials);
     this.#headers = new Headers(options?.headers);
