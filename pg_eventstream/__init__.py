@@ -16,6 +16,9 @@ The way of an event, and the module of each step:
     reading     the few threads and connections that read it for clients
     hold        tells the proxy to hold a stream: channels, ids, signed next links
     views       the endpoint
+    next_links  on the way to it: below a script name, and what else answers in its place
+    signature   says why that of a proxy does not verify
+    rarely      limits how often
     direct      streams from this very process, without a proxy
     shutdown    ends them when their server wants to end
     subscription    one reader of channels: what was missed, then what comes

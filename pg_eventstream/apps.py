@@ -1,4 +1,5 @@
 from django.apps import AppConfig
+from django.core.signals import request_finished, request_started
 from django.db.models.signals import pre_migrate
 
 
@@ -9,6 +10,8 @@ class PgEventStreamConfig(AppConfig):
 
     def ready(self) -> None:
         # The first two register the system checks.
-        from . import checks, database_checks, unmigrated  # noqa: F401
+        from . import checks, database_checks, next_links, unmigrated  # noqa: F401
 
+        request_started.connect(next_links.expect)
+        request_finished.connect(next_links.report)
         pre_migrate.connect(unmigrated.create_tables, sender=self)

@@ -16,8 +16,10 @@ from jwt.algorithms import has_crypto
 
 from .channelmanager import ChannelManagerBase
 from .conf import MOST_CHANNELS, conf
+from .next_links import EXEMPT
 
 _MIDDLEWARE = "django_grip.GripMiddleware"
+_SECURITY_MIDDLEWARE = "django.middleware.security.SecurityMiddleware"
 _FASTLY = "api.fastly.com"
 _ORIGIN = re.compile(
     r"(?!http://.*:80$)(?!https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d+)?"
@@ -177,6 +179,17 @@ def _check_grip() -> list[CheckMessage]:
                 id="pg_eventstream.E009",
             )
         )
+    if conf.grip_proxies and settings.SECURE_SSL_REDIRECT and not _links_may_come_over_http():
+        messages.append(
+            Warning(
+                "SECURE_SSL_REDIRECT redirects the proxy's own requests, unless they come over TLS"
+                " or say so: then streams end soon after they were opened.",
+                hint=f'Set SECURE_REDIRECT_EXEMPT = [r"{EXEMPT}"], which are the paths of these'
+                " requests. (Pushpin sends X-Forwarded-Proto with them only if both"
+                " accept_x_forwarded_protocol and set_x_forwarded_protocol are on.)",
+                id="pg_eventstream.W004",
+            )
+        )
     if hasattr(settings, "GRIP_PROXIES") and getattr(settings, "GRIP_URL", None):
         # django_grip.py, _get_proxies. A forged signature is tried with every entry: a second
         # of CPU after some 10,000 requests.
@@ -190,6 +203,14 @@ def _check_grip() -> list[CheckMessage]:
             )
         )
     return messages
+
+
+def _links_may_come_over_http() -> bool:
+    """Whether SecurityMiddleware lets next links alone. They may be mounted anywhere."""
+    if _SECURITY_MIDDLEWARE not in settings.MIDDLEWARE:
+        return True
+    patterns = [re.compile(pattern) for pattern in settings.SECURE_REDIRECT_EXEMPT]
+    return any("next" in p.pattern or p.search("events/next-token") for p in patterns)
 
 
 def _check_grip_keys() -> list[CheckMessage]:

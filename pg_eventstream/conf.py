@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from django.conf import settings
 from gripcontrol import parse_grip_uri
@@ -117,6 +118,12 @@ class Conf:
             if all(entry.get("control_uri") != other.get("control_uri") for other in unique):
                 unique.append(entry)
         return unique
+
+
+def proxy_name(config: dict[str, Any]) -> str:
+    """The name of a proxy in the database and in logs: its control URI without credentials."""
+    uri = urlsplit(str(config.get("control_uri", "")))
+    return urlunsplit((uri.scheme, uri.netloc.rpartition("@")[2], uri.path.rstrip("/"), "", ""))
 
 
 def _strings(value: str | Iterable[str] | None) -> list[str]:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 import jwt
 
 from . import hold, permission, sse
-from .conf import conf
+from .conf import conf, proxy_name
 
 logger = logging.getLogger(__name__)
 
@@ -246,10 +246,7 @@ class Proxy:
 
     def __init__(self, config: dict[str, Any]) -> None:
         uri = urlsplit(config["control_uri"])
-        #: Its name in the database and in logs: without credentials.
-        self.name = urlunsplit(
-            (uri.scheme, uri.netloc.rpartition("@")[2], uri.path.rstrip("/"), "", "")
-        )
+        self.name = proxy_name(config)
         self._target = urlunsplit(("", "", f"{uri.path.rstrip('/')}/publish/", uri.query, ""))
         self._connection: http.client.HTTPConnection
         if uri.scheme == "https":

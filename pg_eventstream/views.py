@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from django.conf import settings
+from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
@@ -17,7 +18,7 @@ from django.urls import NoReverseMatch, reverse
 from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_http_methods, require_safe
 
-from . import cors, direct, hold, limits, sse
+from . import cors, direct, hold, limits, next_links, signature, sse
 from .caching import never_cached
 from .channelmanager import get_channelmanager
 from .conf import conf
@@ -63,11 +64,12 @@ def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
     return open_stream(request, kwargs, link_to=_next_link_of(request))
 
 
+@login_not_required  # The proxy has no session: the token stands for the stream's user.
 @never_cached
 @require_safe
 def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBase:
     """Tell the proxy how a stream goes on. Ends it if the user may not read it any more."""
-    base = request.path.removesuffix(f"{hold.NEXT}{token}")
+    base = _path(request).removesuffix(f"{hold.NEXT}{token}")
     return continue_stream(request, token, link_to=_beside(base))
 
 
@@ -119,6 +121,7 @@ def _stream(
 
 def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpResponseBase:
     """`next_link`, wherever it is mounted."""
+    next_links.arrived(request)
     if not _came_through_proxy(request):
         return _finish(request, HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
     try:
@@ -159,7 +162,10 @@ def _recover(request: HttpRequest, after: Mapping[str, int | None]) -> Recovered
 def _came_through_proxy(request: HttpRequest) -> bool:
     """Whether a proxy of ours made the request; GripMiddleware has verified its signature."""
     grip = getattr(request, "grip", None)
-    return grip is not None and grip.proxied
+    if grip is not None and grip.proxied:
+        return True
+    signature.warn_if_unverified(request)
+    return False
 
 
 def _streams_directly(request: HttpRequest) -> bool:
@@ -170,9 +176,17 @@ def _streams_directly(request: HttpRequest) -> bool:
 
 def _next_link_of(request: HttpRequest) -> LinkTo:
     if request.resolver_match and request.resolver_match.url_name == EVENTS_URL:
-        return _beside(request.path)
+        return _beside(_path(request))
     # Called by another view, whose path may have nothing below it.
     return link_anywhere
+
+
+def _path(request: HttpRequest) -> str:
+    """The path with the script name, as clients and reverse() know it.
+
+    ``request.path`` lacks the script name under ASGI if something on the way has taken it off.
+    """
+    return f"{request.META.get('SCRIPT_NAME', '').rstrip('/')}{request.path_info}"
 
 
 def link_anywhere(token: str) -> str:

@@ -156,13 +156,14 @@ def app_port() -> int:
 
 @pytest.fixture(scope="session")
 def pushpin(app_port: int) -> Iterator[Pushpin]:
-    """A proxy in front of `app_port`.
+    """A proxy in front of `app_port`, which takes /stripped off the paths that begin with it.
 
     It remembers ids of a channel for a minute, so every test uses channels of its own.
     """
+    app = f"127.0.0.1:{app_port}"
     with Pushpin(
         DIRECTORY / "pushpin",
-        origin=f"127.0.0.1:{app_port}",
+        origin=f"{app}\n*,path_beg=/stripped/,replace_beg=/ {app}",
         sig_key=KEY,
         program=os.environ.get("PG_EVENTSTREAM_TEST_PUSHPIN", "pushpin"),
     ) as server:

@@ -136,6 +136,7 @@ urlpatterns = [
     path("<version>/versioned/", include(versioned.urls)),
     path("rooms/<room>/", include(at_the_mount.urls), {"format-channels": ["public-{room}"]}),
     path("view/", EventsView.as_view(channels=["public-one"])),
+    path("view/any/", EventsView.as_view()),
     path(
         "direct/",
         EventsViewSet.as_view({"get": "list"}, channels=["public-one"]),

@@ -32,6 +32,8 @@ Rbizbp3YBLq2NC66tZPoJEzbq0dFpXKldDTE2ICnwdIW302xBZnXmocmuQ==
 BASE64_KEY = b64encode(PUBLIC_KEY.encode()).decode()
 JSON_WEB_KEY = '{"kty": "EC", "crv": "P-256", "x": "CKo5", "y": "7gwJ"}'
 FASTLY = "https://api.fastly.com/service/ID?key=token&verify-iss=fastly:ID"
+SECURE = ["django_grip.GripMiddleware", "django.middleware.security.SecurityMiddleware"]
+TLS = {"SECURE_SSL_REDIRECT": True, "GRIP_PROXIES": [PROXY], "MIDDLEWARE": SECURE}
 OWN_MANAGER = "tests.test_checks.OwnChannelManager"
 NO_MANAGER = "tests.test_checks.NoChannelManager"
 
@@ -86,6 +88,11 @@ def check(**overrides: Any) -> list[CheckMessage]:
         {"EVENTSTREAM_ALLOW_HEADERS": ["Authorization"]},
         {"EVENTSTREAM_ALLOW_HEADERS": "*"},
         {"EVENTSTREAM_STORAGE_CLASS": None},
+        {"SECURE_SSL_REDIRECT": True, "MIDDLEWARE": SECURE},
+        {"SECURE_SSL_REDIRECT": True, "GRIP_PROXIES": [PROXY]},
+        {**TLS, "SECURE_REDIRECT_EXEMPT": [r"(^|/)next[-/]"]},
+        {**TLS, "SECURE_REDIRECT_EXEMPT": [r"^health/$", r"^events/"]},
+        {**TLS, "SECURE_REDIRECT_EXEMPT": [re.compile(r"^rooms/\w+/next-")]},
     ],
 )
 def test_correct_project_is_silent(correct: dict[str, Any]) -> None:
@@ -160,6 +167,9 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("W003", {"GRIP_PROXIES": [{**PROXY, "verify_key": b"x" * 31}]}),
     ("W002", {"EVENTSTREAM_STORAGE_CLASS": "django_eventstream.storage.DjangoModelStorage"}),
     ("W002", {"EVENTSTREAM_STORAGE_CONNECTION": {"host": "localhost"}}),
+    ("W004", TLS),
+    ("W004", {**TLS, "SECURE_REDIRECT_EXEMPT": [r"^health/$"]}),
+    ("W004", {**TLS, "SECURE_PROXY_SSL_HEADER": ("HTTP_X_FORWARDED_PROTO", "https")}),
     ("W002", {"EVENTSTREAM_REDIS": {"host": "localhost"}}),
 ]
 

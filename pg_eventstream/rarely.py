@@ -1,0 +1,32 @@
+"""Limits how often a warning is logged that any request might cause."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Hashable
+
+#: Between two warnings of the same kind in one process.
+SECONDS = 600.0
+
+
+class Rarely:
+    """True at most once in so many seconds, for each of a few reasons."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._next: dict[Hashable, float] = {}
+
+    def __call__(self, reason: Hashable = None) -> bool:
+        now = time.monotonic()
+        with self._lock:
+            if now < self._next.get(reason, now):
+                return False
+            self._next[reason] = now + self._seconds
+            return True
+
+    def never_again(self, reason: Hashable = None) -> None:
+        with self._lock:
+            self._next[reason] = math.inf
