@@ -22,11 +22,13 @@ GRANT USAGE ON SCHEMA :"schema" TO :"sender";
 GRANT INSERT (channel, type, data, skip_user_ids) ON pg_eventstream_event TO :"sender";
 \endif
 
--- The endpoint: a web application that serves streams. It reads what clients have missed.
+-- The endpoint: a web application that serves streams. It reads what clients have missed, and
+-- whether a publisher runs, so that it can say in its log that none does.
 \if :{?endpoint}
 GRANT USAGE ON SCHEMA :"schema" TO :"endpoint";
 GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_channel
    TO :"endpoint";
+GRANT SELECT ON pg_eventstream_publisher, pg_eventstream_proxy TO :"endpoint";
 \endif
 
 -- A sequencer: a web application that streams without a proxy where no publisher runs.

@@ -18,6 +18,7 @@ The way of an event, and the module of each step:
     views       the endpoint
     next_links  on the way to it: below a script name, and what else answers in its place
     signature   says why that of a proxy does not verify
+    liveness    says that no publisher runs, or that a proxy takes nothing
     rarely      limits how often
     direct      streams from this very process, without a proxy
     shutdown    ends them when their server wants to end

@@ -25,6 +25,7 @@ from .conf import conf
 from .connection import Database, explained
 from .doorbell import CHANNEL, LEADER_LOCK, LOCK_SPACE
 from .listener import Listener
+from .rarely import Rarely
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ _EVENT_BYTES = 64_000
 # Pages that a loop has not taken yet; then the hub waits for it.
 _PAGES_AHEAD = 4
 _FIRST_RETRY, _MOST_RETRY = 0.1, 5.0
+# A publisher that leads holds this lock exclusively.
+_NOBODY_LEADS = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
+_look_is_due, _rarely = Rarely(30), Rarely()
 
 
 @dataclass(slots=True)
@@ -239,20 +243,23 @@ class _Reader(threading.Thread):
             group.call(group.read_anew)
 
     def _sequence(self, connection: psycopg.Connection[Any]) -> None:
-        """What the publisher does, if none leads: it holds this lock exclusively."""
-        if not self._may_sequence:
-            return
-        try:
-            connection.execute(
-                f"SELECT CASE WHEN pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
-                " THEN pg_eventstream_sequence() END"
-            )
-        except psycopg.errors.InsufficientPrivilege:
-            self._may_sequence = False
-            logger.info(
-                "hub: this role may not sequence events, so streams wait for the publisher"
-                " (manage.py eventstream_publisher)"
-            )
+        """What the publisher does, if none leads."""
+        if self._may_sequence:
+            try:
+                connection.execute(
+                    f"SELECT CASE WHEN {_NOBODY_LEADS} THEN pg_eventstream_sequence() END"
+                )
+            except psycopg.errors.InsufficientPrivilege:
+                self._may_sequence = False
+                logger.info("hub: this role may not sequence events: the publisher does")
+        elif _look_is_due():
+            row = connection.execute(f"SELECT {_NOBODY_LEADS}").fetchone()
+            if row and row[0] and _rarely():
+                logger.warning(
+                    "hub: no publisher leads, and this role may not sequence events, so none is"
+                    " delivered. Start a publisher, and keep it running as a service:"
+                    " python manage.py eventstream_publisher"
+                )
 
     def _read_page(self, connection: psycopg.Connection[Any]) -> int:
         # The rows of all channels, so that the position says what has been passed by; the

@@ -31,6 +31,11 @@ def in_other_thread(function: Callable[[], _T]) -> _T:
     return _threads.submit(function).result()
 
 
+def in_background(function: Callable[[], object]) -> None:
+    """The same, without waiting; what it raises is lost."""
+    _threads.submit(function)
+
+
 class _Threads:
     """A few threads, whose database connections are open only while there is work.
 

@@ -13,9 +13,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from asgiref.sync import sync_to_async
+from django.conf import settings
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import connections
 
+from . import liveness
 from .conf import conf
 from .errors import InvalidEvent
 from .sse import RESERVED_TYPES
@@ -110,6 +112,8 @@ def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None 
             """,
             [list(channels), list(types), list(texts), [json.dumps(ids) for ids in skips]],
         )
+    if settings.DEBUG:
+        liveness.look_after_publisher()
 
 
 def _new_event(event: NewEvent | tuple[Any, ...]) -> NewEvent:
@@ -127,6 +131,8 @@ def insert(row: tuple[str, str, str, list[str]], using: str | None) -> None:
     statement, values = (_INSERT_SKIPPING, row) if row[3] else (_INSERT, row[:3])
     with connections[using or conf.database].cursor() as cursor:
         cursor.execute(statement, values)
+    if settings.DEBUG:
+        liveness.look_after_publisher()
 
 
 def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:

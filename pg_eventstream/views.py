@@ -18,7 +18,7 @@ from django.urls import NoReverseMatch, reverse
 from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_http_methods, require_safe
 
-from . import cors, direct, hold, limits, next_links, signature, sse
+from . import cors, direct, hold, limits, liveness, next_links, signature, sse
 from .caching import never_cached
 from .channelmanager import get_channelmanager
 from .conf import conf
@@ -78,7 +78,9 @@ def open_stream(
 ) -> HttpResponseBase:
     """`events`, wherever it is mounted."""
     proxied = _came_through_proxy(request)
-    if not proxied and not _streams_directly(request):
+    if proxied:
+        liveness.look_after_publisher()
+    elif not _streams_directly(request):
         return _finish(request, HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
     try:
         channels = _requested_channels(request, view_kwargs)

@@ -11,6 +11,7 @@ import pytest
 from django.db import ProgrammingError, connections
 from django.test import override_settings
 
+from pg_eventstream import liveness
 from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import Process, accepts, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
@@ -129,6 +130,7 @@ def serve(dsn: str) -> None:
         connections.close_all()
         wrapper.settings_dict["USER"] = psycopg.conninfo.conninfo_to_dict(dsn)["user"]
         recover({"old": 0, "new": 0})
+        liveness._look_at_publisher()
     finally:
         connections.close_all()
         wrapper.settings_dict["USER"] = owner
@@ -161,6 +163,10 @@ def work_to_do(database: Database, pushpin: Pushpin) -> Iterator[Callable[[], No
         database.execute(
             "INSERT INTO pg_eventstream_proxy"
             " SELECT 'http://gone.example', max(position) FROM pg_eventstream_stream"
+        )
+        database.execute(
+            "INSERT INTO pg_eventstream_publisher VALUES (1, 'host:1', now(), now())"
+            " ON CONFLICT (id) DO UPDATE SET heartbeat = now()"
         )
 
     with override_settings(GRIP_URL=pushpin.control_url):
@@ -203,7 +209,13 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
         (
             "endpoint",
             serve,
-            {"event": "SELECT", "stream": "SELECT", "channel": "SELECT"},
+            {
+                "event": "SELECT",
+                "stream": "SELECT",
+                "channel": "SELECT",
+                "publisher": "SELECT",
+                "proxy": "SELECT",
+            },
         ),
         ("sequencer", sequence, {"sequence": "EXECUTE"}),
         (

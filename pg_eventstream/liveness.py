@@ -1,0 +1,100 @@
+"""Says in the log when events wait for a publisher that does not run, or for a proxy.
+
+Without one a stream behind a proxy opens as usual, and nothing ever comes. Who opens a stream looks
+whether a publisher runs; with ``DEBUG`` on, who sends does as well.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import psycopg
+from django.db import DatabaseError, connections
+
+from .conf import conf, proxy_name
+from .rarely import Rarely
+from .reading import in_background
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 15.0
+#: A publisher shows itself every 10 seconds, and a proxy takes events as they come.
+_LATE_SECONDS = 30.0
+_START = "Start it, and keep it running as a service: python manage.py eventstream_publisher"
+_look_is_due = Rarely(_LOOK_SECONDS)
+_rarely = Rarely()
+
+
+def look_after_publisher() -> None:
+    """Look whether events reach the proxies, and log it if they do not.
+
+    Only once in 15 seconds and process, and warns once in ten minutes. It is done later, on a
+    connection of its own: the caller waits for nothing, and its transaction is not touched. A role
+    that may not read the publisher's state learns nothing.
+    """
+    if _look_is_due() and conf.grip_proxies:  # without one, the process sequences by itself
+        in_background(_look)
+
+
+def _look() -> None:
+    try:
+        _look_at_publisher()
+    except DatabaseError as e:
+        if not isinstance(e.__cause__, psycopg.errors.InsufficientPrivilege):
+            raise
+        _look_is_due.never_again()  # PostgreSQL would log each attempt
+
+
+def _look_at_publisher() -> None:
+    with connections[conf.database].cursor() as cursor:
+        cursor.execute(
+            "SELECT name, extract(epoch FROM now() - heartbeat)::float8"
+            "  FROM pg_eventstream_publisher"
+        )
+        publisher = cursor.fetchone()
+        if publisher is None:
+            _warn("No publisher has ever run on this database, so no event is sent. " + _START)
+            return
+        name, silent = publisher
+        if silent > _LATE_SECONDS:
+            _warn(
+                "The publisher %s has not shown itself for %.0f seconds, and no other has taken"
+                " over, so no event is sent. " + _START,
+                name,
+                silent,
+            )
+            return
+        # By the key of the stream: one row for each proxy, however many wait.
+        cursor.execute(
+            """
+            SELECT given.name, proxy.name IS NOT NULL,
+                   (SELECT extract(epoch FROM now() - sequenced_at)::float8
+                      FROM pg_eventstream_stream AS stream
+                     WHERE stream.position > proxy.position
+                     ORDER BY stream.position LIMIT 1)
+              FROM unnest(%s::text[]) AS given (name)
+              LEFT JOIN pg_eventstream_proxy AS proxy ON proxy.name = given.name
+            """,
+            [[proxy_name(config) for config in conf.grip_proxies]],
+        )
+        for proxy, known, waiting in cursor.fetchall():
+            if not known:
+                _warn(
+                    "The publisher %s sends nothing to the proxy %s. Start it with the same"
+                    " GRIP_URL (or GRIP_PROXIES) as this process.",
+                    name,
+                    proxy,
+                )
+            elif (waiting or 0) > _LATE_SECONDS:
+                _warn(
+                    "Events have waited for the proxy %s for %.0f seconds. The log of the"
+                    " publisher %s says why it does not take them.",
+                    proxy,
+                    waiting,
+                    name,
+                )
+
+
+def _warn(message: str, *arguments: object) -> None:
+    if _rarely(message):
+        logger.warning(message, *arguments)
