@@ -465,3 +465,34 @@ def test_query_never_takes_the_place_of_what_the_urlconf_says(
         answer = origin.ask(path, {**EVENT_SOURCE, "Last-Event-ID": "earliest"})
     assert answer.status == 400
     assert "for nobody here" not in answer.body
+
+
+@pytest.mark.parametrize(
+    ("path", "condition", "goes_on"),
+    [
+        ("/members/?channels=public-a", "unauthorized", False),  # 401
+        ("/nobody/?channels=public-a", "forbidden", False),  # 403
+        ("/function/?channels=public-a", "bad-request", False),
+        ("/events/?channels=secret", "forbidden", False),  # by the channel manager
+        ("/throttled/?channels=public-a", "too-many-requests", True),
+    ],
+)
+def test_page_that_is_refused_stops_asking_unless_it_may_come_back(
+    app: Process, pushpin: Pushpin, page: Page, path: str, condition: str, goes_on: bool
+) -> None:
+    page.goto(f"{pushpin.url}/class/")
+    page.evaluate(
+        """(path) => {
+            window.errors = [];
+            const open = () => {
+                window.source = new ReconnectingEventSource(path, { max_retry_time: 10 });
+                source.addEventListener("stream-open", () => { source.close(); open(); });
+                source.addEventListener("stream-error", ({ data }) =>
+                    errors.push(JSON.parse(data).condition));
+            };
+            open();
+        }""",
+        path,
+    )
+    page.wait_for(f"errors.length === 1 && source.readyState === {0 if goes_on else 2}")
+    assert page.evaluate("errors") == [condition]
