@@ -8,6 +8,7 @@ is not this application.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from urllib.parse import quote
 
 from django.http import HttpRequest
 
@@ -37,7 +38,8 @@ def check_link(link: str, channels: Iterable[str]) -> None:
 
 def check_head(request: HttpRequest, channels: Iterable[str], proxied: bool) -> None:
     """Raise `InvalidRequest` if there is no room in the request for an id to resume from."""
-    parts = [len(sse.make_id({channel: _LONGEST_ID})) + 1 for channel in channels]
+    # In the query, as a browser client may send it, an id is percent-encoded once more.
+    parts = [len(quote(f"{sse.make_id({channel: _LONGEST_ID})},", safe="")) for channel in channels]
     # Behind a proxy the id of an event begins with the part of its own channel once more.
     size = _head_bytes(request) + len("Last-Event-ID: \r\n") + sum(parts) + max(parts)
     most = _PROXY_HEAD_BYTES if proxied else _SERVER_HEAD_BYTES
