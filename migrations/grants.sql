@@ -23,10 +23,12 @@ GRANT INSERT (channel, type, data, skip_user_ids) ON pg_eventstream_event TO :"s
 \endif
 
 -- The endpoint: a web application that serves streams. It reads what clients have missed, and
--- whether a publisher runs, so that it can say in its log that none does.
+-- whether the stream is still the one that they knew; and whether a publisher runs, so that it
+-- can say in its log that none does.
 \if :{?endpoint}
 GRANT USAGE ON SCHEMA :"schema" TO :"endpoint";
-GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_channel
+GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_channel,
+                pg_eventstream_cursor
    TO :"endpoint";
 GRANT SELECT ON pg_eventstream_publisher, pg_eventstream_proxy TO :"endpoint";
 \endif

@@ -19,6 +19,7 @@ import psycopg
 
 from . import grip
 from .connection import Database, explained
+from .incarnation import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
 from .permission import CHANGES, is_reliable
 from .send import NAME_LENGTH
 
@@ -51,6 +52,7 @@ class Feed:
         self._news = threading.Event()
         self._connection: psycopg.Connection[Any] | None = None
         self._position = 0
+        self._cursor = UNKNOWN
         self._acknowledged = 0
         self._acknowledged_at = 0.0
         #: Read and encoded, not published yet.
@@ -93,7 +95,8 @@ class Feed:
         if not self._ready:
             self._read_page()
         batch = self._ready[0] if self._ready else grip.Batch([], [])
-        if batch.events and self._publish(batch):
+        # Not if what was read meanwhile is of another stream.
+        if batch.events and self._publish(batch) and self._ready and self._ready[0] is batch:
             self._ready.popleft()
             self._position = batch.events[-1].position
             self._hints.note(batch, time.monotonic())
@@ -151,14 +154,16 @@ class Feed:
             self._acknowledge()
         after = self._ready[-1].events[-1].position if self._ready else self._position
         rows = self._connection.execute(
-            """
-            SELECT position, channel, eid, type,
-                   CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids, found
-              FROM (
+            f"""
+            SELECT c.*, page.position, channel, number, type,
+                   CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids, prev, found
+              FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true LEFT JOIN (
+              SELECT * FROM (
                 SELECT page.*, sum(least(octet_length(data), %s)) OVER by_position AS bytes,
                        row_number() OVER by_position AS nth, count(*) OVER () AS found
                   FROM (
-                    SELECT s.position, s.channel, s.eid, e.type, e.data, e.skip_user_ids
+                    SELECT s.position, s.channel, s.eid + coalesce(s.incarnation, 0) AS number,
+                           s.prev, e.type, e.data, e.skip_user_ids
                       FROM pg_eventstream_stream AS s
                       JOIN pg_eventstream_event AS e ON e.id = s.event_id
                      WHERE s.position > %s
@@ -166,20 +171,35 @@ class Feed:
                   ) AS page
                 WINDOW by_position AS (ORDER BY position)
               ) AS measured
-             WHERE nth = 1 OR bytes <= %s
-             ORDER BY position
-            """,
+             WHERE nth = 1 OR bytes <= %s) AS page ON true
+             ORDER BY page.position
+            """,  # noqa: S608
             [grip.EVENT_BYTES, grip.EVENT_BYTES, after, _PAGE_EVENTS, _PAGE_BYTES],
         ).fetchall()
+        if not self._still_known(Cursor.of(*rows[0][:4])):
+            return
+        rows = [row[4:] for row in rows if row[4] is not None]
         # One page's events are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
         events = (
-            grip.StreamEvent(position, channel, eid, kind, data, skipped, reliable[channel])
-            for position, channel, eid, kind, data, skipped, _ in rows
+            grip.StreamEvent(position, channel, number, kind, data, skip, reliable[channel], prev)
+            for position, channel, number, kind, data, skip, prev, _ in rows
         )
         self._ready.extend(grip.batches(events))
         found = rows[0][-1] if rows else 0
         self._page_was_cut = found == _PAGE_EVENTS or found > len(rows)
+
+    def _still_known(self, cursor: Cursor) -> bool:
+        """Whether positions mean what they did; else begin anew, where nothing is left out."""
+        known, self._cursor = self._cursor, cursor
+        if cursor.follows(known):
+            return True
+        if known.place:
+            logger.warning("%s: %s; publishing from there on", self._proxy.name, ANOTHER_STREAM)
+        self._position = self._acknowledged = cursor.valid(self._position, known.incarnation)
+        self._ready.clear()
+        self._page_was_cut = True  # there may be more than this look was for
+        return False
 
     def _connect(self) -> None:
         connection = self._database.connect(f"feed {self._proxy.name}")
@@ -192,9 +212,17 @@ class Feed:
             connection.execute("SET enable_hashjoin = off")
             connection.execute("SET enable_mergejoin = off")
         row = connection.execute(
-            "SELECT position FROM pg_eventstream_proxy WHERE name = %s", [self._proxy.name]
+            f"""
+            SELECT c.*, p.position, p.incarnation
+              FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
+              LEFT JOIN pg_eventstream_proxy AS p ON p.name = %s
+            """,  # noqa: S608
+            [self._proxy.name],
         ).fetchone()
-        self._acknowledged = int(row[0]) if row else 0
+        assert row is not None  # noqa: S101
+        cursor = Cursor.of(*row[:4])
+        self._still_known(cursor)
+        self._acknowledged = cursor.valid(row[4] or 0, row[5] or 0)
         # What went out while the connection was lost is published already.
         if self._acknowledged > self._position:
             self._recall_hints(connection, self._acknowledged)
@@ -240,9 +268,17 @@ class Feed:
 
     def _acknowledge(self) -> None:
         assert self._connection is not None  # noqa: S101
+        # The row may be gone: somebody has emptied the tables.
         self._connection.execute(
-            "UPDATE pg_eventstream_proxy SET position = %s WHERE name = %s AND position < %s",
-            [self._position, self._proxy.name, self._position],
+            """
+            INSERT INTO pg_eventstream_proxy AS proxy (name, position, incarnation)
+            VALUES (%s, %s, %s)
+            ON CONFLICT (name) DO UPDATE
+               SET position = excluded.position, incarnation = excluded.incarnation
+             WHERE proxy.position < excluded.position
+                OR proxy.incarnation <> excluded.incarnation
+            """,
+            [self._proxy.name, self._position, self._cursor.incarnation],
         )
         self._acknowledged = self._position
         self._acknowledged_at = time.monotonic()
@@ -297,13 +333,13 @@ class Feed:
             logger.error(
                 "%s: refused even a hint of event %d of channel %r (%s); clients get it when they"
                 " reconnect or with the channel's next event",
-                self._proxy.name, event.eid, event.channel, refusal,
+                self._proxy.name, event.number, event.channel, refusal,
             )  # fmt: skip
             return True
         logger.error(
             "%s: refused event %d of channel %r (%s); published a hint instead, so that clients"
             " fetch it from the endpoint",
-            self._proxy.name, event.eid, event.channel, refusal,
+            self._proxy.name, event.number, event.channel, refusal,
         )  # fmt: skip
         instead = grip.Batch([event], [hint])
         self._hints.note(instead, time.monotonic())

@@ -42,15 +42,20 @@ _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class StreamEvent(NamedTuple):
-    """A sequenced event, ready to be published. ``data`` is None if it is too large."""
+    """A sequenced event, ready to be published. ``data`` is None if it is too large.
+
+    ``number`` is what its id shows. ``prev`` is what that of the event before it shows, None for
+    one less: only the first event of a channel in an incarnation of the stream says otherwise.
+    """
 
     position: int
     channel: str
-    eid: int
+    number: int
     type: str
     data: str | None
     skip_user_ids: list[str]
     reliable: bool = True
+    prev: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,10 @@ class Hints:
 
     After an event in whose place a hint was published: a stream that was just being opened, or
     fetching its next link, may have been read before the event, and held after the hint.
+
+    After the first event of a channel in an incarnation of the stream: a stream that holds an id
+    which is lost would otherwise get its reset only when the proxy gives up waiting for what comes
+    before the event, after 5 seconds (src/handler/sequencer.cpp).
     """
 
     MANY, _WINDOW_SECONDS, _AFTER = 50, 1.0, (0.5, 5.0)
@@ -103,6 +112,8 @@ class Hints:
                 channels.add(event.channel)
                 if encoded.endswith(_HINT):
                     self.follow(encoded, now)
+                elif event.prev is not None:
+                    self.follow(hint(event.channel), now)
         for channel in channels:
             encoded = hint(channel)
             if self._counts[channel] >= self.MANY:
@@ -165,12 +176,12 @@ def item(event: StreamEvent, prefix: str | None = None) -> bytes:
     if event.type in sse.RESERVED_TYPES:  # from before the table refused them
         content = ":\n"
     elif event.reliable:
-        content = sse.encode_event(event_type, data, event_id=f"{own_id}:{event.eid}%I")
+        content = sse.encode_event(event_type, data, event_id=f"{own_id}:{event.number}%I")
     else:
         content = sse.encode_event(event_type, data)
-    ids = f'"id":"{event.eid}"'
+    ids = f'"id":"{event.number}"'
     if event.reliable:
-        ids += f',"prev-id":"{event.eid - 1}"'
+        ids += f',"prev-id":"{event.number - 1 if event.prev is None else event.prev}"'
     skipped = ",".join(map(hold.quote_user, event.skip_user_ids))
     meta = f',"meta":{_json({"skip_users": skipped})}' if skipped else ""
     # By hand and not with pubcontrol's Item, for a publisher does little else than this.

@@ -24,6 +24,7 @@ from . import permission
 from .conf import conf
 from .connection import Database, explained
 from .doorbell import CHANNEL, LEADER_LOCK, LOCK_SPACE
+from .incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
 from .listener import Listener
 from .rarely import Rarely
 
@@ -45,14 +46,19 @@ _look_is_due, _rarely = Rarely(30), Rarely()
 
 @dataclass(slots=True)
 class News:
-    """An event in the stream. ``data`` is None if it is to be read from the database."""
+    """An event in the stream. ``data`` is None if it is to be read from the database.
+
+    ``number`` is what its id shows. ``prev`` is what that of the event before it shows, None for
+    one less.
+    """
 
     channel: str
-    eid: int
+    number: int
     type: str
     data: str | None
     skip_user_ids: list[str]
     reliable: bool
+    prev: int | None = None
     #: As it goes to streams of this channel alone, once it was needed.
     sse: str | None = None
 
@@ -189,6 +195,7 @@ class _Reader(threading.Thread):
         self._stopping = threading.Event()
         self._listener: Listener | None = None
         self.position: int | None = None
+        self._cursor = UNKNOWN
         self._may_sequence = True
 
     def stop(self) -> None:
@@ -234,11 +241,15 @@ class _Reader(threading.Thread):
 
     def _begin(self, connection: psycopg.Connection[Any]) -> None:
         row = connection.execute(
-            "SELECT coalesce(max(position), 0) FROM pg_eventstream_stream"
+            f"""
+            SELECT (SELECT coalesce(max(position), 0) FROM pg_eventstream_stream), c.*
+              FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
+            """  # noqa: S608
         ).fetchone()
         assert row is not None  # noqa: S101
         self.position = int(row[0])
-        # For those who waited for this.
+        self._cursor = Cursor.of(*row[1:])
+        # For those who waited for this, or who knew another stream.
         for group in self._hub.audience(self)[0]:
             group.call(group.read_anew)
 
@@ -247,7 +258,7 @@ class _Reader(threading.Thread):
         if self._may_sequence:
             try:
                 connection.execute(
-                    f"SELECT CASE WHEN {_NOBODY_LEADS} THEN pg_eventstream_sequence() END"
+                    f"SELECT {SEQUENCE} WHERE {_NOBODY_LEADS}", [self._cursor.as_known]
                 )
             except psycopg.errors.InsufficientPrivilege:
                 self._may_sequence = False
@@ -265,21 +276,25 @@ class _Reader(threading.Thread):
         # The rows of all channels, so that the position says what has been passed by; the
         # data only of those that somebody follows.
         rows = connection.execute(
-            """
+            f"""
             WITH news AS MATERIALIZED (
-                SELECT position, channel, eid, event_id FROM pg_eventstream_stream
+                SELECT position, channel, eid + coalesce(incarnation, 0) AS number, prev, event_id
+                  FROM pg_eventstream_stream
                  WHERE position > %s ORDER BY position LIMIT %s
             )
-            SELECT news.position, news.channel, news.eid, coalesce(event.type, ''),
+            SELECT c.*, news.position, news.channel, news.number, news.prev,
+                   coalesce(event.type, ''),
                    CASE WHEN octet_length(event.data) <= %s THEN event.data END,
-                   coalesce(event.skip_user_ids, '{}')
-              FROM news
+                   coalesce(event.skip_user_ids, '{{}}')
+              FROM (SELECT) AS always
+              LEFT JOIN {CURSOR} AS c ON true
+              LEFT JOIN news ON true
               LEFT JOIN LATERAL (
                    SELECT * FROM pg_eventstream_event
                     WHERE id = news.event_id AND news.channel = ANY(%s) OFFSET 0
                    ) AS event ON true
              ORDER BY news.position
-            """,
+            """,  # noqa: S608
             [
                 self.position,
                 _PAGE_EVENTS,
@@ -287,18 +302,26 @@ class _Reader(threading.Thread):
                 [*self._hub.audience(self)[1], permission.CHANGES],
             ],
         ).fetchall()
-        if rows:
-            page = _news(row[1:] for row in rows)
-            for group in self._hub.audience(self)[0]:
-                group.post(page, self._stopping)
-            self.position = rows[-1][0]
+        cursor = Cursor.of(*rows[0][:4])
+        if not cursor.follows(self._cursor):
+            if self._cursor.place:
+                logger.warning("hub: %s; every client is told what it lost", ANOTHER_STREAM)
+            self._begin(connection)
+            return 0
+        self._cursor = cursor
+        if rows[0][4] is None:
+            return 0
+        page = _news(row[5:] for row in rows)
+        for group in self._hub.audience(self)[0]:
+            group.post(page, self._stopping)
+        self.position = rows[-1][4]
         return len(rows)
 
 
 def _news(rows: Iterable[tuple[Any, ...]]) -> list[News | PermissionChange]:
     reliable: dict[str, bool] = {}
     page: list[News | PermissionChange] = []
-    for channel, eid, event_type, data, skip_user_ids in rows:
+    for channel, number, prev, event_type, data, skip_user_ids in rows:
         if channel == permission.CHANGES:
             try:
                 page.append(PermissionChange(*permission.parse_change(data or "")))
@@ -307,7 +330,7 @@ def _news(rows: Iterable[tuple[Any, ...]]) -> list[News | PermissionChange]:
             continue
         if channel not in reliable:
             reliable[channel] = permission.is_reliable(channel)
-        page.append(News(channel, eid, event_type, data, skip_user_ids, reliable[channel]))
+        page.append(News(channel, number, event_type, data, skip_user_ids, reliable[channel], prev))
     return page
 
 

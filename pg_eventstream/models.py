@@ -189,7 +189,10 @@ class Outbox(models.Model):
 
 
 class Stream(models.Model):
-    """The sequenced events: position is their global order, eid their order in the channel."""
+    """The sequenced events: position is their global order, eid their order in the channel.
+
+    An id shows eid + incarnation, see `Cursor`.
+    """
 
     position = models.BigIntegerField(primary_key=True)
     eid = models.BigIntegerField()
@@ -198,6 +201,11 @@ class Stream(models.Model):
     )
     sequenced_at = models.DateTimeField(db_default=Now())
     channel = models.CharField(max_length=255)
+    incarnation = models.BigIntegerField(null=True, help_text="Null for the first, which is 0.")
+    prev = models.BigIntegerField(
+        null=True,
+        help_text="What the id of the event before it shows, if that is of another incarnation.",
+    )
 
     class Meta:
         constraints = [
@@ -216,6 +224,7 @@ class Channel(models.Model):
 
     name = models.CharField(max_length=255, primary_key=True)
     pruned = models.BigIntegerField()
+    incarnation = models.BigIntegerField(db_default=0, help_text="Of the last event pruned.")
 
     def __str__(self) -> str:
         return self.name
@@ -224,13 +233,21 @@ class Channel(models.Model):
 class Cursor(models.Model):
     """How far the sequence is: one row.
 
-    The snapshot up to which everything is sequenced, the last position, and the
-    cluster that the snapshot's transaction ids belong to.
+    The snapshot up to which everything is sequenced, the last position, and the cluster that
+    the snapshot's transaction ids belong to.
+
+    The stream begins a new incarnation when it may have lost events whose ids clients hold: after
+    a restore, a failover, or when tables were emptied. What ids show is then higher by a random
+    multiple of 10^12, so no id is used twice. ``place`` is where this incarnation was written
+    (database, timeline of the WAL, files of the tables), ``began`` the last position before it.
     """
 
     position = models.BigIntegerField(primary_key=True)
     snapshot = SnapshotField()
     cluster = models.BigIntegerField()
+    incarnation = models.BigIntegerField(db_default=0)
+    began = models.BigIntegerField(db_default=0)
+    place = models.TextField(db_default="")
 
     def __str__(self) -> str:
         return f"sequenced up to {self.position}"
@@ -253,6 +270,7 @@ class Proxy(models.Model):
 
     name = models.TextField(primary_key=True, help_text="The control URI, without credentials.")
     position = models.BigIntegerField()
+    incarnation = models.BigIntegerField(db_default=0, help_text="In which this position counts.")
 
     def __str__(self) -> str:
         return self.name

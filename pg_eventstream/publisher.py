@@ -27,6 +27,7 @@ from .connection import Database, explained
 from .doorbell import LEADER_LOCK, LOCK_SPACE, Doorbell
 from .errors import NotLeading
 from .feed import Feed
+from .incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
 from .retention import Sweep
 from .silence import WatchedConnection
 
@@ -60,6 +61,7 @@ class Publisher:
         self._doorbell: Doorbell | None = None
         self._connection: Connection | None = None
         self._busy_at = 0.0
+        self._known = UNKNOWN
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def stop(self) -> None:
@@ -151,20 +153,24 @@ class Publisher:
             self._busy_at = time.monotonic()  # the last leader may have been, a moment ago
             feeds = stack.enter_context(self._helpers())
             beat_at = 0.0
-            known = 0
             while not self._stopping.is_set():
                 if time.monotonic() < beat_at:
-                    sequenced, before = _sequence(connection)
+                    sequenced, before = _sequence(connection, self._known)
                 else:
                     beat_at = time.monotonic() + _HEARTBEAT_SECONDS
                     if connection.shared and not _try_lead(connection):
                         return
-                    sequenced, before = _sequence_and_beat(connection)
-                if sequenced or before > known:
+                    sequenced, before = _sequence_and_beat(connection, self._known)
+                if not before.follows(self._known):
+                    if self._known.place:
+                        logger.warning("publisher %s: %s", self.name, ANOTHER_STREAM)
+                    _register(connection, self.name, self._proxies)
+                if sequenced or before != self._known:
                     for feed in feeds:
                         feed.wake()
                     self._busy_at = time.monotonic()
-                known = before + sequenced
+                # The call itself may have begun a new incarnation; the next one tells.
+                self._known = before._replace(position=before.position + sequenced)
                 self._doorbell.wait(sequenced)
 
     def _close_doorbell(self, locker: WatchedConnection) -> None:
@@ -258,21 +264,21 @@ def sequence(connection: Connection) -> int:
 
     Durable when this returns: what a client may have seen keeps its id across a crash.
     """
-    return _sequence(connection)[0]
+    return _sequence(connection, UNKNOWN)[0]
 
 
-# With it, the last position as it was before: whoever else may sequence rings for no feed.
-_SEQUENCE = """
-    SELECT pg_eventstream_sequence(),
-           (SELECT position FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1)
-"""
+# With it, the cursor as it was before: whoever else may sequence rings for no feed.
+_SEQUENCE = f"""
+    SELECT {SEQUENCE}, c.*
+      FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
+"""  # noqa: S608
 
 
-def _sequence(connection: Connection) -> tuple[int, int]:
-    """How many events were sequenced, and the last position before."""
-    row = connection.execute(_SEQUENCE).fetchone()
+def _sequence(connection: Connection, known: Cursor) -> tuple[int, Cursor]:
+    """How many events were sequenced, and the cursor before."""
+    row = connection.execute(_SEQUENCE, [known.as_known]).fetchone()
     assert row is not None  # noqa: S101
-    return int(row[0]), int(row[1] or 0)
+    return int(row[1]), Cursor.of(*row[2:])
 
 
 def _try_lead(connection: WatchedConnection) -> bool:
@@ -291,8 +297,12 @@ def _leader(connection: Connection) -> str:
 def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> None:
     """Write down who leads, and which proxies there are.
 
-    A proxy that is new starts where the one furthest behind is: it may be a known one
-    under a new address, and to publish an event again does no harm.
+    A proxy that is new may be a known one under a new address, so it starts where the one
+    furthest behind is; to publish an event again does no harm. But no stream needs what is older
+    than ``EVENTSTREAM_NEXT_LINK_TIMEOUT``: it has asked the application since then, or its client
+    comes back with the id that it holds.
+
+    With no proxy configured those that are known stay: they may be back with the next start.
     """
     names = [proxy.name for proxy in proxies]
     with connection.transaction():
@@ -305,30 +315,46 @@ def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> N
             """,
             [name],
         )
+        if not names:
+            return
         connection.execute(
-            """
-            INSERT INTO pg_eventstream_proxy (name, position)
-            SELECT name, coalesce((SELECT min(position) FROM pg_eventstream_proxy), 0)
-              FROM unnest(%s::text[]) AS name
+            f"""
+            INSERT INTO pg_eventstream_proxy (name, position, incarnation)
+            SELECT name,
+                   greatest(CASE WHEN known.position > c.position THEN 0 ELSE known.position END,
+                            old.position, 0),
+                   coalesce(c.incarnation, 0)
+              FROM unnest(%(names)s::text[]) AS name
+              LEFT JOIN {CURSOR} AS c ON true
+              LEFT JOIN (
+                   SELECT min(position) AS position FROM pg_eventstream_proxy
+                   ) AS known ON true
+              LEFT JOIN (
+                   SELECT position FROM pg_eventstream_stream
+                    WHERE sequenced_at < now() - make_interval(secs => %(seconds)s)
+                    ORDER BY position DESC LIMIT 1
+                   ) AS old ON true
+             WHERE name NOT IN (SELECT name FROM pg_eventstream_proxy)
             ON CONFLICT (name) DO NOTHING
-            """,
-            [names],
+            """,  # noqa: S608
+            {"names": names, "seconds": conf.next_link_timeout},
         )
         connection.execute("DELETE FROM pg_eventstream_proxy WHERE name <> ALL(%s)", [names])
 
 
-def _sequence_and_beat(connection: Connection) -> tuple[int, int]:
+def _sequence_and_beat(connection: Connection, known: Cursor) -> tuple[int, Cursor]:
     """The same, and in the same statement, of which an idle publisher sends few: show that we
     are alive, and look after the queue that all notifications go through.
     """
     row = connection.execute(
         f"""
         WITH beat AS (UPDATE pg_eventstream_publisher SET heartbeat = now() WHERE id = 1)
-        {_SEQUENCE}, pg_notification_queue_usage()
-        """  # noqa: S608
+        SELECT pg_notification_queue_usage(), sequenced.* FROM ({_SEQUENCE}) AS sequenced
+        """,  # noqa: S608
+        [known.as_known],
     ).fetchone()
     assert row is not None  # noqa: S101
-    sequenced, before, usage = row
+    usage, _, sequenced, *cursor = row
     if usage > _QUEUE_USAGE_WARNING:
         logger.warning(
             "PostgreSQL's notification queue is %.0f %% full; when it is full, transactions that"
@@ -336,4 +362,4 @@ def _sequence_and_beat(connection: Connection) -> tuple[int, int]:
             " transaction: look for the oldest xact_start in pg_stat_activity, and end it.",
             usage * 100,
         )
-    return int(sequenced), int(before or 0)
+    return int(sequenced), Cursor.of(*cursor)

@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 PAGE_BYTES = 64_000
 PAGE_EVENTS = 500
 
-#: In place of an eid: begin with the oldest event that is kept.
+#: In place of a number: begin with the oldest event that is kept.
 EARLIEST: Final = -1
 # From now on. Not NULL, which `array_nulls` may keep out of arrays.
 _NOW = -2
 
 
 class RecoveredEvent(NamedTuple):
+    """``number`` is what its id shows, ``prev`` what that of the event before it shows."""
+
     channel: str
-    eid: int
+    number: int
+    prev: int
     type: str
     data: str
     skip_user_ids: list[str]
@@ -42,8 +45,8 @@ class RecoveredEvent(NamedTuple):
 class Recovered:
     """One page of what came after the ids asked for.
 
-    ``start`` holds, per channel, the eid before the first event of the page; ``end`` the
-    one after the last, to go on from. ``reset`` names the channels of which events are
+    ``start`` holds, per channel, the number in the id before the first event of the page;
+    ``end`` the one after the last, to go on from. ``reset`` names the channels of which events are
     gone that the client should have had. ``more``: there is another page.
     """
 
@@ -54,10 +57,10 @@ class Recovered:
     more: bool
 
     def with_ids(self) -> Iterator[tuple[RecoveredEvent, dict[str, int]]]:
-        """Each event with the eids to go on from behind it."""
+        """Each event with the numbers to go on from after it."""
         ids = self.start
         for event in self.events:
-            ids = {**ids, event.channel: event.eid}
+            ids = {**ids, event.channel: event.number}
             yield event, ids
 
 
@@ -65,7 +68,7 @@ class Recovered:
 class ReceivedEvent:
     """An event as a client receives it. ``data`` is text as it was sent; `json` parses it.
 
-    ``id`` is to go on from behind this event, ``eid`` its number in its channel.
+    ``id`` is to go on from after this event, ``eid`` its place in its channel, from 1 on.
     """
 
     id: str
@@ -114,7 +117,13 @@ def get_events(
         check_permission(user, wanted)  # after reading, as in views.open_stream
         reader = user_id(user)
     events = [
-        ReceivedEvent(sse.make_id(ids), event.channel, event.eid, event.type, event.data)
+        ReceivedEvent(
+            sse.make_id(ids),
+            event.channel,
+            event.number % sse.INCARNATION,
+            event.type,
+            event.data,
+        )
         for event, ids in missed.with_ids()
         if reader not in event.skip_user_ids
     ]
@@ -143,22 +152,29 @@ def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[s
 
 
 def recover(after: Mapping[str, int | None], limit: int = PAGE_EVENTS) -> Recovered:
-    """The events after the eid given for each channel, in commit order over all of them.
+    """The events after the number given for each channel, in commit order over all of them.
 
     None stands for "from now on": a client that has seen nothing yet. `EARLIEST` for
     everything that is kept.
     """
-    channels, events, more = _read(after, limit)
-    asked = {c: channels[c].asked for c, eid in after.items() if eid is not None}
-    # An id from the future (the database is back from a backup) is as gone as a pruned one.
-    reset = [c for c in asked if not channels[c].complete]
-    if reset:
-        events = [event for event in events if event.channel not in reset]
-    start = {c: asked[c] if c in asked and c not in reset else channels[c].tip for c in after}
-    end = dict(start)
-    for event in events:
-        end[event.channel] = event.eid
-    return Recovered(events, start, end, reset, more)
+    channels, found, more = _read(after, limit)
+    end = {c: channels[c].asked for c, number in after.items() if number is not None}
+    # An id of a stream that was lost (the database is back from a backup) is as gone as a pruned
+    # one, and so is all after an event that somebody has deleted.
+    reset = {c for c in end if not channels[c].complete}
+    for event in found:
+        if event.prev == end[event.channel]:
+            end[event.channel] = event.number
+        else:
+            reset.add(event.channel)
+    if not more:
+        reset.update(c for c in end if end[c] != channels[c].tip)
+    start = {
+        c: channels[c].asked if c in end and c not in reset else channels[c].tip for c in after
+    }
+    events = [event for event in found if event.channel not in reset]
+    end = {c: start[c] if c in reset else end.get(c, start[c]) for c in after}
+    return Recovered(events, start, end, [c for c in after if c in reset], more)
 
 
 def get_current_event_id(channels: Iterable[str]) -> str:
@@ -174,7 +190,7 @@ def get_current_event_id(channels: Iterable[str]) -> str:
 
 
 class _Channel(NamedTuple):
-    """The eid of its newest event, 0 for none; the one asked for; whether all behind it is kept."""
+    """The number of its newest event, 0 for none; the one asked for; whether all after is kept."""
 
     tip: int
     asked: int
@@ -200,34 +216,47 @@ def _read(
         cursor.execute(
             """
             WITH asked AS MATERIALIZED (
-                SELECT channel, pruned,
-                       greatest((SELECT eid FROM pg_eventstream_stream AS s
-                                  WHERE s.channel = given.channel ORDER BY eid DESC LIMIT 1),
-                                pruned) AS tip,
-                       CASE WHEN given.eid = %(earliest)s
-                            THEN coalesce((SELECT eid - 1 FROM pg_eventstream_stream AS s
-                                            WHERE s.channel = given.channel AND s.eid > pruned
-                                            ORDER BY eid LIMIT 1), pruned)
-                            ELSE nullif(given.eid, %(now)s) END AS eid
-                  FROM unnest(%(channels)s::text[], %(eids)s::bigint[]) AS given (channel, eid)
-                 CROSS JOIN LATERAL (
-                       SELECT coalesce((SELECT pruned FROM pg_eventstream_channel
-                                         WHERE name = given.channel), 0) AS pruned OFFSET 0
-                     ) AS known
+                SELECT channel, number, number %% %(incarnation)s AS eid, pruned, tip
+                  FROM (
+                    SELECT channel, pruned,
+                           coalesce((SELECT eid + coalesce(incarnation, 0)
+                                       FROM pg_eventstream_stream AS s
+                                      WHERE s.channel = given.channel AND s.eid > pruned
+                                      ORDER BY eid DESC LIMIT 1),
+                                    last_pruned) AS tip,
+                           CASE WHEN given.number = %(earliest)s
+                                THEN coalesce((SELECT coalesce(prev,
+                                                               eid - 1 + coalesce(incarnation, 0))
+                                                 FROM pg_eventstream_stream AS s
+                                                WHERE s.channel = given.channel AND s.eid > pruned
+                                                ORDER BY eid LIMIT 1),
+                                              last_pruned)
+                                ELSE nullif(given.number, %(now)s) END AS number
+                      FROM unnest(%(channels)s::text[], %(numbers)s::bigint[])
+                           AS given (channel, number)
+                     CROSS JOIN LATERAL (
+                           SELECT coalesce(max(pruned), 0) AS pruned,
+                                  coalesce(max(pruned + incarnation), 0) AS last_pruned
+                             FROM pg_eventstream_channel WHERE name = given.channel OFFSET 0
+                         ) AS known
+                  ) AS numbered
             )
-            SELECT 0 AS nth, channel, tip, NULL, NULL, NULL, eid,
-                   eid = tip
+            SELECT 0 AS nth, channel, tip, NULL, NULL, NULL, NULL, number,
+                   number = tip
                    OR eid >= pruned
-                      AND (SELECT s.eid FROM pg_eventstream_stream AS s
-                            WHERE s.channel = asked.channel AND s.eid = asked.eid + 1) IS NOT NULL
+                      AND (SELECT coalesce(s.prev, s.eid - 1 + coalesce(s.incarnation, 0))
+                             FROM pg_eventstream_stream AS s
+                            WHERE s.channel = asked.channel AND s.eid = asked.eid + 1) = number
               FROM asked
             UNION ALL
-            SELECT nth, channel, eid, type, data, skip_user_ids, found, NULL
+            SELECT nth, channel, number, prev, type, data, skip_user_ids, found, NULL
               FROM (
                 SELECT *, count(*) OVER () AS found, row_number() OVER by_position AS nth,
                        sum(octet_length(data)) OVER by_position AS bytes
                   FROM (
-                    SELECT s.position, s.channel, s.eid, e.type, e.data, e.skip_user_ids
+                    SELECT s.position, s.channel, s.eid + coalesce(s.incarnation, 0) AS number,
+                           coalesce(s.prev, s.eid - 1 + coalesce(s.incarnation, 0)) AS prev,
+                           e.type, e.data, e.skip_user_ids
                       FROM (
                         SELECT s.*
                           FROM asked
@@ -250,15 +279,16 @@ def _read(
             """,
             {
                 "channels": list(after),
-                "eids": [_NOW if eid is None else eid for eid in after.values()],
+                "numbers": [_NOW if number is None else number for number in after.values()],
                 "earliest": EARLIEST,
                 "now": _NOW,
+                "incarnation": sse.INCARNATION,
                 "limit": limit,
                 "bytes": PAGE_BYTES,
             },
         )
         rows = cursor.fetchall()
-    channels = {row[1]: _Channel(row[2], row[6], row[7]) for row in rows[: len(after)]}
+    channels = {row[1]: _Channel(row[2], row[7], bool(row[8])) for row in rows[: len(after)]}
     page = rows[len(after) :]
-    events = [RecoveredEvent._make(row[1:6]) for row in page]
-    return channels, events, bool(page) and page[0][6] > len(page)
+    events = [RecoveredEvent._make(row[1:7]) for row in page]
+    return channels, events, bool(page) and page[0][7] > len(page)

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 
 from .conf import conf
+from .incarnation import CURSOR, UNKNOWN, Cursor
 from .permission import CHANGES, is_reliable
 from .unseen import UnseenEvents
 
@@ -48,9 +49,10 @@ _PRUNE = """
     WITH looked_at AS MATERIALIZED ({looked_at}),
     old AS MATERIALIZED (SELECT * FROM looked_at WHERE old),
     remembered AS (
-        INSERT INTO pg_eventstream_channel AS known (name, pruned)
-        SELECT channel, last
-          FROM (SELECT channel, min(eid) AS first, max(eid) AS last, count(*) AS events
+        INSERT INTO pg_eventstream_channel AS known (name, pruned, incarnation)
+        SELECT channel, last, incarnation
+          FROM (SELECT channel, min(eid) AS first, max(eid) AS last, count(*) AS events,
+                       (array_agg(incarnation ORDER BY eid DESC))[1] AS incarnation
                   FROM old GROUP BY channel) AS gone
          WHERE (SELECT s.eid FROM pg_eventstream_stream AS s
                  WHERE s.channel = gone.channel AND s.eid = gone.last + 1) IS NULL
@@ -59,7 +61,8 @@ _PRUNE = """
             OR events <> last - first + 1
             OR last / {every} > (first - 1) / {every}
         ON CONFLICT (name) DO UPDATE
-           SET pruned = greatest(known.pruned, excluded.pruned)
+           SET pruned = excluded.pruned, incarnation = excluded.incarnation
+         WHERE known.pruned < excluded.pruned
     ),
     unsaid AS (
         DELETE FROM pg_eventstream_event
@@ -99,6 +102,7 @@ class Sweep:
         # How far the unreliable events are pruned: nothing below is looked at again.
         self._scanned: int | None = None
         self._unseen = UnseenEvents(connection)
+        self._cursor = UNKNOWN
         self._forget()
 
     def _forget(self) -> None:
@@ -115,9 +119,18 @@ class Sweep:
         if time.monotonic() >= self._forget_at:
             self._forget()
         # What becomes due meanwhile is left to the next time: there would always be a little.
-        row = self._connection.execute("SELECT statement_timestamp()").fetchone()
+        row = self._connection.execute(
+            f"""
+            SELECT statement_timestamp(), c.*
+              FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
+            """  # noqa: S608
+        ).fetchone()
         assert row is not None  # noqa: S101
         now: datetime = row[0]
+        known, self._cursor = self._cursor, Cursor.of(*row[1:])
+        if not self._cursor.follows(known):
+            self._forget()
+            self._scanned = None
         pruned = 0
         while not self._stopping.is_set() and self._prune_outbox():
             pass
@@ -135,7 +148,7 @@ class Sweep:
         """Up to 1,000 events past the retention, oldest first."""
         pruned, empty_to = self._prune(
             """
-            SELECT position, channel, eid, event_id,
+            SELECT position, channel, eid, event_id, coalesce(incarnation, 0) AS incarnation,
                    sequenced_at < %(now)s - %(retention)s AS old
               FROM pg_eventstream_stream
              WHERE position > %(empty_to)s
@@ -181,7 +194,8 @@ class Sweep:
                 while not self._stopping.is_set():
                     batch, _ = self._prune(
                         """
-                        SELECT position, channel, eid, event_id, true AS old
+                        SELECT position, channel, eid, event_id,
+                               coalesce(incarnation, 0) AS incarnation, true AS old
                           FROM pg_eventstream_stream
                          WHERE channel = ANY(%(unreliable)s) AND position <= %(last)s
                          LIMIT %(batch)s
@@ -237,7 +251,9 @@ class Sweep:
         if unreliable:
             pruned, _ = self._prune(
                 """
-                SELECT position, channel, eid, event_id, true AS old FROM pg_eventstream_stream
+                SELECT position, channel, eid, event_id,
+                       coalesce(incarnation, 0) AS incarnation, true AS old
+                  FROM pg_eventstream_stream
                  WHERE position > %(scanned)s AND position <= %(last)s
                    AND channel = ANY(%(unreliable)s)
                 """,

@@ -21,6 +21,10 @@ CONTENT_TYPE = "text/event-stream"
 KEEP_ALIVE = "event: keep-alive\ndata:\n\n"
 KEEP_ALIVE_SECONDS = 20
 
+#: What an id shows of an event is its eid, and from the second incarnation of the stream on
+#: (`models.Cursor`) its eid plus a multiple of this. 18 digits at most.
+INCARNATION = 10**12
+
 # Fills the buffers of old browsers and of proxies, so that the first event shows at once.
 PADDING = ":" + " " * 2048 + "\n\n"
 
@@ -85,26 +89,28 @@ def quote_name(name: str, most: int) -> str:
     return "%7E" + blake2b(name.encode(), digest_size=16).hexdigest()
 
 
-def make_id(eids: Mapping[str, int]) -> str:
+def make_id(numbers: Mapping[str, int]) -> str:
     """The composite id of several channels: ``room:5,news:7``."""
-    return ",".join(f"{quote_channel(channel)}:{eid}" for channel, eid in eids.items())
+    return ",".join(f"{quote_channel(channel)}:{number}" for channel, number in numbers.items())
 
 
 class RunningId:
-    """`make_id` of eids that move on one by one, with each part made once."""
+    """`make_id` of numbers that move on one by one, with each part made once."""
 
-    def __init__(self, eids: Mapping[str, int]) -> None:
-        self._names = {channel: quote_channel(channel) for channel in eids}
-        self._parts = {channel: f"{self._names[channel]}:{eid}" for channel, eid in eids.items()}
+    def __init__(self, numbers: Mapping[str, int]) -> None:
+        self._names = {channel: quote_channel(channel) for channel in numbers}
+        self._parts = {name: f"{self._names[name]}:{number}" for name, number in numbers.items()}
 
-    def move(self, channel: str, eid: int) -> str:
-        """The id behind this event."""
-        self._parts[channel] = f"{self._names[channel]}:{eid}"
+    def move(self, channel: str, number: int) -> str:
+        """The id after this event."""
+        self._parts[channel] = f"{self._names[channel]}:{number}"
         return ",".join(self._parts.values())
 
 
 def parse_id(event_id: str, channels: Iterable[str] = ()) -> dict[str, int]:
-    """The eid of each channel in a composite id. What is a digest there names one of ``channels``.
+    """The number of each channel in a composite id: see `INCARNATION`.
+
+    What is a digest there names one of ``channels``.
 
     The first value of a channel wins: behind a proxy the event's own id comes first and
     is followed by what the proxy knows, which may be the previous one (`hold.id_format`).
@@ -115,7 +121,7 @@ def parse_id(event_id: str, channels: Iterable[str] = ()) -> dict[str, int]:
     if event_id.strip() == _ERROR_ID:
         raise ResumeNotAllowed("Can't resume session after stream-error")
     asked = {quote_channel(channel): channel for channel in channels}
-    eids: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for part in event_id.strip().split(","):
         name, colon, number = part.strip().rpartition(":")
         # At most 18 digits: what fits into a bigint, with no look at its exact limit.
@@ -123,5 +129,5 @@ def parse_id(event_id: str, channels: Iterable[str] = ()) -> dict[str, int]:
             raise InvalidRequest(
                 "Last-Event-ID is malformed; send back the id of an event as it arrived"
             )
-        eids.setdefault(asked.get(name) or unquote(name), int(number))
-    return eids
+        numbers.setdefault(asked.get(name) or unquote(name), int(number))
+    return numbers

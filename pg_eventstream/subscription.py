@@ -57,16 +57,20 @@ async def subscribe(
                 raise EventsPruned(batch.reset, sse.make_id(batch.start or {}))
             for event, ids in batch.events:
                 yield ReceivedEvent(
-                    sse.make_id(ids), event.channel, event.eid, event.type, event.data or ""
+                    sse.make_id(ids),
+                    event.channel,
+                    event.number % sse.INCARNATION,
+                    event.type,
+                    event.data or "",
                 )
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What came: events, each with the eids behind it. Nothing at all if the time was over.
+    """What came: events, each with the numbers after it. Nothing at all if the time was over.
 
     ``reset`` names the channels of which events are gone that should come first, ``start`` is
-    set when this was read from the database: the eids before the first event. ``ended``: after
+    set when this was read from the database: the numbers before the first event. ``ended``: after
     `Subscription.end`.
     """
 
@@ -238,13 +242,14 @@ class Subscription:
             self._queue.popleft()
             self._queued_bytes -= len(news.data or "")
             if news.reliable:
-                at = ids.get(news.channel, news.eid)
-                if news.eid <= at:
+                at = ids.get(news.channel, news.number)
+                if news.number % sse.INCARNATION <= at % sse.INCARNATION:
                     continue  # it was on a page
-                if news.eid > at + 1 or news.data is None:
+                prev = news.number - 1 if news.prev is None else news.prev
+                if prev != at or news.data is None:
                     self._behind = True
                     break
-                self._ids = ids = {**ids, news.channel: news.eid}
+                self._ids = ids = {**ids, news.channel: news.number}
             if news.data is not None and self._reader not in news.skip_user_ids:
                 events.append((news, ids))
         return events

@@ -257,14 +257,14 @@ def _encode(missed: Recovered, reader: str, most_bytes: float = inf) -> tuple[st
         parts.append(sse.encode_reset(missed.reset, sse.make_id(ids)))
     running_id = sse.RunningId(ids)
     for event in missed.events:
-        id_behind = running_id.move(event.channel, event.eid)
+        id_behind = running_id.move(event.channel, event.number)
         if reader not in event.skip_user_ids and event.type not in sse.RESERVED_TYPES:
             part = sse.encode_event(event.type, event.data, id_behind)
             size += len(part.encode())
             if size > most_bytes:
                 break
             parts.append(part)
-        ids = {**ids, event.channel: event.eid}
+        ids = {**ids, event.channel: event.number}
     return "".join(parts), ids
 
 

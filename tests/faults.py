@@ -192,7 +192,7 @@ def before_it_sequences(stage: Stage) -> Iterator[PublisherProcess]:
 def while_it_sequences(stage: Stage) -> Iterator[PublisherProcess]:
     """It has written some of the rows, and would write more."""
     publisher = stage.lead()
-    begun = "SELECT count(*) FROM pg_eventstream_cursor"
+    begun = "SELECT count(*) FROM pg_eventstream_cursor WHERE place <> ''"
     wait_until(lambda: stage.database.value(begun) == 1, timeout=30)
     with stage.database.connect(autocommit=False) as connection:
         with locked(stage.database, "LOCK TABLE pg_eventstream_cursor IN SHARE MODE"):

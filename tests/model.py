@@ -28,6 +28,8 @@ class Event:
     place: int = 0
     position: int = 0
     eid: int = 0
+    #: Of the stream; below 0 until the database says which.
+    incarnation: int = -1
     age: timedelta = timedelta()
     pruned: bool = False
 
@@ -113,6 +115,14 @@ class Model:
     def tip(self, channel: str) -> int:
         """The eid of the newest event."""
         return sum(event.channel == channel for event in self.log)
+
+    def numbers(self, eids: dict[str, int]) -> dict[str, int]:
+        """What ids show of these events; of one that is to come, what the last one lets expect."""
+        incarnations = {(event.channel, event.eid): event.incarnation for event in self.log}
+        return {
+            channel: eid + incarnations.get((channel, min(eid, self.tip(channel))), 0)
+            for channel, eid in eids.items()
+        }
 
     def pruned(self, channel: str) -> int:
         """The eid of the newest event that is pruned."""

@@ -219,6 +219,12 @@ class World:
             """
         ).fetchall()
 
+    def incarnation(self) -> int:
+        """The present one of the stream."""
+        row = self.connection.execute("SELECT incarnation FROM pg_eventstream_cursor").fetchone()
+        assert row is not None
+        return int(row[0])
+
     def user_id(self, name: str) -> str:
         user = self.users[name]
         return "anonymous" if user is None else str(user.pk)

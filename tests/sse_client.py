@@ -15,6 +15,12 @@ from urllib.parse import quote, urlencode, urlsplit
 from pg_eventstream import sse
 
 
+def eids_of(event_id: str) -> dict[str, int]:
+    """The place of the last event in each channel, in whatever incarnation of the stream."""
+    numbers = sse.parse_id(event_id) if event_id else {}
+    return {channel: number % sse.INCARNATION for channel, number in numbers.items()}
+
+
 @dataclass(frozen=True)
 class Received:
     type: str
@@ -25,7 +31,7 @@ class Received:
 
     @property
     def eids(self) -> dict[str, int]:
-        return sse.parse_id(self.id)
+        return eids_of(self.id)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from pg_eventstream import liveness
 from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import Process, accepts, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.hub import Hub, _Reader
 from pg_eventstream.publisher import Publisher
 from pg_eventstream.recovery import recover
 from pg_eventstream.retention import Sweep
@@ -131,6 +132,10 @@ def serve(dsn: str) -> None:
         wrapper.settings_dict["USER"] = psycopg.conninfo.conninfo_to_dict(dsn)["user"]
         recover({"old": 0, "new": 0})
         liveness._look_at_publisher()
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            reader = _Reader(Hub("default"))
+            reader.position = 0
+            reader._read_page(connection)
     finally:
         connections.close_all()
         wrapper.settings_dict["USER"] = owner
@@ -213,6 +218,7 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
                 "event": "SELECT",
                 "stream": "SELECT",
                 "channel": "SELECT",
+                "cursor": "SELECT",
                 "publisher": "SELECT",
                 "proxy": "SELECT",
             },

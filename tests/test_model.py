@@ -148,7 +148,8 @@ class Run:
             return start
         # One more than there are is an id of the future.
         tips = {channel: self.model.tip(channel) + 1 for channel in where if is_reliable(channel)}
-        return sse.make_id({c: min(eid, tips[c]) for c, eid in zip(tips, ids, strict=False)})
+        eids = {c: min(eid, tips[c]) for c, eid in zip(tips, ids, strict=False)}
+        return sse.make_id(self.model.numbers(eids))
 
     def client(self, number: int, what: str, proxy: int, at_once: bool) -> None:
         client = self.clients[number % len(self.clients)] if self.clients else None
@@ -178,6 +179,9 @@ class Run:
             for event in self.model.log
             if not event.pruned
         ]
+        for event in self.model.log:
+            if event.incarnation < 0:
+                event.incarnation = self.world.incarnation()
 
     def check_acknowledged(self) -> None:
         """A proxy has taken all that it is said to have."""
@@ -185,7 +189,8 @@ class Run:
             taken = {(item["channel"], item.get("id")) for item in proxy.history}
             for event in self.model.log[:position]:
                 if is_reliable(event.channel) and not event.pruned and is_published(event):
-                    assert (hold.events_channel(event.channel), str(event.eid)) in taken
+                    number = str(event.eid + event.incarnation)
+                    assert (hold.events_channel(event.channel), number) in taken
 
     def end(self) -> None:
         """Let everything come to its end; then nobody lacks anything."""

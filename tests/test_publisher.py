@@ -26,6 +26,7 @@ from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.feed import Feed
+from pg_eventstream.incarnation import UNKNOWN
 from pg_eventstream.publisher import Publisher, _register, sequence
 
 from .conftest import KEY, Database, PublisherProcess
@@ -122,6 +123,51 @@ def publish_once() -> int:
 def control() -> Iterator[ControlPort]:
     with ControlPort() as port, override_settings(GRIP_URL=port.url):
         yield port
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, [4, 5]),
+        # Known ones wait for what they have not taken, however old it is.
+        ({"the same": 2}, [3, 4, 5]),
+        # A new one may be a known one under a new address.
+        ({"another": 4}, [5]),
+        ({"another": 1}, [4, 5]),
+        ({"another": 1, "a third": 4}, [4, 5]),
+        # From a stream that was longer.
+        ({"another": 1000}, [4, 5]),
+    ],
+)
+def test_proxy_that_nobody_knows_begins_where_streams_have_not_asked_yet(
+    database: Database, control: ControlPort, known: dict[str, int], expected: list[int]
+) -> None:
+    """Not with all that is kept: that may be millions of events, before the first that is new."""
+    for n in range(1, 6):
+        database.send("c", str(n))
+    database.execute("SELECT pg_eventstream_sequence()")
+    database.execute(
+        "UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '601 s'"
+        " WHERE position <= 3"
+    )
+    for name, position in known.items():
+        url = control.url if name == "the same" else f"http://{name}"
+        database.execute(
+            "INSERT INTO pg_eventstream_proxy (name, position) VALUES (%s, %s)", [url, position]
+        )
+    publish_once()
+    assert control.ids == [str(n) for n in expected]
+
+
+def test_start_without_proxies_forgets_none(database: Database, control: ControlPort) -> None:
+    """A setting may be missing in one shell, and there in the next."""
+    database.send("c", "1")
+    publish_once()
+    database.send("c", "2")
+    with override_settings(GRIP_URL=None):
+        publish_once()
+    publish_once()
+    assert control.ids == ["1", "2"]
 
 
 def test_what_the_proxy_has_not_taken_is_published_by_the_next_publisher(
@@ -337,7 +383,7 @@ def test_notification_queue_that_fills_up_is_reported(
     monkeypatch.setattr(publisher_module, "_QUEUE_USAGE_WARNING", 0.0)  # of 8 GB, by default
     with database.connect() as leader, database.connect() as listener:
         publisher_module._register(leader, "test", [])
-        publisher_module._sequence_and_beat(leader)
+        publisher_module._sequence_and_beat(leader, UNKNOWN)
         assert "notification queue" not in caplog.text
         listener.execute("LISTEN elsewhere")
         listener.execute("BEGIN")
@@ -345,7 +391,7 @@ def test_notification_queue_that_fills_up_is_reported(
             "SELECT pg_notify('elsewhere', repeat('x', 7000) || n) FROM "
             "generate_series(1, 100) AS n"
         )
-        publisher_module._sequence_and_beat(leader)
+        publisher_module._sequence_and_beat(leader, UNKNOWN)
     assert "notification queue" in caplog.text
 
 
@@ -354,7 +400,8 @@ def test_heartbeat_is_part_of_a_round(database: Database) -> None:
         publisher_module._register(leader, "test", [])
         leader.execute("UPDATE pg_eventstream_publisher SET heartbeat = now() - interval '1 hour'")
         send_event("a", "message", 1)
-        assert publisher_module._sequence_and_beat(leader) == (1, 0)
+        sequenced, before = publisher_module._sequence_and_beat(leader, UNKNOWN)
+        assert (sequenced, before.position) == (1, 0)
     assert database.fetch(
         "SELECT count(*) FROM pg_eventstream_publisher"
         " WHERE heartbeat > now() - interval '1 minute'"
