@@ -127,3 +127,68 @@ def test_nothing_is_lost_or_repeated_when_the_standby_is_promoted(
                 )
         finally:
             app.stop()
+
+
+def test_ids_that_were_lost_with_the_primary_are_told_from_those_given_since(
+    database: Database,
+    pair: tuple[Postgres, Postgres],
+    new_publisher: NewPublisher,
+    pushpin: Pushpin,
+    app_port: int,
+    channel: str,
+) -> None:
+    """The standby is asynchronous, and has not got the last two of five events."""
+    primary, standby = pair
+    on_primary, on_standby = Database(primary, database.name), Database(standby, database.name)
+    with Network(primary.port) as network:
+        served = Database(primary, database.name)
+        served.dsn = f"postgresql://postgres@127.0.0.1:{network.port}/{database.name}"
+        app = application(served, pushpin, app_port)
+        try:
+            url = f"{pushpin.url}/events/"
+            with (
+                SSEClient(url, [channel], reconnect=True) as stayer,
+                SSEClient(url, [channel], reconnect=True) as other,
+            ):
+                stayer.wait_open()
+                other.wait_open()
+                publisher = new_publisher(f"--dsn={served.dsn}").lead()
+                for n in range(1, 4):
+                    on_primary.send(channel, f"kept {n}")
+                stayer.wait_count(3)
+                other.wait_count(3)
+                other.close()
+                replayed = "SELECT count(*) FROM pg_eventstream_stream"
+                wait_until(lambda: on_standby.value(replayed) == 3, timeout=20)
+                for server, name in (
+                    (on_primary, "synchronous_standby_names"),
+                    (on_standby, "primary_conninfo"),
+                ):
+                    server.execute(f"ALTER SYSTEM SET {name} = ''")
+                    server.execute("SELECT pg_reload_conf()")
+                receivers = "SELECT count(*) FROM pg_stat_replication"
+                wait_until(lambda: on_primary.value(receivers) == 0, timeout=20)
+                for n in range(4, 6):
+                    on_primary.send(channel, f"lost {n}")
+                stayer.wait_count(5)
+                primary.kill()
+                promote(standby)
+                network.point(standby.port)
+
+                new = [f"new {n}" for n in range(4, 8)]
+                for data in new:
+                    on_standby.send(channel, data)
+                stayer.wait_for(lambda: any(e.type == "stream-reset" for e in stayer.control))
+                on_standby.send(channel, "last")
+                stayer.wait_for(lambda: stayer.events[-1].data == "last")
+                publisher.wait_for_log("the stream is not the one that it was before")
+                # Whoever has an id that is lost is told so, though there is an event of that number.
+                with SSEClient(url, [channel], last_event_id=stayer.events[4].id) as back:
+                    back.wait_for(lambda: any(e.type == "stream-reset" for e in back.control))
+                    assert not back.events
+                # Whoever has one that is not goes on where it was.
+                with SSEClient(url, [channel], last_event_id=other.events[-1].id) as back:
+                    assert [event.data for event in back.wait_count(5)] == [*new, "last"]
+                    assert not [e for e in back.control if e.type == "stream-reset"]
+        finally:
+            app.stop()
