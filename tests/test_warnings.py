@@ -13,6 +13,7 @@ import pytest
 from django.db import connection, transaction
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.test import Client, override_settings
+from django.test.utils import setup_test_environment, teardown_test_environment
 
 from pg_eventstream import (
     hold,
@@ -465,3 +466,19 @@ def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(liveness, "_look_is_due", Rarely())
         send_event("c", "message", 2)
     assert len(looks) == 1
+
+
+def test_in_the_tests_of_a_project_nobody_looks(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A further connection would keep the test database from being removed."""
+    looks: list[object] = []
+    monkeypatch.setattr(liveness, "in_background", looks.append)
+    setup_test_environment()
+    try:
+        with override_settings(DEBUG=True):
+            send_event("c", "message", 1)
+            Origin().open("c")
+    finally:
+        teardown_test_environment()
+    assert looks == []
