@@ -23,6 +23,7 @@ The way of an event, and the module of each step:
     rarely      limits how often
     direct      streams from this very process, without a proxy
     shutdown    ends them when their server wants to end
+    sockets     what tells that, and whether a client takes what it is sent
     subscription    one reader of channels: what was missed, then what comes
     hub         reads the stream, once for all readers of the process
     limits      refuses a stream that could not resume

@@ -11,18 +11,25 @@ from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
 from django.http import StreamingHttpResponse
 
-from . import sse
+from . import sockets, sse
 from .conf import conf
 from .errors import EventPermissionError
 from .hub import News
 from .recovery import RecoveredEvent
-from .shutdown import server_of
+from .shutdown import Server, server_of
 from .subscription import Batch, Subscription
 
 _T = TypeVar("_T")
 
 # What one piece of a response holds, unless a single event is larger.
 _PIECE_CHARACTERS = 64_000
+
+# Some servers take all that they are given into memory, however little of it the client takes
+# (Daphne: server.py, handle_reply). So after so many bytes a stream goes on only if the client has
+# taken them; else it ends, and the client comes back with the last id that it has. More than fits
+# into the kernel's buffers, beyond which other servers wait.
+_UNTAKEN_BYTES = 16_000_000
+_TAKING_SECONDS, _TAKING_LOOKS = 5, 50
 
 
 def stream(
@@ -52,6 +59,7 @@ async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> Async
     async with subscription:
         with server.serving(subscription.end):
             opened = False
+            given = 0
             try:
                 while now() < ends_at:
                     if now() >= check_at:
@@ -68,12 +76,32 @@ async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> Async
                         yield sse.encode_reset(batch.reset, sse.make_id(batch.start)).encode()
                     for piece in _encode(batch):
                         yield piece
+                        given += len(piece)
+                        if given > _UNTAKEN_BYTES:
+                            if not await _takes(scope, server):
+                                return
+                            given = 0
                         keep_alive_at = now() + sse.KEEP_ALIVE_SECONDS
                     if now() >= keep_alive_at:
                         yield sse.KEEP_ALIVE.encode()
                         keep_alive_at = now() + sse.KEEP_ALIVE_SECONDS
             except EventPermissionError as e:
                 yield sse.encode_error("forbidden", str(e), {"channels": e.channels}).encode()
+
+
+async def _takes(scope: Mapping[str, Any], server: Server) -> bool:
+    """Whether the client takes what it was sent, within a while. False if nobody can say."""
+    fd = sockets.connected(scope.get("client"), scope.get("server"))
+    if fd is None:  # a Unix socket, or another proxy's word for who the client is
+        return False
+    for _ in range(_TAKING_LOOKS):
+        if server.ends:
+            return False
+        unsent = sockets.unsent(fd)
+        if not unsent:
+            return unsent == 0
+        await asyncio.sleep(_TAKING_SECONDS / _TAKING_LOOKS)
+    return False
 
 
 def _encode(batch: Batch) -> Iterator[bytes]:

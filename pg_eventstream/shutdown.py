@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from functools import partial
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
+
+from . import sockets
 
 # Seconds between two looks.
 _INTERVAL = 0.25
@@ -32,18 +33,18 @@ class Server:
 
     def __init__(self, port: int | None) -> None:
         self._port = port
-        self._sockets = self._find()
+        self._sockets = sockets.listening(self._port)
         self._streams: set[Callable[[], None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def ends(self) -> bool:
         """Whether the process was told to end, or one of the sockets that were found is closed."""
-        return _told or not all(_listens(fd, self._port) for fd in self._sockets)
+        return _told or not all(sockets.listens(fd, self._port) for fd in self._sockets)
 
     def find_again(self) -> None:
         """Another server may listen in place of the one that has ended."""
-        self._sockets = self._find() or self._sockets
+        self._sockets = sockets.listening(self._port) or self._sockets
 
     @contextmanager
     def serving(self, end: Callable[[], None]) -> Iterator[None]:
@@ -65,30 +66,6 @@ class Server:
                 end()
         self._timer = asyncio.get_running_loop().call_later(_INTERVAL, self._look)
 
-    def _find(self) -> list[int]:
-        try:
-            numbers = [int(name) for name in os.listdir("/dev/fd")]
-        except OSError:  # Windows
-            return []
-        return [fd for fd in numbers if _listens(fd, self._port)]
-
-
-def _listens(fd: int, port: int | None) -> bool:
-    """Whether the file is a socket that accepts connections to this port."""
-    try:
-        opened = socket.socket(fileno=fd)
-    except OSError:
-        return False
-    try:
-        if not opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            return False
-        name = opened.getsockname()
-    except OSError:
-        return False
-    finally:
-        opened.detach()
-    return (name[1] if isinstance(name, tuple) else None) == port
-
 
 _servers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int | None, Server]] = (
     WeakKeyDictionary()
@@ -97,9 +74,7 @@ _servers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int | None, Server]]
 
 def server_of(scope: Mapping[str, Any]) -> Server:
     """The server to which a request came, of the running event loop."""
-    port = (scope.get("server") or (None, None))[1]
-    if not isinstance(port, int):
-        port = None
+    port = sockets.port_of(scope.get("server"))
     _listen_to_signals()
     servers = _servers.setdefault(asyncio.get_running_loop(), {})
     if port not in servers:

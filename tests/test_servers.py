@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ import pytest
 import uvicorn
 from httpx_sse import connect_sse
 
-from pg_eventstream import send_event
+from pg_eventstream import send_event, send_events
 from pg_eventstream.demo.processes import HOST, Process, accepts, free_port, wait_until
 
 from . import settings as tests_settings
@@ -417,6 +418,68 @@ def test_stream_that_has_reached_its_age_ends_and_nothing_is_lost(
             client.wait_for(lambda: client.connections >= 4)
         load.check(client)
         assert set(client.ends) == {"clean"}
+
+
+def memory(server: Server) -> int:
+    """Of its largest process, in kB."""
+    sizes = [
+        re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        for pid in {server.pid, *workers(server)}
+    ]
+    return max(int(size) for (size,) in sizes)
+
+
+# All but Daphne wait for clients to read; it keeps what they have not read.
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "daphne",
+        *(
+            pytest.param(kind, marks=SELDOM)
+            for kind in ("uvicorn", "hypercorn", "granian", "gunicorn asgi")
+        ),
+    ],
+)
+@pytest.mark.parametrize("start", ["earliest", pytest.param("", marks=SELDOM)])
+def test_client_that_reads_nothing_costs_little_memory_and_one_that_reads_gets_all(
+    database: Database, serve: Serve, kind: str, start: str, channel: str
+) -> None:
+    server = serve(kind)
+    sent = [f"{n} {'x' * 500_000}" for n in range(200)]
+
+    def send() -> None:
+        for n in range(0, len(sent), 10):
+            send_events([(channel, "message", text, None, False) for text in sent[n : n + 10]])
+
+    # Without coming back: it is not to be ended.
+    reader = SSEClient(server.url, [channel], last_event_id=start)
+    if start:
+        send()
+    with reader, socket.create_connection((HOST, server.port)) as idle:
+        reader.wait_open()
+        query = f"channel={channel}&lastEventId={start}"
+        idle.sendall(f"GET /events/?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        got = bytearray()
+        while b"stream-open" not in got:
+            got += idle.recv(1000)
+        before = memory(server)
+        if not start:
+            send()
+        reader.wait_count(len(sent), timeout=25)
+        assert [event.data for event in reader.events] == sent
+        # By now the other stream would be there as well.
+        assert memory(server) < before + 60_000
+        idle.settimeout(60)
+        end, all_sent = b"\r\n0\r\n\r\n", f"\nid: {channel}:{len(sent)}\n".encode()
+        while end not in got[-10:] and all_sent not in got[-1_100_000:]:
+            piece = idle.recv(1_000_000)
+            assert piece, "neither all nor an end in order"
+            got += piece
+    last = re.findall(rb"\nid: (\S+)\n", got)[-1].decode()
+    with SSEClient(server.url, [channel], last_event_id=last) as again:
+        count = int(last.rpartition(":")[2])
+        again.wait_open().wait_count(len(sent) - count, timeout=25)
+        assert [event.data for event in again.events] == sent[count:]
 
 
 # Clients
