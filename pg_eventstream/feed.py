@@ -21,6 +21,7 @@ from . import grip
 from .connection import Database, explained
 from .incarnation import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
 from .permission import CHANGES, is_reliable
+from .reading import give_back
 from .send import NAME_LENGTH
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,7 @@ class Feed:
             for position, channel, number, kind, data, skip, prev, _ in rows
         )
         self._ready.extend(grip.batches(events))
+        give_back()  # what the channel manager may have asked over
         found = rows[0][-1] if rows else 0
         self._page_was_cut = found == _PAGE_EVENTS or found > len(rows)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import threading
 from collections import Counter, defaultdict
@@ -27,6 +28,7 @@ from .doorbell import CHANNEL, LEADER_LOCK, LOCK_SPACE
 from .incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
 from .listener import Listener
 from .rarely import Rarely
+from .reading import give_back
 
 logger = logging.getLogger(__name__)
 
@@ -312,6 +314,7 @@ class _Reader(threading.Thread):
         if rows[0][4] is None:
             return 0
         page = _news(row[5:] for row in rows)
+        give_back()  # what the channel manager may have asked over
         for group in self._hub.audience(self)[0]:
             group.post(page, self._stopping)
         self.position = rows[-1][4]
@@ -342,3 +345,13 @@ def hub_of(alias: str) -> Hub:
     """The process's hub for a database alias."""
     with _hubs_lock:
         return _hubs.setdefault(alias, Hub(alias))
+
+
+def _forget_parent() -> None:
+    """In a process that was forked: it has neither the threads nor the event loops."""
+    global _hubs_lock
+    _hubs_lock = threading.Lock()  # another thread may have held it
+    _hubs.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)

@@ -1,19 +1,22 @@
 """Reads the database for streams, in a few threads with connections of their own.
 
 However many clients come at once, they share these connections: under ASGI Django would open
-one for each request that it works on, and PostgreSQL refuses more than max_connections.
+one for each request that it works on, and PostgreSQL refuses more than max_connections. Where
+Django has a pool of them, they are its own, and go back after each read.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from django.db import InterfaceError, OperationalError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 _T = TypeVar("_T")
 
@@ -88,17 +91,56 @@ class _Threads:
 
 
 def _call(function: Callable[[], _T]) -> _T:
-    was_open = any(wrapper.connection is not None for wrapper in connections.all(True))
+    try:
+        return _call_again_if_lost(function)
+    finally:
+        give_back()
+
+
+def _call_again_if_lost(function: Callable[[], _T]) -> _T:
+    was_open = _open_connections() != []
     try:
         return function()
     except (OperationalError, InterfaceError):
+        pools = _pools(_open_connections())
         connections.close_all()
-        if not was_open:
+        if not was_open and not pools:
             raise
+        for pool in pools:
+            pool.check()  # of the others in it, which may be lost as well
     except BaseException:
         connections.close_all()
         raise
     return function()
 
 
+def give_back() -> None:
+    """Let go of the connections that Django has lent this thread from its pools, if it has any.
+
+    For threads that live longer than a request: a pool is as large as the requests need it.
+    """
+    for wrapper in _open_connections():
+        if _pools([wrapper]) and not wrapper.in_atomic_block:
+            wrapper.close()
+
+
+def _open_connections() -> list[BaseDatabaseWrapper]:
+    return [wrapper for wrapper in connections.all(True) if wrapper.connection is not None]
+
+
+def _pools(wrappers: list[BaseDatabaseWrapper]) -> list[Any]:
+    """Those of ``OPTIONS={"pool": …}``, which PostgreSQL's wrappers have."""
+    pools = [getattr(wrapper, "pool", None) for wrapper in wrappers]
+    return [pool for pool in pools if pool is not None]
+
+
 _threads = _Threads()
+
+
+def _forget_parent() -> None:
+    """In a process that was forked: it has none of the threads."""
+    global _threads
+    _threads = _Threads()
+
+
+os.register_at_fork(after_in_child=_forget_parent)

@@ -12,6 +12,7 @@ import psycopg
 from .conf import conf
 from .incarnation import CURSOR, UNKNOWN, Cursor
 from .permission import CHANGES, is_reliable
+from .reading import give_back
 from .unseen import UnseenEvents
 
 _BATCH_EVENTS = 1000
@@ -142,6 +143,7 @@ class Sweep:
             pruned += page
         while not self._stopping.is_set() and (page := self._unseen.prune(now)) is not None:
             pruned += page
+        give_back()  # what the channel manager may have asked over
         return pruned
 
     def _prune_old(self, now: datetime) -> int:

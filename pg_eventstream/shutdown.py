@@ -114,3 +114,14 @@ def _on_signal(previous: Any, number: int, frame: FrameType | None) -> None:
     elif previous == signal.SIG_DFL:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+
+def _forget_parent() -> None:
+    """In a process that was forked: whoever serves here has yet to say how it is stopped."""
+    global _signals_lock, _signals_are_ours, _told
+    _signals_lock = threading.Lock()  # another thread may have held it
+    _signals_are_ours = _told = False
+    _servers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)

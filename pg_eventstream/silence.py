@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import psycopg
 
@@ -56,6 +57,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         # libpq may close its own at any time, and its number may be another file's then.
         self._handle: socket.socket | None = socket.socket(fileno=os.dup(self.fileno()))
         self._handle_lock = threading.Lock()
+        _open.add(self)
 
     def watch(self, ask: Callable[[], WatchedConnection]) -> None:
         """``ask`` makes a new connection to the same server.
@@ -136,6 +138,22 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
                 self._handle = None
         _watch.discard(self)
 
+    def belong_to_parent(self) -> None:
+        """Forget the session, in a process that was forked.
+
+        The parent goes on with it. It must not be told that we end, as libpq would; and it must
+        end with the parent, though we may live longer with a copy of its socket. So that copy is
+        closed, and libpq writes to nowhere.
+        """
+        self._handle_lock = threading.Lock()
+        if not self.closed:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, self.fileno(), inheritable=False)
+            os.close(nothing)
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
     # Called by the watch
 
     def look(self) -> None:
@@ -195,8 +213,7 @@ class _Watch:
     def add(self, connection: WatchedConnection) -> None:
         with self._lock:
             self._connections.add(connection)
-            # A process that was forked has none of its parent's threads.
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="pg_eventstream watch", daemon=True
                 )
@@ -223,3 +240,16 @@ class _Watch:
 
 
 _watch = _Watch()
+_open: WeakSet[WatchedConnection] = WeakSet()
+
+
+def _forget_parent() -> None:
+    """In a process that was forked."""
+    global _watch
+    _watch = _Watch()
+    for connection in list(_open):
+        connection.belong_to_parent()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
