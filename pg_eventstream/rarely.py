@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Hashable
@@ -18,6 +19,7 @@ class Rarely:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._next: dict[Hashable, float] = {}
+        os.register_at_fork(after_in_child=self._forget_parent)
 
     def __call__(self, reason: Hashable = None) -> bool:
         now = time.monotonic()
@@ -30,3 +32,6 @@ class Rarely:
     def never_again(self, reason: Hashable = None) -> None:
         with self._lock:
             self._next[reason] = math.inf
+
+    def _forget_parent(self) -> None:
+        self._lock = threading.Lock()  # a thread that this process does not have may have held it
