@@ -37,8 +37,9 @@ Beside it: `listener` is LISTEN, `channelmanager` is what a project overrides to
 reads what, `conf` holds the settings, `checks` validates them, `database_checks` looks at the
 tables, `errors` is what can be raised, `connection` opens connections that live for long,
 `silence` gives up those whose answers are lost. `unmigrated` makes the tables where migrations are
-switched off. `viewsets` and `renderers` are the endpoint for Django REST Framework, `testing` is
-for the tests of a project, `importing` moves one from django-eventstream.
+switched off, `fixtures` says what becomes of rows that ``loaddata`` loads. `viewsets` and
+`renderers` are the endpoint for Django REST Framework, `testing` is for the tests of a project,
+`importing` moves one from django-eventstream.
 """
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ from django.contrib.postgres.fields import ArrayField
 from django.core.checks import CheckMessage
 from django.core.exceptions import ImproperlyConfigured
 from django.db import models
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.functions import Now
 from pgtrigger import compiler
 
+from .fixtures import Loadable, forget_cursor, load_outbox_row, may_take_place
 from .sse import RESERVED_TYPES
 
 if not apps.is_installed("pgtrigger"):
@@ -32,6 +34,14 @@ class Xid8Field(models.BigIntegerField):  # type: ignore[type-arg]
 
     def db_type(self, connection: Any) -> str:
         return "xid8"
+
+    def from_db_value(self, value: Any, expression: Any, connection: Any) -> int | None:
+        return None if value is None else int(value)
+
+    def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:
+        # As text, which PostgreSQL takes for any type. It casts no number to xid8.
+        value = super().get_db_prep_value(value, connection, prepared)
+        return str(value) if isinstance(value, int) else value
 
 
 class SnapshotField(models.TextField):  # type: ignore[type-arg]
@@ -169,7 +179,7 @@ class Event(models.Model):
         return f"{self.type} on {self.channel}"
 
 
-class Outbox(models.Model):
+class Outbox(Loadable):
     """Events whose transactions committed, in commit order: written at COMMIT.
 
     The key begins with the transaction id, so that one index answers "what has been
@@ -187,8 +197,12 @@ class Outbox(models.Model):
     def __str__(self) -> str:
         return f"event {self.event_id}, committed by {self.xid}"
 
+    def load(self, connection: BaseDatabaseWrapper) -> bool:
+        load_outbox_row(connection, self.event_id, self.seq, ENQUEUE.get_pgid(Event))  # type: ignore[arg-type]
+        return False
 
-class Stream(models.Model):
+
+class Stream(Loadable):
     """The sequenced events: position is their global order, eid their order in the channel.
 
     An id shows eid + incarnation, see `Cursor`.
@@ -215,8 +229,15 @@ class Stream(models.Model):
     def __str__(self) -> str:
         return f"{self.channel}:{self.eid}"
 
+    def load(self, connection: BaseDatabaseWrapper) -> bool:
+        place = (self.position, self.channel, self.eid, self.event_id)
+        if not may_take_place(connection, *place):
+            return False
+        forget_cursor(connection)
+        return True
 
-class Channel(models.Model):
+
+class Channel(Loadable):
     """Up to which eid the events of a channel are pruned, where its rows do not tell.
 
     Never deleted: an idle channel must not restart at 1 while clients hold ids of it.
@@ -229,8 +250,12 @@ class Channel(models.Model):
     def __str__(self) -> str:
         return self.name
 
+    def load(self, connection: BaseDatabaseWrapper) -> bool:
+        here = Channel.objects.using(connection.alias)
+        return not here.filter(pk=self.pk, pruned__gte=self.pruned).exists()
 
-class Cursor(models.Model):
+
+class Cursor(Loadable):
     """How far the sequence is: one row.
 
     The snapshot up to which everything is sequenced, the last position, and the cluster that
@@ -253,7 +278,7 @@ class Cursor(models.Model):
         return f"sequenced up to {self.position}"
 
 
-class Publisher(models.Model):
+class Publisher(Loadable):
     """Which publisher leads: one row, kept by the leader."""
 
     id = models.SmallIntegerField(primary_key=True, default=1)
@@ -265,7 +290,7 @@ class Publisher(models.Model):
         return self.name
 
 
-class Proxy(models.Model):
+class Proxy(Loadable):
     """Up to which position a GRIP proxy has acknowledged the stream."""
 
     name = models.TextField(primary_key=True, help_text="The control URI, without credentials.")
