@@ -8,11 +8,13 @@ used, and no daemon needs to run: without a publisher, events wait.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import SyncToAsync, sync_to_async
 from django.conf import settings
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import connections
@@ -88,6 +90,14 @@ async def asend_event(
     await sync_to_async(send_event)(
         channel, event_type, data, skip_user_ids, json_encode=json_encode, using=using
     )
+
+
+def _forget_parent() -> None:
+    """In a process that was forked: it does not have the thread that asgiref believes to run."""
+    SyncToAsync.single_thread_executor = ThreadPoolExecutor(max_workers=1)
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None = None) -> None:

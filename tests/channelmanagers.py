@@ -110,8 +110,10 @@ class TextKeys(DefaultChannelManager):
         return channel.startswith("public") or channel == name
 
 
-class AsksWhatIsReliable(Members):
-    """Asks the database at each event, wherever that is read."""
+class AsksWhatIsReliable(DefaultChannelManager):
+    """Asks the database wherever events are read, and takes its time."""
 
     def is_channel_reliable(self, channel: str) -> bool:
-        return not Membership.objects.filter(channel=f"unreliable {channel}").exists()
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_sleep(0.05)")
+        return True

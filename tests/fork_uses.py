@@ -17,9 +17,10 @@ import django  # noqa: E402
 
 django.setup()
 
+from asgiref.sync import sync_to_async  # noqa: E402
 from django.db import connections  # noqa: E402
 
-from pg_eventstream import get_events, send_event, silence, subscribe  # noqa: E402
+from pg_eventstream import asend_event, get_events, send_event, silence, subscribe  # noqa: E402
 from pg_eventstream.connection import Database  # noqa: E402
 from pg_eventstream.demo.processes import wait_until  # noqa: E402
 from pg_eventstream.errors import NotLeading  # noqa: E402
@@ -72,6 +73,13 @@ def read(see: Callable[[str], bool]) -> None:
         pass
 
 
+def asend(see: Callable[[str], bool]) -> None:
+    """In the main thread's event loop, before it forks."""
+    asyncio.run(asend_event(CHANNEL, "message", "first"))
+    asyncio.run(sync_to_async(connections.close_all)())
+    asyncio.run(follow(see))
+
+
 def publish(see: Callable[[str], bool]) -> None:
     """Leads, and says what it has sequenced."""
     publisher = Publisher(Database("default"))
@@ -84,6 +92,7 @@ USES: dict[str, Callable[[Callable[[str], bool]], None]] = {
     "subscribe": lambda see: asyncio.run(follow(see)),
     "stream": lambda see: asyncio.run(stream(see)),
     "read": read,
+    "asend": asend,
     "publish": publish,
 }
 
@@ -91,6 +100,7 @@ USES: dict[str, Callable[[Callable[[str], bool]], None]] = {
 def use_all() -> None:
     """What a child does: each of them, with an event that was there and one that comes."""
     read(lambda data: data == '"first"')
+    asyncio.run(asend_event(CHANNEL, "message", "asynchronous"))
     for n, use in enumerate((USES["subscribe"], USES["stream"])):
         use(_live(f"{os.getpid()}-{n}"))
     try:

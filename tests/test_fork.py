@@ -33,7 +33,7 @@ def all_is_well(channel: str, use: str) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("use", ["subscribe", "stream", "read", "publish"])
+@pytest.mark.parametrize("use", ["subscribe", "stream", "read", "asend", "publish"])
 def test_forked_children_use_everything_while_their_parent_goes_on(
     database: Database, channel: str, use: str
 ) -> None:

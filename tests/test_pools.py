@@ -187,13 +187,13 @@ def test_ordinary_requests_get_a_connection_beside_many_streams(
         with urllib.request.urlopen(f"{url}ordinary/", timeout=25) as answer:
             return bytes(answer.read())
 
-    with ExitStack() as stack, ThreadPoolExecutor(16) as threads:
+    with ExitStack() as stack, ThreadPoolExecutor(20) as threads:
         stack.callback(server.kill)
         server.start(ready=lambda: accepts(port))
         stay = [stack.enter_context(SSEClient(f"{url}events/", [f"{channel}9"])) for _ in range(12)]
         for client in stay:
             client.wait_open(timeout=60)
-        coming = [threads.submit(come_and_go, n) for n in range(1, 5)]
+        coming = [threads.submit(come_and_go, n) for n in range(1, 9)]
         try:
             for n in range(3):
                 send_event(f"{channel}9", "message", n)
