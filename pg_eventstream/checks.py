@@ -83,6 +83,19 @@ def _check_numbers() -> list[CheckMessage]:
                 id="pg_eventstream.E003",
             )
         )
+    replay_age = getattr(settings, "EVENTSTREAM_REPLAY_AGE", None)
+    if replay_age is not None and not (
+        (_is_number(replay_age) or isinstance(replay_age, timedelta))
+        and 0 < _seconds(replay_age) < timedelta.max.total_seconds()
+    ):
+        messages.append(
+            Error(
+                "EVENTSTREAM_REPLAY_AGE must be a timedelta or a number of seconds, greater than"
+                " zero.",
+                hint="Leave it out to let clients begin with any event that is kept.",
+                id="pg_eventstream.E018",
+            )
+        )
     limit = getattr(settings, "EVENTSTREAM_CHANNEL_LIMIT", 10)
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_CHANNELS:
         messages.append(

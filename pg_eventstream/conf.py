@@ -28,6 +28,18 @@ class Conf:
         return value if isinstance(value, timedelta) else timedelta(seconds=value)
 
     @property
+    def replay_age(self) -> timedelta | None:
+        """The age of the oldest event that a client may begin with. A number counts seconds.
+
+        None, the default, for all that are kept.
+        """
+        value = getattr(settings, "EVENTSTREAM_REPLAY_AGE", None)
+        if value is None:
+            return None
+        age = value if isinstance(value, timedelta) else timedelta(seconds=value)
+        return age if age < self.retention else None
+
+    @property
     def safety_poll(self) -> float | None:
         """Seconds between two looks at the database while nothing rings (default 5).
 

@@ -44,7 +44,8 @@ def stream(
     ``check`` raises `EventPermissionError` when the reader may not go on. ``scope`` is the
     request's: the stream ends with the server to which it came.
     """
-    pieces = _pieces(Subscription(channels, after, reader, check), scope)
+    subscription = Subscription(channels, after, reader, check, conf.replay_age)
+    pieces = _pieces(subscription, scope)
     return StreamingHttpResponse(pieces, content_type=sse.CONTENT_TYPE)
 
 

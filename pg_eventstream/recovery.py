@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -103,9 +104,10 @@ def get_events(
     """The events that are kept of these channels behind an id, in commit order.
 
     Without an id there are none yet, only the id to go on from; ``"earliest"`` gives all that
-    are kept. A page has at most ``limit`` events (500 at most), and not many more than 64 kB.
-    With a ``user`` (None for an anonymous one) it is what this user may see: without events
-    that skip them, and `EventPermissionError` is raised if they may not read a channel.
+    are kept, whatever their age. A page has at most ``limit`` events (500 at most), and not many
+    more than 64 kB. With a ``user`` (None for an anonymous one) it is what this user may see:
+    without events that skip them, and `EventPermissionError` is raised if they may not read a
+    channel.
 
     Raises `InvalidRequest` if the id is none that was ever sent.
     """
@@ -151,13 +153,16 @@ def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[s
             return sse.parse_id(given, channels)
 
 
-def recover(after: Mapping[str, int | None], limit: int = PAGE_EVENTS) -> Recovered:
+def recover(
+    after: Mapping[str, int | None], limit: int = PAGE_EVENTS, max_age: timedelta | None = None
+) -> Recovered:
     """The events after the number given for each channel, in commit order over all of them.
 
     None stands for "from now on": a client that has seen nothing yet. `EARLIEST` for
-    everything that is kept.
+    everything that is kept. Events that were sequenced longer ago than ``max_age`` count as
+    pruned.
     """
-    channels, found, more = _read(after, limit)
+    channels, found, more = _read(after, limit, max_age)
     end = {c: channels[c].asked for c, number in after.items() if number is not None}
     # An id of a stream that was lost (the database is back from a backup) is as gone as a pruned
     # one, and so is all after an event that somebody has deleted.
@@ -198,7 +203,7 @@ class _Channel(NamedTuple):
 
 
 def _read(
-    after: Mapping[str, int | None], limit: int
+    after: Mapping[str, int | None], limit: int, max_age: timedelta | None = None
 ) -> tuple[dict[str, _Channel], list[RecoveredEvent], bool]:
     """How far the channels are, one page of their events, and whether there is another."""
     # Rows with nth = 0 are the channels, the others the events.
@@ -213,24 +218,22 @@ def _read(
         # joins that read the tables from end to end, as it would after a burst that the
         # statistics do not know of yet. The running sum keeps the memory of a page bounded:
         # only a first event may be larger than that.
+        #
+        # Eids are in the order of time, so a search by halves finds the oldest event that is
+        # young enough: 20 look-ups in a channel of a million.
         cursor.execute(
             """
             WITH asked AS MATERIALIZED (
                 SELECT channel, number, number %% %(incarnation)s AS eid, pruned, tip
                   FROM (
-                    SELECT channel, pruned,
-                           coalesce((SELECT eid + coalesce(incarnation, 0)
-                                       FROM pg_eventstream_stream AS s
-                                      WHERE s.channel = given.channel AND s.eid > pruned
-                                      ORDER BY eid DESC LIMIT 1),
-                                    last_pruned) AS tip,
+                    SELECT channel, pruned, coalesce(newest, last_pruned) AS tip,
                            CASE WHEN given.number = %(earliest)s
                                 THEN coalesce((SELECT coalesce(prev,
                                                                eid - 1 + coalesce(incarnation, 0))
                                                  FROM pg_eventstream_stream AS s
-                                                WHERE s.channel = given.channel AND s.eid > pruned
+                                                WHERE s.channel = given.channel AND s.eid > too_old
                                                 ORDER BY eid LIMIT 1),
-                                              last_pruned)
+                                              newest, last_pruned)
                                 ELSE nullif(given.number, %(now)s) END AS number
                       FROM unnest(%(channels)s::text[], %(numbers)s::bigint[])
                            AS given (channel, number)
@@ -239,6 +242,35 @@ def _read(
                                   coalesce(max(pruned + incarnation), 0) AS last_pruned
                              FROM pg_eventstream_channel WHERE name = given.channel OFFSET 0
                          ) AS known
+                     CROSS JOIN LATERAL (
+                           SELECT (SELECT eid + coalesce(incarnation, 0)
+                                     FROM pg_eventstream_stream AS s
+                                    WHERE s.channel = given.channel AND s.eid > pruned
+                                    ORDER BY eid DESC LIMIT 1) AS newest OFFSET 0
+                         ) AS last
+                     CROSS JOIN LATERAL (
+                           SELECT CASE WHEN given.number = %(earliest)s
+                                            AND %(max_age)s::interval IS NOT NULL
+                                       THEN (
+                           WITH RECURSIVE search (low, high) AS (
+                               SELECT pruned, coalesce(newest %% %(incarnation)s, pruned) + 1
+                               UNION ALL
+                               SELECT CASE WHEN old THEN s.eid ELSE low END,
+                                      CASE WHEN old THEN high ELSE middle END
+                                 FROM (SELECT *, (low + high) / 2 AS middle
+                                         FROM search WHERE high - low > 1) AS halves
+                                 LEFT JOIN LATERAL (
+                                      SELECT s.eid,
+                                             s.sequenced_at < now() - %(max_age)s::interval AS old
+                                        FROM pg_eventstream_stream AS s
+                                       WHERE s.channel = given.channel
+                                         AND s.eid >= middle AND s.eid < high
+                                       ORDER BY s.eid LIMIT 1
+                                    ) AS s ON true
+                           )
+                           SELECT max(low) FROM search
+                                       ) ELSE pruned END AS too_old OFFSET 0
+                         ) AS limited
                   ) AS numbered
             )
             SELECT 0 AS nth, channel, tip, NULL, NULL, NULL, NULL, number,
@@ -246,7 +278,9 @@ def _read(
                    OR eid >= pruned
                       AND (SELECT coalesce(s.prev, s.eid - 1 + coalesce(s.incarnation, 0))
                              FROM pg_eventstream_stream AS s
-                            WHERE s.channel = asked.channel AND s.eid = asked.eid + 1) = number
+                            WHERE s.channel = asked.channel AND s.eid = asked.eid + 1
+                              AND coalesce(s.sequenced_at >= now() - %(max_age)s::interval, true)
+                          ) = number
               FROM asked
             UNION ALL
             SELECT nth, channel, number, prev, type, data, skip_user_ids, found, NULL
@@ -284,6 +318,7 @@ def _read(
                 "now": _NOW,
                 "incarnation": sse.INCARNATION,
                 "limit": limit,
+                "max_age": None if max_age is None else f"{max_age.total_seconds()} seconds",
                 "bytes": PAGE_BYTES,
             },
         )

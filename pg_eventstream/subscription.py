@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -92,6 +93,8 @@ class Subscription:
     ``reader`` is the user id whose events these are: those that skip this user are left out,
     and ``check`` is called, in a thread, before anything is passed on that may have been sent
     after a change of this user's permissions. What it raises, `next_batch` raises.
+
+    ``max_age`` is that of the oldest event to begin with.
     """
 
     def __init__(
@@ -100,11 +103,13 @@ class Subscription:
         after: Mapping[str, int],
         reader: str | None = None,
         check: Callable[[], None] = lambda: None,
+        max_age: timedelta | None = None,
     ) -> None:
         self.channels = channels
         self._after = after
         self._reader = reader
         self._check = check
+        self._max_age = max_age
         #: Calls what reads the database.
         self.run: Run = in_thread
         self._hub = hub_of(conf.database)
@@ -221,7 +226,10 @@ class Subscription:
 
     def _recover(self) -> Recovered:
         ids = self._after if self._ids is None else self._ids
-        missed = recover({channel: ids.get(channel) for channel in reliable(self.channels)})
+        missed = recover(
+            {channel: ids.get(channel) for channel in reliable(self.channels)},
+            max_age=self._max_age if self._ids is None else None,
+        )
         self._check()
         return missed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from math import inf
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -93,7 +94,9 @@ def open_stream(
         if not proxied:
             check_permission(user, channels)
             return _stream(request, session, after)
-        missed = _recover(request, {c: after.get(c) for c in reliable(channels)})
+        missed = _recover(
+            request, {c: after.get(c) for c in reliable(channels)}, max_age=conf.replay_age
+        )
         check_permission(user, channels)
     except ResumeNotAllowed as e:
         # Not a stream: this status is what makes an EventSource stop trying.
@@ -149,7 +152,9 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
     return _go_on(request, session, missed, body, ids, link_to, paged)
 
 
-def _recover(request: HttpRequest, after: Mapping[str, int | None]) -> Recovered:
+def _recover(
+    request: HttpRequest, after: Mapping[str, int | None], max_age: timedelta | None = None
+) -> Recovered:
     """`recover`, on a connection that is open already.
 
     Under ASGI each request has a thread, and so a connection, of its own. Unless something has
@@ -157,8 +162,8 @@ def _recover(request: HttpRequest, after: Mapping[str, int | None]) -> Recovered
     than all the rest; and a thousand clients that come back at once would take a thousand.
     """
     if isinstance(request, ASGIRequest) and connections[conf.database].connection is None:
-        return in_other_thread(lambda: recover(after))
-    return recover(after)
+        return in_other_thread(lambda: recover(after, max_age=max_age))
+    return recover(after, max_age=max_age)
 
 
 def _came_through_proxy(request: HttpRequest) -> bool:

@@ -168,6 +168,26 @@ def test_missed_events_are_replayed_then_live_ones_follow(
         assert received(client, 1) == sent[-1:]
 
 
+def test_client_begins_no_further_back_than_the_replay_age(
+    database: Database, serve: Serve, channel: str
+) -> None:
+    url = serve(EVENTSTREAM_REPLAY_AGE=600)
+    send_events([(channel, "message", n) for n in range(4)])
+    sequence(database)
+    database.execute(
+        "UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 h' WHERE eid <= 2"
+    )
+    with (
+        SSEClient(url, [channel], last_event_id="earliest") as earliest,
+        SSEClient(url, [channel], last_event_id=f"{channel}:2") as young,
+        SSEClient(url, [channel], last_event_id=f"{channel}:1") as old,
+    ):
+        assert received(earliest, 2) == received(young, 2) == ["2", "3"]
+        old.wait_for(lambda: len(old.control) == 2)
+        assert (old.control[1].type, old.control[1].eids) == ("stream-reset", {channel: 4})
+        assert old.events == []
+
+
 def test_stream_reset_carries_the_id_to_go_on_from(
     database: Database, serve: Serve, channel: str
 ) -> None:

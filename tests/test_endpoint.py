@@ -11,7 +11,7 @@ from django.db import connection
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
-from pg_eventstream import recovery, send_events, sse
+from pg_eventstream import get_events, recovery, send_events, sse
 
 from .conftest import Database
 from .origin import Origin, behind_a_proxy, prune, sequence
@@ -213,6 +213,35 @@ def test_reset_in_the_middle_of_a_recovery(database: Database, origin: Origin) -
     second = origin.follow(first)
     assert sse.parse_id(second.control["stream-reset"].id) == {"c": recovery.PAGE_EVENTS + 6}
     assert second.held
+
+
+@override_settings(EVENTSTREAM_REPLAY_AGE=600)
+@pytest.mark.parametrize("old", [0, 1, 4, 7])
+def test_client_begins_no_further_back_than_the_replay_age(
+    database: Database, origin: Origin, old: int
+) -> None:
+    sent = [str(n) for n in range(1, 8)]
+    send(database, "c", *sent)
+    database.execute(
+        "UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 h' WHERE eid <= %s",
+        [old],
+    )
+    for start in ("earliest", *(f"c:{eid}" for eid in range(8))):
+        answer = origin.open("c", last_event_id=start)
+        if start == "earliest":
+            assert (answer.data, answer.opened_at) == (sent[old:], {"c": old})
+        elif (eid := int(start[2:])) >= old or eid == len(sent):
+            assert (answer.data, list(answer.control)) == (sent[eid:], ["stream-open"])
+        else:
+            assert answer.data == []
+            assert sse.parse_id(answer.control["stream-reset"].id) == {"c": len(sent)}
+    # What is open goes on, and trusted code reads everything.
+    held = origin.open("c", last_event_id=f"c:{old}")
+    database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 h'")
+    send(database, "c", "8")
+    database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 h'")
+    assert origin.follow(held).data == ["8"]
+    assert [event.data for event in get_events(["c"], "earliest").events] == [*sent, "8"]
 
 
 # How it is read
