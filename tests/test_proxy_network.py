@@ -98,7 +98,7 @@ def test_batch_whose_answer_is_lost_on_the_way_is_not_delivered_twice(
         load.check(restless)
     assert steady.connections == 1
     assert lines(publisher, UNREACHABLE) >= BREAKS // 4
-    assert lines(publisher, BACK) >= BREAKS // 4
+    wait_until(lambda: lines(publisher, BACK) >= BREAKS // 4, timeout=60)
 
 
 @pytest.mark.thorough
