@@ -35,7 +35,7 @@ SELECT 0, pg_current_snapshot(), 0
 -- Which events are new is decided by comparing two snapshots, the one stored by
 -- the last call and the present one, and not by a high-water mark: a transaction
 -- that commits late simply arrives in the next call, and one that stays open
--- holds nothing up. The cost is that of the new rows, whatever runs beside it.
+-- holds nothing up. The cost depends on the new rows alone, not on other transactions.
 --
 -- Any number of sessions may call it; one at a time works.
 --
@@ -101,8 +101,8 @@ BEGIN
     own := pg_current_xact_id_if_assigned();
 
     -- After pg_dump and restore, pg_upgrade or a logical copy the transaction ids
-    -- that are stored belong to another cluster and mean nothing, and whoever emptied a table
-    -- may have filled it again with rows that are sequenced already. Then, as on the
+    -- that are stored belong to another cluster and mean nothing, and a table that was emptied
+    -- may have been filled again with rows that are sequenced already. Then, as on the
     -- very first call, new is what stands in the outbox and not in the stream. A promoted
     -- standby goes on with the ids of its primary.
     known := coalesce(

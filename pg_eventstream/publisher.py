@@ -334,6 +334,7 @@ def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> N
                     WHERE sequenced_at < now() - make_interval(secs => %(seconds)s)
                     ORDER BY position DESC LIMIT 1
                    ) AS old ON true
+             -- Where all are known, nothing has to be looked for.
              WHERE name NOT IN (SELECT name FROM pg_eventstream_proxy)
             ON CONFLICT (name) DO NOTHING
             """,  # noqa: S608
