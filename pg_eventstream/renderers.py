@@ -29,9 +29,9 @@ class SSEEventRenderer(BaseRenderer):
     is its status (``forbidden``, ``too-many-requests``), any other data a ``message``.
     """
 
-    media_type = sse.CONTENT_TYPE
-    format = sse.CONTENT_TYPE
-    charset = None  # an event stream is always UTF-8
+    media_type = sse.MEDIA_TYPE  # as clients ask for it, mostly without a charset
+    format = sse.MEDIA_TYPE
+    charset = "utf-8"
 
     def render(
         self,

@@ -17,7 +17,10 @@ from django.core.serializers.json import DjangoJSONEncoder
 
 from .errors import InvalidRequest, ResumeNotAllowed
 
-CONTENT_TYPE = "text/event-stream"
+MEDIA_TYPE = "text/event-stream"
+#: With what an event stream always is: a client that follows HTTP more than the format would take
+#: any other text for Latin-1, and Django would encode it in DEFAULT_CHARSET.
+CONTENT_TYPE = f"{MEDIA_TYPE}; charset=utf-8"
 KEEP_ALIVE = "event: keep-alive\ndata:\n\n"
 KEEP_ALIVE_SECONDS = 20
 

@@ -66,7 +66,7 @@ class Answer:
         if "Grip-Channel" in response.headers:  # what the proxy's filter makes of it
             assert "%" not in text.replace("%%", ""), text
             text = text.replace("%%", "%")
-        is_stream = response.headers["Content-Type"] == "text/event-stream"
+        is_stream = response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         events = [parse_event(block) for block in text.split("\n\n")] if is_stream else []
         self.all = [event for event in events if event is not None]
         self.events = [event for event in self.all if not event.type.startswith("stream-")]

@@ -257,7 +257,7 @@ def test_proxy_passes_on_what_is_allowed(
     path = f"/events/?channel={channel}"
     headers = {"Origin": cross_origin}
     with answer_of(pushpin, path, headers=headers) as held:
-        assert held.getheader("Content-Type") == "text/event-stream"
+        assert held.getheader("Content-Type") == "text/event-stream; charset=utf-8"
         assert held.getheader("Access-Control-Allow-Origin") == cross_origin
         assert held.getheader("Access-Control-Allow-Credentials") == "true"
         assert "Origin" in held.getheader("Vary", "")

@@ -14,7 +14,7 @@ from django.test.utils import CaptureQueriesContext
 from pg_eventstream import get_events, recovery, send_events, sse
 
 from .conftest import Database
-from .origin import Origin, behind_a_proxy, prune, sequence
+from .origin import Origin, behind_a_proxy, prune, sequence, signature
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +40,40 @@ def test_stream_opens_with_padding_and_headers_that_nobody_may_buffer_or_change(
     origin: Origin, channel: str
 ) -> None:
     answer = origin.open(channel)
-    assert answer.response["Content-Type"] == "text/event-stream"
+    assert answer.response["Content-Type"] == "text/event-stream; charset=utf-8"
     assert answer.response["Cache-Control"] == "private, no-cache, no-store, no-transform"
     assert answer.response["X-Accel-Buffering"] == "no"
     assert answer.body.startswith(":" + " " * 2048 + "\n\nevent: stream-open\n")
     assert answer.held
+
+
+@pytest.mark.parametrize("default", ["utf-8", "iso-8859-1", "utf-16"])
+def test_every_stream_says_that_it_is_utf_8(
+    database: Database, origin: Origin, channel: str, default: str
+) -> None:
+    """Clients that follow HTTP take a text without a charset for Latin-1: requests, for one."""
+    event = ("message", "✅ ü\u2028", None, False)
+    with override_settings(DEFAULT_CHARSET=default):
+        send_events([(channel, *event)])
+        sequence(database)
+        opened = origin.open(channel, last_event_id=f"{channel}:0")
+        assert opened.data == ["✅ ü\u2028"]
+        asked = origin.ask(opened.next_link, {"Grip-Last": f"events-{channel}; last-id=0"})
+        assert asked.data == ["✅ ü\u2028"]
+        answers = [
+            *(opened, asked),
+            origin.open(),  # bad-request
+            origin.open("x" * 256),
+            origin.open(channel, last_event_id="x"),
+        ]
+        with override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.channelmanagers.StaffOnly"):
+            answers.append(origin.open("staff ✅"))  # forbidden
+        heads = [
+            origin.head(path, headers={"Grip-Sig": signature()})
+            for path in (f"/events/?channel={channel}", "/events/")
+        ]
+    for response in [answer.response for answer in answers] + heads:
+        assert response["Content-Type"] == "text/event-stream; charset=utf-8"
 
 
 def test_stream_open_carries_the_current_id_so_that_nothing_is_missed(

@@ -144,7 +144,7 @@ def check(response: Any) -> list[Parsed]:
     assert response.headers.get("Access-Control-Allow-Origin", PAGE).lower() == PAGE
     text = response.content.decode()
     assert SECRET not in text
-    if response.headers.get("Content-Type") != "text/event-stream":
+    if response.headers.get("Content-Type") != "text/event-stream; charset=utf-8":
         assert "Grip-Channel" not in response.headers
         return []
     if "Grip-Channel" in response.headers:

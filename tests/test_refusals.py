@@ -39,7 +39,7 @@ def send(database: Database, channel: str, *data: str) -> None:
 def error_of(answer: Answer) -> Any:
     """The stream-error that the answer consists of; nothing is held, nothing follows."""
     assert answer.status == 200
-    assert answer.response["Content-Type"] == "text/event-stream"
+    assert answer.response["Content-Type"] == "text/event-stream; charset=utf-8"
     assert not any(name.startswith("Grip-") for name in answer.response.headers)
     assert [(event.type, event.id) for event in answer.all] == [("stream-error", "error")]
     return json.loads(answer.all[0].data)
@@ -105,7 +105,7 @@ def test_head_is_answered_and_not_held(origin: Origin) -> None:
         headers = {"Grip-Sig": signature(), "Grip-Last": "events-c; last-id=0"}
         response = origin.head(path, headers=headers)
         assert response.status_code == 200
-        assert response["Content-Type"] == "text/event-stream"
+        assert response["Content-Type"] == "text/event-stream; charset=utf-8"
         assert not any(name.startswith("Grip-") for name in response.headers)
 
 
