@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jwt
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.utils.module_loading import import_string
 from jwt.algorithms import has_crypto
@@ -26,6 +28,7 @@ _ORIGIN = re.compile(
 )
 # RFC 7518, 3.2: what a key for HS256 must have at least.
 _SECRET_BYTES = 32
+_LEAST_TIMEOUT = 5
 _HEADER = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
 
 
@@ -34,6 +37,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     return [
         *_check_database(),
         *_check_numbers(),
+        *_check_limits(),
         *_check_channelmanager(),
         *_check_grip(),
         *_check_grip_keys(),
@@ -64,76 +68,81 @@ def _check_database() -> list[CheckMessage]:
     return []
 
 
-def _check_numbers() -> list[CheckMessage]:
-    messages: list[CheckMessage] = []
-    retention = getattr(settings, "EVENTSTREAM_RETENTION", timedelta(hours=24))
-    if not _is_number(retention) and not isinstance(retention, timedelta):
-        messages.append(
-            Error(
-                "EVENTSTREAM_RETENTION must be a timedelta, or a number of seconds.",
-                hint="For a day, which is the default: timedelta(hours=24).",
-                id="pg_eventstream.E003",
-            )
-        )
-    elif not 0 < _seconds(retention) < timedelta.max.total_seconds():
-        messages.append(
-            Error(
-                "EVENTSTREAM_RETENTION must be longer than nothing.",
-                hint="Clients that lose their connection resume from the events that are kept.",
-                id="pg_eventstream.E003",
-            )
-        )
-    replay_age = getattr(settings, "EVENTSTREAM_REPLAY_AGE", None)
-    if replay_age is not None and not (
-        (_is_number(replay_age) or isinstance(replay_age, timedelta))
-        and 0 < _seconds(replay_age) < timedelta.max.total_seconds()
-    ):
-        messages.append(
-            Error(
-                "EVENTSTREAM_REPLAY_AGE must be a timedelta or a number of seconds, greater than"
-                " zero.",
-                hint="Leave it out to let clients begin with any event that is kept.",
-                id="pg_eventstream.E018",
-            )
-        )
-    limit = getattr(settings, "EVENTSTREAM_CHANNEL_LIMIT", 10)
-    if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_CHANNELS:
-        messages.append(
-            Error(
+#: The settings that are numbers, and what each is for.
+_NUMBERS = [
+    (
+        "retention",
+        "Clients that lose their connection resume from the events that are kept. For a day,"
+        " which is the default: timedelta(hours=24).",
+        "pg_eventstream.E003",
+    ),
+    (
+        "replay_age",
+        "Leave it out to let clients begin with any event that is kept.",
+        "pg_eventstream.E018",
+    ),
+    (
+        "channel_limit",
+        "The default is 10 channels for each stream.",
+        "pg_eventstream.E004",
+    ),
+    (
+        "next_link_timeout",
+        "Every quiet stream asks the origin once in so many seconds, by a link that works for a"
+        " day. The default is 600.",
+        "pg_eventstream.E005",
+    ),
+    (
+        "safety_poll",
+        "The default, 5, is how long an event waits at most if its ring is lost.",
+        "pg_eventstream.E006",
+    ),
+    (
+        "max_age",
+        "A stream without a proxy ends after that time, and its client comes back.",
+        "pg_eventstream.E017",
+    ),
+]
+
+
+def _check_numbers() -> Iterator[CheckMessage]:
+    found: set[str] = set()
+    for attribute, hint, number in _NUMBERS:
+        try:
+            getattr(conf, attribute)
+        except ImproperlyConfigured as e:
+            if str(e) not in found:  # which another number depends on
+                yield Error(str(e), hint=hint, id=number)
+            found.add(str(e))
+
+
+def _check_limits() -> Iterator[CheckMessage]:
+    """Numbers that would work, but not as they were meant."""
+    with suppress(ImproperlyConfigured):
+        if conf.channel_limit < getattr(settings, "EVENTSTREAM_CHANNEL_LIMIT", 0):
+            yield Error(
                 f"EVENTSTREAM_CHANNEL_LIMIT must be a number from 1 to {MOST_CHANNELS}.",
-                hint="A GRIP proxy holds 20 channels for a connection, one of which is the user's,"
-                " and cuts off the others without saying so.",
+                hint="A GRIP proxy holds 20 channels for a connection, one of which is the"
+                " user's, and cuts off the others without saying so.",
                 id="pg_eventstream.E004",
             )
-        )
-    timeout = getattr(settings, "EVENTSTREAM_NEXT_LINK_TIMEOUT", 600)
-    if not isinstance(timeout, int) or timeout < 5:
-        messages.append(
-            Error(
-                "EVENTSTREAM_NEXT_LINK_TIMEOUT must be a number of seconds, at least 5.",
+    with suppress(ImproperlyConfigured):
+        if conf.next_link_timeout < _LEAST_TIMEOUT:
+            yield Error(
+                f"EVENTSTREAM_NEXT_LINK_TIMEOUT must be at least {_LEAST_TIMEOUT} seconds.",
                 hint="Every quiet stream asks the origin once in that time.",
                 id="pg_eventstream.E005",
             )
-        )
-    max_age = getattr(settings, "EVENTSTREAM_MAX_AGE", None)
-    if max_age is not None and (not _is_number(max_age) or max_age <= 0):
-        messages.append(
-            Error(
-                "EVENTSTREAM_MAX_AGE must be a positive number of seconds, or None for no end.",
-                hint="A stream without a proxy ends after that time, and its client comes back.",
-                id="pg_eventstream.E017",
+    with suppress(ImproperlyConfigured):
+        retention, timeout = conf.retention, conf.next_link_timeout
+        if conf.grip_proxies and retention and retention < timedelta(seconds=timeout):
+            yield Warning(
+                "EVENTSTREAM_RETENTION is shorter than EVENTSTREAM_NEXT_LINK_TIMEOUT. A stream"
+                " that has missed an event may ask for it only after that time, and gets a"
+                " stream-reset then.",
+                hint="Keep events for longer, or let the proxy ask sooner.",
+                id="pg_eventstream.W005",
             )
-        )
-    poll = getattr(settings, "EVENTSTREAM_SAFETY_POLL", 5.0)
-    if poll is not None and (not _is_number(poll) or poll <= 0):
-        messages.append(
-            Error(
-                "EVENTSTREAM_SAFETY_POLL must be a positive number of seconds, or None for none.",
-                hint="The default, 5, is how long an event waits at most if its ring is lost.",
-                id="pg_eventstream.E006",
-            )
-        )
-    return messages
 
 
 def _check_channelmanager() -> list[CheckMessage]:
@@ -366,11 +375,3 @@ def _is_text(value: object) -> bool:
         isinstance(value, list | tuple | set | frozenset)
         and all(isinstance(item, str) for item in value)
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _seconds(value: timedelta | float) -> float:
-    return value.total_seconds() if isinstance(value, timedelta) else value

@@ -1,31 +1,54 @@
-"""Settings: one typed property each, read at call time, validated by `checks`."""
+"""Settings: one typed property each, read at call time, validated by `checks`.
+
+A number that makes no sense is refused here too, by `ImproperlyConfigured`: application servers
+run no checks, and a retention of nothing would prune everything.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from reprlib import repr as shortened
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit, urlunsplit
 
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from gripcontrol import parse_grip_uri
 
 #: Channels of a stream. The proxy holds 20 for a connection and cuts off what is more without a
 #: word (Pushpin: connection_subscription_max); one of them is the user's.
 MOST_CHANNELS = 19
 
+# What is older has a date that neither Python's datetime nor PostgreSQL's timestamp need to know.
+_MOST_DAYS = 365_000
+# A next link works for a day (`hold.sign`), and poll() waits for less than 25.
+_DAY_SECONDS = 86_400
+
 
 class Conf:
+    def check_numbers(self) -> None:
+        """Raises `ImproperlyConfigured` if one of the numbers makes no sense.
+
+        For whoever starts what uses them later, in a thread or in the middle of a stream.
+        """
+        _ = (self.retention, self.replay_age, self.safety_poll, self.max_age)
+        _ = (self.channel_limit, self.next_link_timeout)
+
     @property
     def database(self) -> str:
         """The alias of the database that holds the events."""
         return str(getattr(settings, "EVENTSTREAM_DATABASE", "default"))
 
     @property
-    def retention(self) -> timedelta:
-        """How long a sequenced event is kept (default 24 hours). A number counts seconds."""
-        value = getattr(settings, "EVENTSTREAM_RETENTION", timedelta(hours=24))
-        return value if isinstance(value, timedelta) else timedelta(seconds=value)
+    def retention(self) -> timedelta | None:
+        """How long a sequenced event is kept (default 24 hours). A number counts seconds.
+
+        None keeps events, whatever their age.
+        """
+        return _duration("EVENTSTREAM_RETENTION", timedelta(hours=24), "to keep all events")
 
     @property
     def replay_age(self) -> timedelta | None:
@@ -33,11 +56,9 @@ class Conf:
 
         None, the default, for all that are kept.
         """
-        value = getattr(settings, "EVENTSTREAM_REPLAY_AGE", None)
-        if value is None:
-            return None
-        age = value if isinstance(value, timedelta) else timedelta(seconds=value)
-        return age if age < self.retention else None
+        age = _duration("EVENTSTREAM_REPLAY_AGE", None, "for all that are kept")
+        retention = self.retention
+        return None if age and retention and age >= retention else age
 
     @property
     def safety_poll(self) -> float | None:
@@ -45,13 +66,12 @@ class Conf:
 
         None switches it off; the doorbell alone wakes the publisher then.
         """
-        value = getattr(settings, "EVENTSTREAM_SAFETY_POLL", 5.0)
-        return None if value is None else float(value)
+        return _seconds("EVENTSTREAM_SAFETY_POLL", 5.0, "for none", _DAY_SECONDS)
 
     @property
     def channel_limit(self) -> int:
         """Channels per stream (default 10); 19 at most, whatever the setting says."""
-        return min(int(getattr(settings, "EVENTSTREAM_CHANNEL_LIMIT", 10)), MOST_CHANNELS)
+        return min(_whole("EVENTSTREAM_CHANNEL_LIMIT", 10), MOST_CHANNELS)
 
     @property
     def next_link_timeout(self) -> int:
@@ -59,7 +79,7 @@ class Conf:
 
         Permissions are checked again then. Default 600.
         """
-        return int(getattr(settings, "EVENTSTREAM_NEXT_LINK_TIMEOUT", 600))
+        return _whole("EVENTSTREAM_NEXT_LINK_TIMEOUT", 600, _DAY_SECONDS)
 
     @property
     def max_age(self) -> float | None:
@@ -67,8 +87,7 @@ class Conf:
 
         None, the default, for never.
         """
-        value = getattr(settings, "EVENTSTREAM_MAX_AGE", None)
-        return None if value is None else float(value)
+        return _seconds("EVENTSTREAM_MAX_AGE", None, "for no end", _MOST_DAYS * _DAY_SECONDS)
 
     @property
     def channelmanager_class(self) -> str:
@@ -136,6 +155,50 @@ def proxy_name(config: dict[str, Any]) -> str:
     """The name of a proxy in the database and in logs: its control URI without credentials."""
     uri = urlsplit(str(config.get("control_uri", "")))
     return urlunsplit((uri.scheme, uri.netloc.rpartition("@")[2], uri.path.rstrip("/"), "", ""))
+
+
+def _duration(name: str, default: timedelta | None, without: str) -> timedelta | None:
+    """A setting that is a timedelta or a number of seconds."""
+    value = getattr(settings, name, default)
+    if value is None:
+        return None
+    # As it is used: what rounds to nothing is nothing.
+    with suppress(OverflowError, ValueError):
+        age = timedelta(seconds=value) if _is_number(value) else value
+        if isinstance(age, timedelta) and timedelta(0) < age <= timedelta(days=_MOST_DAYS):
+            return age
+    raise ImproperlyConfigured(
+        f"{name} must be a timedelta or a number of seconds, greater than zero and at most"
+        f" {_MOST_DAYS:,} days, or None {without}; it is {shortened(value)}."
+    )
+
+
+def _seconds(name: str, default: float | None, without: str, most: int) -> float | None:
+    """A setting that is a number of seconds."""
+    value = getattr(settings, name, default)
+    if value is None:
+        return None
+    if _is_number(value) and 0 < value <= most:
+        return float(value)
+    raise ImproperlyConfigured(
+        f"{name} must be a number of seconds, greater than zero and at most {most:,}, or None"
+        f" {without}; it is {shortened(value)}."
+    )
+
+
+def _whole(name: str, default: int, most: float = math.inf) -> int:
+    """A setting that is a whole number, of seconds or of something else."""
+    value = getattr(settings, name, default)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
+        return value
+    at_most = "" if most == math.inf else f", at most {most:,}"
+    raise ImproperlyConfigured(
+        f"{name} must be a whole number, greater than zero{at_most}; it is {shortened(value)}."
+    )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _strings(value: str | Iterable[str] | None) -> list[str]:

@@ -142,8 +142,10 @@ def _copy_events(
         "CREATE TEMP TABLE old_event"
         " (channel text, eid bigint, type text, data text, created timestamptz) ON COMMIT DROP"
     )
-    young = Event.objects.using(source).filter(created__gte=timezone.now() - conf.retention)
-    rows = _pages(young.filter(eid__gt=0), "channel", "eid", "type", "data", "created")
+    young = Event.objects.using(source).filter(eid__gt=0)
+    if (retention := conf.retention) is not None:
+        young = young.filter(created__gte=timezone.now() - retention)
+    rows = _pages(young, "channel", "eid", "type", "data", "created")
     with cursor.copy("COPY old_event FROM STDIN") as copy:
         for _, channel, eid, event_type, data, created in rows:
             if channel in imported.refused:

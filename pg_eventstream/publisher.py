@@ -55,6 +55,7 @@ class Publisher:
     """
 
     def __init__(self, database: Database) -> None:
+        conf.check_numbers()
         self._database = database
         self._proxies = [grip.Proxy(config) for config in conf.grip_proxies]
         self._stopping = threading.Event()
@@ -223,7 +224,9 @@ class Publisher:
         while not over.wait(_SWEEP_SECONDS):
             now = time.monotonic()
             # Events that others sequence count as quiet; those are swept a little later.
-            quiet_sweep = min(_QUIET_SWEEP_SECONDS, conf.retention.total_seconds() / 10)
+            quiet_sweep = _QUIET_SWEEP_SECONDS
+            if (retention := conf.retention) is not None:
+                quiet_sweep = min(quiet_sweep, retention.total_seconds() / 10)
             if now < self._busy_at + _QUIET_SECONDS or now >= swept_at + quiet_sweep:
                 return
 

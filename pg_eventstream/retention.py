@@ -84,9 +84,10 @@ class Sweep:
 
     An event is due when it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at
     least one of the configured proxies has acknowledged it; without proxies, the age decides
-    alone. What is not sequenced yet stays, however old. An unreliable event is due after a
-    minute: by then every proxy and every process has passed it on, or will not. An event that the
-    trigger did not see is due as long after it was created as others after they were sequenced.
+    alone. What is not sequenced yet stays, however old. An event that the trigger did not see is
+    due as long after it was created as others after they were sequenced. If the retention is None,
+    none of these is ever due. An unreliable event is due after a minute: by then every proxy and
+    every process has passed it on, or will not.
 
     It goes on where it stopped, and does not look for the oldest row from the lower end of an
     index: while some session holds an old snapshot, vacuum can remove nothing, and all that
@@ -147,7 +148,10 @@ class Sweep:
         return pruned
 
     def _prune_old(self, now: datetime) -> int:
-        """Up to 1,000 events past the retention, oldest first."""
+        """Up to 1,000 events past the retention, oldest first; none if all are kept."""
+        retention = conf.retention
+        if retention is None:
+            return 0
         pruned, empty_to = self._prune(
             """
             SELECT position, channel, eid, event_id, coalesce(incarnation, 0) AS incarnation,
@@ -164,7 +168,7 @@ class Sweep:
                 "proxied": bool(conf.grip_proxies),
                 "batch": _BATCH_EVENTS,
                 "now": now,
-                "retention": conf.retention,
+                "retention": retention,
             },
         )
         if empty_to is not None:

@@ -95,6 +95,8 @@ class Subscription:
     after a change of this user's permissions. What it raises, `next_batch` raises.
 
     ``max_age`` is that of the oldest event to begin with.
+
+    Raises `ImproperlyConfigured` if a number among the settings makes no sense.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Subscription:
         check: Callable[[], None] = lambda: None,
         max_age: timedelta | None = None,
     ) -> None:
+        conf.check_numbers()  # before anything is sent
         self.channels = channels
         self._after = after
         self._reader = reader

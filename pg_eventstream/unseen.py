@@ -58,7 +58,8 @@ SELECT channel, type, data, skip_user_ids FROM unseen ORDER BY id;"""
 
 
 class UnseenEvents:
-    """Prunes them when they were created longer ago than ``EVENTSTREAM_RETENTION``.
+    """Prunes them when they were created longer ago than ``EVENTSTREAM_RETENTION``, unless that
+    is None.
 
     After a sweep hardly an event is as old, so it looks at the oldest few, by their key. Only
     where one of them is, are events looked for in the stream: each once, however long they stay
@@ -76,7 +77,10 @@ class UnseenEvents:
 
     def prune(self, now: datetime) -> int | None:
         """A page of old events: how many of them were pruned. None if none was left to look at."""
-        params = {"first": self._first, "now": now, "retention": conf.retention}
+        retention = conf.retention
+        if retention is None:
+            return None
+        params = {"first": self._first, "now": now, "retention": retention}
         old, first = self._look(_PEEK_EVENTS, params)
         if old:
             old, _ = self._look(_PAGE_EVENTS, params)

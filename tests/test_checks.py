@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, registry, run_checks
+from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
 from pg_eventstream import checks
 from pg_eventstream.channelmanager import DefaultChannelManager
+from pg_eventstream.conf import conf
 
 ROOT = Path(__file__).parent.parent
 # As long as a key for HS256 must be.
@@ -70,6 +72,10 @@ def check(**overrides: Any) -> list[CheckMessage]:
         {"EVENTSTREAM_RETENTION": timedelta(minutes=5)},
         {"EVENTSTREAM_RETENTION": 3600},
         {"EVENTSTREAM_RETENTION": 0.5},
+        {"EVENTSTREAM_RETENTION": None},
+        {"EVENTSTREAM_RETENTION": None, "EVENTSTREAM_REPLAY_AGE": 3600},
+        {"EVENTSTREAM_RETENTION": 600, "GRIP_PROXIES": [PROXY]},
+        {"EVENTSTREAM_RETENTION": None, "GRIP_PROXIES": [PROXY]},
         {"EVENTSTREAM_REPLAY_AGE": None},
         {"EVENTSTREAM_REPLAY_AGE": 600},
         {"EVENTSTREAM_REPLAY_AGE": timedelta(hours=1)},
@@ -105,7 +111,6 @@ def test_correct_project_is_silent(correct: dict[str, Any]) -> None:
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("E001", {"EVENTSTREAM_DATABASE": "elsewhere"}),
     ("E003", {"EVENTSTREAM_RETENTION": "24h"}),
-    ("E003", {"EVENTSTREAM_RETENTION": None}),
     ("E003", {"EVENTSTREAM_RETENTION": True}),
     ("E003", {"EVENTSTREAM_RETENTION": 0}),
     ("E003", {"EVENTSTREAM_RETENTION": timedelta(hours=-1)}),
@@ -175,6 +180,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("W003", {"GRIP_PROXIES": [{**PROXY, "verify_key": b"x" * 31}]}),
     ("W002", {"EVENTSTREAM_STORAGE_CLASS": "django_eventstream.storage.DjangoModelStorage"}),
     ("W002", {"EVENTSTREAM_STORAGE_CONNECTION": {"host": "localhost"}}),
+    ("W005", {"EVENTSTREAM_RETENTION": 599, "GRIP_PROXIES": [PROXY]}),
     ("W004", TLS),
     ("W004", {**TLS, "SECURE_REDIRECT_EXEMPT": [r"^health/$"]}),
     ("W004", {**TLS, "SECURE_PROXY_SSL_HEADER": ("HTTP_X_FORWARDED_PROTO", "https")}),
@@ -191,6 +197,81 @@ def test_wrong_setting_is_reported_with_what_to_do(number: str, wrong: dict[str,
     # It names what is to be changed.
     name = next(iter(wrong))
     assert name in f"{message.msg} {message.hint}" or name.startswith("GRIP")
+
+
+NAN, INFINITY, HUGE = float("nan"), float("inf"), 10**400
+NO_NUMBERS: list[Any] = ["", "60", "24h", "none", True, False, NAN, b"5", [], [60], {}, object()]
+NOT_POSITIVE: list[Any] = [0, 0.0, -1, -0.5, -INFINITY]
+TOO_LONG: list[Any] = [INFINITY, 1e300, HUGE]
+#: Of each setting that is a number: its property, the number of its check, and what it refuses.
+NUMBERS: dict[str, tuple[str, str, list[Any]]] = {
+    "EVENTSTREAM_RETENTION": (
+        *("retention", "E003"),
+        [timedelta(0), timedelta(hours=-1), timedelta.max, timedelta(days=365_001), 1e-7, 1e12],
+    ),
+    "EVENTSTREAM_REPLAY_AGE": (
+        *("replay_age", "E018"),
+        [timedelta(0), timedelta(hours=-1), timedelta.max, timedelta(days=365_001), 1e-7, 1e12],
+    ),
+    # A link works for a day.
+    "EVENTSTREAM_NEXT_LINK_TIMEOUT": (
+        *("next_link_timeout", "E005"),
+        [None, 5.5, 600.0, timedelta(minutes=10), 86_401, 2**31],
+    ),
+    "EVENTSTREAM_CHANNEL_LIMIT": ("channel_limit", "E004", [None, 5.0, timedelta(1), INFINITY]),
+    "EVENTSTREAM_SAFETY_POLL": ("safety_poll", "E006", [timedelta(seconds=5), 86_401, 2**31]),
+    "EVENTSTREAM_MAX_AGE": ("max_age", "E017", [timedelta(seconds=5)]),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_number_that_makes_no_sense_is_refused_by_check_and_when_it_is_used(name: str) -> None:
+    attribute, number, own = NUMBERS[name]
+    too_long = [] if name == "EVENTSTREAM_CHANNEL_LIMIT" else TOO_LONG
+    for value in (*NO_NUMBERS, *NOT_POSITIVE, *too_long, *own):
+        messages = check(**{name: value})
+        assert [message.id for message in messages] == [f"pg_eventstream.{number}"], value
+        assert name in messages[0].msg
+        assert messages[0].hint
+        with (
+            override_settings(**{name: value}),
+            pytest.raises(ImproperlyConfigured, match=f"^{name} must be ") as refused,
+        ):
+            getattr(conf, attribute)
+        assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("EVENTSTREAM_RETENTION", None, None),
+        ("EVENTSTREAM_RETENTION", 1e-6, timedelta(microseconds=1)),
+        ("EVENTSTREAM_RETENTION", timedelta(days=365_000), timedelta(days=365_000)),
+        ("EVENTSTREAM_REPLAY_AGE", None, None),
+        ("EVENTSTREAM_REPLAY_AGE", 60, timedelta(minutes=1)),
+        ("EVENTSTREAM_REPLAY_AGE", timedelta(days=365_000), None),  # more than is kept
+        ("EVENTSTREAM_NEXT_LINK_TIMEOUT", 86_400, 86_400),
+        ("EVENTSTREAM_CHANNEL_LIMIT", 7, 7),
+        ("EVENTSTREAM_SAFETY_POLL", None, None),
+        ("EVENTSTREAM_SAFETY_POLL", 86_400, 86_400.0),
+        ("EVENTSTREAM_MAX_AGE", None, None),
+        ("EVENTSTREAM_MAX_AGE", 1e-3, 1e-3),
+    ],
+)
+def test_number_at_the_edge_is_taken_as_it_is(name: str, value: Any, read: Any) -> None:
+    assert check(**{name: value}) == []
+    with override_settings(**{name: value}):
+        assert getattr(conf, NUMBERS[name][0]) == read
+
+
+def test_every_number_among_the_settings_is_in_the_table() -> None:
+    numbers = {
+        name
+        for name, attribute in vars(type(conf)).items()
+        if isinstance(attribute, property)
+        and re.match("int|float|timedelta", attribute.fget.__annotations__["return"])
+    }
+    assert numbers == {attribute for attribute, _, _ in NUMBERS.values()}
 
 
 def test_database_that_is_not_postgresql_is_reported() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 from django.db import connection
@@ -271,6 +272,10 @@ def test_client_begins_no_further_back_than_the_replay_age(
     database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 h'")
     assert origin.follow(held).data == ["8"]
     assert [event.data for event in get_events(["c"], "earliest").events] == [*sent, "8"]
+    with override_settings(EVENTSTREAM_RETENTION=None):
+        assert origin.open("c", last_event_id="earliest").data == []
+        with override_settings(EVENTSTREAM_REPLAY_AGE=timedelta(days=365_000)):  # the longest
+            assert origin.open("c", last_event_id="earliest").data == [*sent, "8"]
 
 
 # How it is read

@@ -325,6 +325,18 @@ def test_imported_events_are_pruned_on_time(database: Database, des: DjangoEvent
     assert resume("room", 3) == [(4, '"new"')]
 
 
+@pytest.mark.parametrize("retention", [None, timedelta(days=365_000)])
+def test_events_of_any_age_are_imported_if_all_are_kept(
+    database: Database, des: DjangoEventstream, retention: timedelta | None
+) -> None:
+    des.send("room", 1, ago=300 * 24 * HOUR)
+    des.send("room", 2)
+    with override_settings(EVENTSTREAM_RETENTION=retention):
+        run()
+        call_command("eventstream_prune", stdout=StringIO())
+    assert resume("room", 0) == [(1, "1"), (2, "2")]
+
+
 def test_clocks_that_disagree_change_no_order(des: DjangoEventstream) -> None:
     des.send("room", 1, ago=-2 * HOUR)
     des.send("room", 2, ago=2 * HOUR)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from io import StringIO
 
 import pytest
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management import CommandError, call_command
-from django.test import override_settings
+from django.test import AsyncClient, override_settings
 
-from pg_eventstream import get_events, send_event, send_events
+from pg_eventstream import get_events, send_event, send_events, subscribe
+from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.publisher import Publisher
 from pg_eventstream.retention import Sweep
 
 from .conftest import Database, PublisherProcess
@@ -70,6 +74,74 @@ def test_retention_is_a_setting(database: Database, control: ControlPort) -> Non
         assert prune() == "0 events pruned."
     with override_settings(EVENTSTREAM_RETENTION=9 * 60):
         assert prune() == "1 events pruned."
+
+
+def test_retention_of_none_keeps_all_events_but_unreliable_ones(
+    database: Database, control: ControlPort
+) -> None:
+    sent = ["first", "second", "third"]
+    with override_settings(
+        EVENTSTREAM_CHANNELMANAGER_CLASS="tests.channelmanagers.Volatile",
+        EVENTSTREAM_RETENTION=None,
+    ):
+        send_events([("a", "message", text) for text in sent])
+        send_event("volatile", "message", "gone soon")
+        publish_once()
+        with database.connect() as connection:
+            connection.execute("SET session_replication_role = replica")  # the trigger sees nothing
+            connection.execute(
+                "INSERT INTO pg_eventstream_event (channel, data, created)"
+                " VALUES ('a', 'unseen', '2000-01-01')"
+            )
+        age(database, events_of="a", by=3650 * DAY)
+        age(database, events_of="volatile", by=timedelta(minutes=2))
+        for pruned in (1, 0):
+            assert prune() == f"{pruned} events pruned."
+            assert publish_once() == 0
+        assert [event.json() for event in get_events(["a"], "a:0").events] == sent
+        assert database.value("SELECT count(*) FROM pg_eventstream_outbox") == 0
+        with database.connect() as connection:
+            sweep = Sweep(connection)
+            assert sweep.run_once() == 0
+            with override_settings(EVENTSTREAM_RETENTION=timedelta(days=365_000)):  # the longest
+                assert sweep.run_once() == 0
+            with override_settings(EVENTSTREAM_RETENTION=DAY):
+                assert sweep.run_once() == 4
+    assert data(database) == []
+
+
+@pytest.mark.parametrize("value", [0, -3600, "24h", 1e-9, timedelta.max])
+def test_retention_that_makes_no_sense_prunes_nothing_and_says_what_is_wrong(
+    database: Database, control: ControlPort, value: object
+) -> None:
+    send_event("a", "message", 1)
+    publish_once()
+    age(database, events_of="a", by=timedelta(hours=1))
+    with (
+        override_settings(EVENTSTREAM_RETENTION=value),
+        pytest.raises(ImproperlyConfigured, match="EVENTSTREAM_RETENTION must be a timedelta or"),
+    ):
+        prune()  # as from a program: on the command line `check` comes first
+    assert len(data(database)) == 1
+
+
+@pytest.mark.parametrize(
+    "setting", [{"EVENTSTREAM_RETENTION": 0}, {"EVENTSTREAM_SAFETY_POLL": float("nan")}]
+)
+def test_number_that_makes_no_sense_lets_no_publisher_and_no_stream_begin(
+    database: Database, setting: dict[str, object]
+) -> None:
+    async def follow() -> None:
+        await anext(aiter(subscribe(["a"], "earliest")))
+
+    (name,) = setting
+    with override_settings(**setting):
+        with pytest.raises(ImproperlyConfigured, match=name):
+            Publisher(Where("default"))
+        with pytest.raises(ImproperlyConfigured, match=name):
+            asyncio.run(AsyncClient().get("/events/?channel=a"))
+        with pytest.raises(ImproperlyConfigured, match=name):
+            asyncio.run(follow())
 
 
 def test_event_that_no_proxy_has_acknowledged_is_kept(

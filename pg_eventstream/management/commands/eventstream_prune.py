@@ -14,8 +14,8 @@ from pg_eventstream.retention import Sweep
 
 class Command(BaseCommand):
     help = (
-        "Prunes events past EVENTSTREAM_RETENTION (24 hours), in small batches. A running"
-        " eventstream_publisher does the same by itself."
+        "Prunes events past EVENTSTREAM_RETENTION (24 hours; with None, unreliable events only), in"
+        " small batches. A running eventstream_publisher does the same by itself."
     )
     requires_migrations_checks = False
 
