@@ -17,6 +17,7 @@ The way of an event, and the module of each step:
     reading     the few threads and connections that read it for clients
     hold        tells the proxy to hold a stream: channels, ids, signed next links
     views       the endpoint
+    routing     mounts it in an asgi.py that routes with Channels
     next_links  on the way to it: below a script name, and what else answers in its place
     signature   says why that of a proxy does not verify
     liveness    says that no publisher runs, or that a proxy takes nothing
@@ -80,8 +81,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # "import pg_eventstream" and then include(pg_eventstream.urls) is how URLconfs are
     # written; imported lazily, because views need the app registry.
-    if name == "urls":
+    if name in ("routing", "urls", "views"):
         from importlib import import_module
 
-        return import_module(".urls", __name__)
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -188,6 +188,9 @@ def get_current_event_id(channels: Iterable[str]) -> str:
     A page that shows a state reads the id first and the state second; a client that then
     resumes from the id gets every later event, and perhaps some that the state contains.
     The other way round it could miss one. Unreliable channels have no ids and are left out.
+
+    An event has its id once its commit was sequenced, some milliseconds later: neither in the
+    transaction that sends it nor just after that is it this one.
     """
     names = reliable(as_names(channels))
     channels, _, _ = _read(dict.fromkeys(names), 0)

@@ -101,9 +101,11 @@ def test_chat_and_clock_run_unchanged_but_for_names(
     project.start("clock")
     for member in (ann, bob):
         member.page.wait_for("document.getElementById('clock').textContent.length > 10")
+    ann.page.evaluate("es.addEventListener('message', (event) => { trusted = event.isTrusted; })")
     bob.post("/rooms/tea/messages/", "text=hello%20%3Cb%3E")
     for member in (ann, bob):
         member.sees("bob: hello <b>")
+    assert ann.page.evaluate("trusted") is False  # as the README says
     bob.post("/rooms/tea/messages/", "text=not+for+me&skip_me=1")
     bob.post("/rooms/tea/messages/", "text=end&html=1")
     for member in (ann, bob):
