@@ -357,13 +357,75 @@ def test_waits_grow_up_to_the_limit(page: Page, serve: Serve) -> None:
     assert max(waits) < 3  # without a limit the last would be 6.4
 
 
-def test_waits_are_scattered_from_nothing_to_their_limit(page: Page, serve: Serve) -> None:
-    alternate = "() => { let calls = 0; Math.random = () => (calls++ % 2 ? 0.9999 : 0); }"
-    server = serve(answer("retry: 400\ndata:\n\n"), Answer(status=500), before=alternate)
-    page.evaluate("listen('/events/', { max_retry_time: 400 })")
-    waits = gaps(wait_requests(server, 9))
-    assert min(waits[1::2]) > 0.39
-    assert min(waits[0::2]) < 0.3  # at least one of them on a slow machine
+# What the client waits, without waiting for it. Its other timers are for silence.
+NOTE_WAITS = """() => {
+    const set = setTimeout;
+    window.waits = [];
+    window.setTimeout = (callback, wait) => {
+        if (callback.toString().includes("abort")) return set(callback, wait);
+        waits.push(wait);
+        return window.waits.length < 9 ? set(callback, 0) : 0;
+    };
+}"""
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "random", "waits"),
+    [
+        # Nothing is said: anywhere from nothing to the limit, so that pages do not come in step.
+        ("", "", 0, [0] * 9),
+        ("", "", 0.5, [500, 1000, 2000, 4000, 5000, 5000]),
+        # What the server says is the delay.
+        ("retry: 700", "", 0, [700] * 9),
+        ("retry: 700", "", 0.5, [1050, 1400, 2100, 3500, 5700, 5700]),
+        ("retry: 20000", "", 0, [20_000] * 9),  # longer than what the client adds at most
+        ("retry: 20000", "", 0.5, [25_000] * 9),
+        ("retry: 0", "", 0, [1] * 9),
+        ("retry: 0", "", 0.5, [1.5, 2, 3, 5, 9, 17, 33]),
+        ("retry: 99999999999999999999", "", 0.5, [2**31 - 1] * 9),
+        ("retry: 1x", "", 0, [0] * 9),
+        ("retry: 5\nretry: 700", "", 0, [700] * 9),
+        ('retry: 700\nevent: stream-error\nid: error\ndata: {"condition": "x"}', "", 0, [700] * 9),
+        # Of two delays the longer one.
+        ("retry: 700", "3", 0, [700, 3000, 3000]),
+        ("retry: 700", "3", 0.5, [1050, 3700, 4400]),
+        ("retry: 5000", "3", 0, [5000] * 9),
+        ("", "3", 0.5, [500, 4000, 5000, 7000, 8000, 8000]),
+    ],
+)
+def test_server_says_how_long_to_wait_and_chance_only_adds_to_it(
+    page: Page, serve: Serve, first: str, then: str, random: float, waits: list[int]
+) -> None:
+    headers = {"Retry-After": then} if then else {}
+    serve(
+        answer(f"{first}\ndata:\n\n"),
+        Answer(status=503, headers=headers),
+        before=f"() => {{ Math.random = () => {random}; }}",
+    )
+    page.evaluate(NOTE_WAITS)
+    page.evaluate("listen('/events/')")
+    page.wait_for("waits.length === 9")
+    assert page.evaluate("waits")[: len(waits)] == pytest.approx(waits)
+
+
+@pytest.mark.parametrize(
+    "event",
+    ["document.dispatchEvent(new Event('visibilitychange'))", "dispatchEvent(new Event('online'))"],
+)
+def test_page_that_is_looked_at_again_waits_if_the_server_says_so(
+    page: Page, serve: Serve, event: str
+) -> None:
+    server = serve(
+        Answer(status=503, headers={"Retry-After": "600"}), answer("data: 1\n\n", hold=True)
+    )
+    page.evaluate("listen('/events/')")
+    page.wait_for("states.length === 1")
+    page.evaluate(event)
+    _others_go_on_asking(page)
+    assert len(server.requests) == 1
+    page.evaluate("{ const now = Date.now; Date.now = () => now() + 600_000; }")
+    page.evaluate(event)
+    page.wait_for("received.length === 1")
 
 
 def test_only_a_connection_that_proved_itself_shortens_the_waits(page: Page, serve: Serve) -> None:

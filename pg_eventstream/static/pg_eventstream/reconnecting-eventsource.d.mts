@@ -1,5 +1,8 @@
 export interface ReconnectingEventSourceInit extends EventSourceInit {
-  /** The longest wait before another attempt, in milliseconds. Default: 10,000. */
+  /**
+   * The longest wait before another attempt, in milliseconds, which is a random one. Default: 10,000.
+   * What the server asks for, by `retry:` or `Retry-After`, comes first.
+   */
   max_retry_time?: number;
   /**
    * A connection on which nothing arrives for so many milliseconds is replaced. Default: 45,000;

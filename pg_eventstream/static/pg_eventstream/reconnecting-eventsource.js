@@ -11,6 +11,7 @@
  */
 
 const STATES = { CONNECTING: 0, OPEN: 1, CLOSED: 2 };
+const FIRST_RETRY_TIME = 1000; // until the server says another
 const LONGEST_TIMER = 2 ** 31 - 1; // browsers fire later ones at once
 // A stream-error of these conditions would be the answer to each further request, too.
 const FINAL_CONDITIONS = ["forbidden", "bad-request"];
@@ -40,7 +41,8 @@ class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) {
   #maxSilenceTime;
   #lastEventId; // undefined until there is one: then the URL may name its own
   #readyState = STATES.CONNECTING;
-  #firstRetryTime = 1000;
+  #retryTime; // what the server says by retry:, undefined until it does
+  #notBefore = 0; // by the wall clock, as the server says by Retry-After
   #failures = 0;
   #refusals = 0; // answers in a row that would be final, did they come from the server itself
   #attempt = null; // the AbortController of the connection that counts, if there is one
@@ -163,6 +165,7 @@ class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) {
       if (done) return isLast ? this.#fail() : undefined;
       this.#watch();
       for (const { type, data, id } of parser.parse(value)) {
+        this.#retryTime = parser.retryTime ?? this.#retryTime;
         // The server's own has this id, which is no place to resume from.
         const isError = type === "stream-error" && id === "error";
         if (!isError) this.#lastEventId = id;
@@ -173,7 +176,7 @@ class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) {
         if (attempt !== this.#attempt) return; // a listener has closed it
         if (isError) return isLast || refused || isFinal(data) ? this.#fail() : undefined;
       }
-      this.#firstRetryTime = parser.retryTime ?? this.#firstRetryTime;
+      this.#retryTime = parser.retryTime ?? this.#retryTime; // it needs no event to count
     }
   }
 
@@ -185,10 +188,15 @@ class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) {
     this.#timer = setTimeout(() => attempt.abort(), this.#maxSilenceTime);
   }
 
-  /** Full jitter: anywhere between now and the limit, so that clients do not come back as one. */
-  #retry(atLeast = 0) {
-    const limit = Math.min(this.#firstRetryTime * 2 ** this.#failures++, this.#maxRetryTime);
-    this.#reconnect(Math.min(atLeast + Math.random() * limit, LONGEST_TIMER));
+  /**
+   * Wait as the server says, by retry: or Retry-After, and on top of that anywhere from nothing to
+   * a limit that doubles, so that clients do not come back as one.
+   */
+  #retry(retryAfter) {
+    this.#notBefore = Date.now() + retryAfter;
+    const first = this.#retryTime ?? FIRST_RETRY_TIME;
+    const limit = Math.min(first * 2 ** this.#failures++, this.#maxRetryTime);
+    this.#reconnect(Math.max(this.#retryTime ?? 0, retryAfter) + Math.random() * limit);
   }
 
   #reconnect(delay = 0) {
@@ -196,7 +204,9 @@ class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) {
     this.#disconnect();
     this.#readyState = STATES.CONNECTING;
     if (lost) this.dispatchEvent(new Event("error"));
-    if (this.#readyState !== STATES.CLOSED) this.#timer = setTimeout(() => this.#connect(), delay);
+    if (this.#readyState === STATES.CLOSED) return;
+    const wait = Math.min(Math.max(delay, this.#notBefore - Date.now()), LONGEST_TIMER);
+    this.#timer = setTimeout(() => this.#connect(), wait);
   }
 
   #disconnect() {
