@@ -6,6 +6,7 @@ shared, pooled or closed by anyone else.
 
 from __future__ import annotations
 
+import math
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _PARAMETERS: dict[str, Any] = {
     "connect_timeout": 4,
 }
 _SET_UP_SECONDS = 10.0
+#: How long a command that is to end waits for what does not move: a lock that another session
+#: holds, a server that neither answers nor can be asked why, a proxy.
+COMMAND_PATIENCE = 15.0
 _PROBE, _PROBE_SECONDS = "pg_eventstream_probe", 2.0
 # What a role or a database may be set up with for web requests or for people must not hit a
 # daemon that sleeps for hours, and whose one statement may sequence a million events. Names as in
@@ -75,12 +79,14 @@ class Database:
     alias: str
     dsn: str | None = None
 
-    def connect(self, role: str) -> WatchedConnection:
+    def connect(self, role: str, *, patience: float = math.inf) -> WatchedConnection:
         """A new autocommit connection, shown as ``pg_eventstream ROLE`` in pg_stat_activity.
 
-        Raises `psycopg.OperationalError` if the server cannot be reached.
+        It waits for a lock, and for a server that is silent and cannot be asked why, for
+        ``patience`` seconds. Raises `psycopg.OperationalError` if the server cannot be reached.
         """
         connection = self._open(role)
+        connection.patience = patience
         try:
             with connection.within(_SET_UP_SECONDS):
                 pooled = connection.pooled()
@@ -93,6 +99,8 @@ class Database:
                     self._set_up(connection)
                 if not pooled:
                     connection.watch(lambda: self._open("watch"))
+                elif patience < math.inf:
+                    connection.watch_blindly()
         except BaseException:
             connection.close()
             raise
@@ -129,10 +137,13 @@ class Database:
         for name, since in _STATEMENT_TIMEOUTS.items():
             if connection.info.server_version >= since:
                 connection.execute(f"SET {name} = 0")
+        session = dict(_SESSION)
+        if connection.patience < math.inf:
+            session["lock_timeout"] = str(round(connection.patience * 1000))
         connection.execute(
             "SELECT set_config(name, ours, false) FROM pg_settings"
             " JOIN unnest(%s::text[], %s::text[]) AS setting (name, ours) USING (name)",
-            [list(_SESSION), list(_SESSION.values())],
+            [list(session), list(session.values())],
         )
         for statement in _IF_POSSIBLE:
             with suppress(
@@ -163,6 +174,11 @@ def explained(error: psycopg.Error) -> str:
             message += (
                 " - are the migrations applied here? (manage.py migrate)"
                 " Is their schema in this role's search_path?"
+            )
+        case psycopg.errors.LockNotAvailable():
+            message += (
+                " - another session holds a lock; while a command waits, pg_blocking_pids() says"
+                " which: SELECT pid, pg_blocking_pids(pid), query FROM pg_stat_activity"
             )
         case psycopg.errors.InsufficientPrivilege():
             message += " - the GRANTs that each role needs are in migrations/README.md"

@@ -6,7 +6,8 @@ EventStreamError
 ├── ResumeNotAllowed      a client that resumes after a stream-error
 ├── EventsPruned          a subscription asks for events that are not kept any more
 ├── EventPermissionError  a user may not read some of the channels asked for
-└── NotLeading            another publisher leads, so this one may not publish
+├── NotLeading            another publisher leads, so this one may not publish
+└── NotPublished          a publisher that publishes once has not published everything
 """
 
 from __future__ import annotations
@@ -52,3 +53,7 @@ class EventPermissionError(EventStreamError):
 
 class NotLeading(EventStreamError):
     """Another publisher leads; only the leader publishes."""
+
+
+class NotPublished(EventStreamError):
+    """Something was left; the message says what each proxy has taken, and what it has not."""

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -43,7 +44,8 @@ _FIRST_RETRY, _MOST_RETRY = 0.1, 10.0
 class Feed:
     """Publishes the stream to one proxy, in order, one request at a time.
 
-    `publish_next` does one round, `run` repeats it until ``stopping`` is set.
+    `publish_next` does one round. `run` repeats it until ``stopping`` is set, `drain` until nothing
+    is left, if that is earlier.
     """
 
     def __init__(self, proxy: grip.Proxy, database: Database, stopping: threading.Event) -> None:
@@ -60,6 +62,17 @@ class Feed:
         self._ready: deque[grip.Batch] = deque()
         self._page_was_cut = False
         self._hints = grip.Hints()
+        #: Events that the proxy has taken, those included in whose place it took a hint.
+        self.published = 0
+        #: Events of which it has not even taken a hint, and what it said to the last of them.
+        self.refused, self.refusal = 0, ""
+        #: Why nothing was taken when that was tried last.
+        self.trouble: str | None = None
+
+    @property
+    def position(self) -> int:
+        """Up to here everything is published."""
+        return self._position
 
     def wake(self) -> None:
         """There is news in the stream. From any thread."""
@@ -87,22 +100,44 @@ class Feed:
         self.settle()
         self.finish()
 
+    def drain(self, end: Callable[[], int | None]) -> bool:
+        """Publish what is in the stream up to ``end``, which is None until that is known.
+
+        Returns whether everything was published before ``stopping`` was set, and all hints were
+        given. Raises `psycopg.Error`.
+        """
+        last = None
+        while not self._stopping.is_set():
+            published = self.publish_next()
+            if last is not None and (not published or self._position >= last):
+                break
+            last = end()
+            if last is None and not published:
+                self._news.wait(self._idle_seconds())
+        self.settle()
+        drained = not self._stopping.is_set()
+        self.finish()
+        return drained
+
     def publish_next(self) -> int:
         """Publish the next batch of the stream; returns the number of its events.
 
-        It is repeated until the proxy has taken it, so this does less only when ``stopping``
-        is set. Raises `psycopg.Error` if the database cannot be read.
+        It is repeated until the proxy has taken it; 0 if ``stopping`` is set before. Raises
+        `psycopg.Error` if the database cannot be read.
         """
         if not self._ready:
             self._read_page()
         batch = self._ready[0] if self._ready else grip.Batch([], [])
-        # Not if what was read meanwhile is of another stream.
-        if batch.events and self._publish(batch) and self._ready and self._ready[0] is batch:
-            self._ready.popleft()
-            self._position = batch.events[-1].position
-            self._hints.note(batch, time.monotonic())
+        published = 0
+        if batch.events and self._publish(batch):
+            published = len(batch.events)
+            # Not if what was read meanwhile is of another stream.
+            if self._ready and self._ready[0] is batch:
+                self._ready.popleft()
+                self._position = batch.events[-1].position
+                self._hints.note(batch, time.monotonic())
         self._hint(self._hints.take_due(time.monotonic()))
-        return len(batch.events)
+        return published
 
     def settle(self) -> None:
         """Give the hints now that `run` would give in the next seconds."""
@@ -296,6 +331,7 @@ class Feed:
             except grip.Refused as e:
                 return self._publish_apart(batch, e)
             except grip.Unavailable as e:
+                self.trouble = str(e)
                 failures += 1
                 if failures in (1, 10) or failures % 100 == 0:
                     logger.warning(
@@ -308,6 +344,8 @@ class Feed:
             else:
                 if failures:
                     logger.info("%s: takes events again", self._proxy.name)
+                self.trouble = None
+                self.published += len(batch.events)
                 return True
 
     def _hint(self, hints: list[bytes]) -> None:
@@ -337,6 +375,8 @@ class Feed:
                 " reconnect or with the channel's next event",
                 self._proxy.name, event.number, event.channel, refusal,
             )  # fmt: skip
+            self.refused += 1
+            self.refusal = str(refusal)
             return True
         logger.error(
             "%s: refused event %d of channel %r (%s); published a hint instead, so that clients"

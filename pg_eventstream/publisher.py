@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -23,17 +23,22 @@ import psycopg
 
 from . import grip
 from .conf import conf
-from .connection import Database, explained
-from .doorbell import LEADER_LOCK, LOCK_SPACE, Doorbell
-from .errors import NotLeading
+from .connection import COMMAND_PATIENCE, Database, explained
+from .doorbell import Doorbell
+from .errors import NotPublished
 from .feed import Feed
 from .incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
+from .lead import ONCE, lead, lead_once, leader_name, try_lead
+from .once import Drain
 from .retention import Sweep
 from .silence import WatchedConnection
 
 logger = logging.getLogger(__name__)
 
 _STANDBY_POLL = 0.5
+# For processes of the application that sequence; then the lead is tried for once more.
+_IN_LINE_SECONDS = 5.0
+_ONCE_POLL = 0.02
 _QUEUE_USAGE_WARNING = 0.1
 _HEARTBEAT_SECONDS = 10.0
 # What has become due is swept soon; when nothing happens, there is little to sweep.
@@ -50,8 +55,8 @@ Connection = psycopg.Connection[Any]
 class Publisher:
     """Sequences events and publishes them to every proxy.
 
-    `run` works until `stop` is called or the process is told to end; `run_once` does one
-    round of everything, for ``--once`` and for tests.
+    `run` works until `stop` is called or the process is told to end; `run_once` publishes what
+    is there and returns, for ``--once`` and for tests.
     """
 
     def __init__(self, database: Database) -> None:
@@ -106,30 +111,56 @@ class Publisher:
                     delay = min(delay * 2, _MOST_RETRY)
         logger.info("publisher %s: stopped", self.name)
 
-    def run_once(self) -> int:
-        """Sequence, publish to every proxy and sweep once. Returns the events published.
+    def run_once(self, say: Callable[[str], object] = lambda line: None) -> int:
+        """Sequence and publish what is committed by now, then sweep. Says what was done.
 
-        Raises `NotLeading` if another publisher leads.
+        Returns the events published, counted for each proxy. Raises `NotLeading` if another
+        publisher leads, `psycopg.Error` if the database fails, and `NotPublished` if a proxy
+        has not taken everything, or `stop` was called. Waits for nothing that does not move.
         """
-        with self._database.connect("leader") as connection:
-            if not _try_lead(connection):
-                raise NotLeading(
-                    f"{_leader(connection)} leads and publishes already; nothing to do here."
-                )
-            _register(connection, self.name, self._proxies)
-            sequence(connection)
-            published = 0
-            for proxy in self._proxies:
-                feed = Feed(proxy, self._database, self._stopping)
-                try:
-                    while not self._stopping.is_set() and (count := feed.publish_next()):
-                        published += count
-                    feed.settle()
-                    feed.finish()
-                finally:
-                    feed.close()
-            Sweep(connection, self._stopping).run_once()
-            return published
+        try:
+            with (
+                self._signals(exit_code=1),
+                self._database.connect(ONCE, patience=COMMAND_PATIENCE) as connection,
+            ):
+                self._connection = connection
+                lead_once(connection, COMMAND_PATIENCE)
+                return self._publish_once(connection, say)
+        except psycopg.Error as e:
+            if self._stopping.is_set():
+                raise NotPublished("Stopped before everything was published.") from e
+            raise
+
+    def _publish_once(self, connection: WatchedConnection, say: Callable[[str], object]) -> int:
+        _register(connection, self.name, self._proxies)
+        count = 0
+        with Drain(self._proxies, self._database, COMMAND_PATIENCE) as drain:
+            for sequenced in sequence_what_is_there(connection):
+                count += sequenced
+                if self._stopping.is_set():
+                    break
+                drain.wake()
+            else:
+                drain.end_at(last_position(connection))
+            beat_at = 0.0
+            while not drain.is_over() and not self._stopping.wait(_ONCE_POLL):
+                if time.monotonic() >= beat_at:
+                    beat_at = time.monotonic() + _HEARTBEAT_SECONDS
+                    connection.execute(_BEAT)
+        lines = drain.report(connection)
+        Sweep(connection, self._stopping).run_once()
+        if not self._proxies:
+            lines = [
+                f"{count} events sequenced. No GRIP proxy is configured, so they were published to"
+                " none (set GRIP_URL or GRIP_PROXIES)."
+            ]
+        if drain.end() is None or (drain.failed and self._stopping.is_set()):
+            lines.append("Stopped before everything was published.")
+        if drain.end() is None or drain.failed:
+            raise NotPublished("\n".join(lines))
+        for line in lines:
+            say(line)
+        return drain.published
 
     # Leading
 
@@ -137,9 +168,9 @@ class Publisher:
         """Wait for the lead; False if stopped first."""
         # Tries, rather than waits for the lock: a statement that waits holds a snapshot,
         # and vacuum could clean nothing anywhere for as long as we stand by.
-        if not _try_lead(connection):
-            logger.info("publisher %s: standing by, %s leads", self.name, _leader(connection))
-            while not _try_lead(connection):
+        if not lead(connection, _IN_LINE_SECONDS):
+            logger.info("publisher %s: standing by, %s leads", self.name, leader_name(connection))
+            while not lead(connection, _IN_LINE_SECONDS):
                 if self._stopping.wait(_STANDBY_POLL):
                     return False
         return True
@@ -159,7 +190,7 @@ class Publisher:
                     sequenced, before = _sequence(connection, self._known)
                 else:
                     beat_at = time.monotonic() + _HEARTBEAT_SECONDS
-                    if connection.shared and not _try_lead(connection):
+                    if connection.shared and not try_lead(connection):
                         return
                     sequenced, before = _sequence_and_beat(connection, self._known)
                 if not before.follows(self._known):
@@ -231,8 +262,11 @@ class Publisher:
                 return
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop in good order; a second one ends the process at once."""
+    def _signals(self, exit_code: int = 0) -> Iterator[None]:
+        """SIGTERM and SIGINT stop in good order; a second one ends the process at once.
+
+        With ``exit_code`` if the database holds that up.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -244,7 +278,7 @@ class Publisher:
             last_resort.start()
             logger.info("publisher %s: stopping", self.name)
 
-        last_resort = threading.Timer(_EXIT_SECONDS, self._exit)
+        last_resort = threading.Timer(_EXIT_SECONDS, self._exit, [exit_code])
         last_resort.daemon = True
         previous = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
@@ -256,10 +290,10 @@ class Publisher:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _exit(self) -> None:
+    def _exit(self, code: int) -> None:
         """What is left undone is no more than after a crash."""
         logger.warning("publisher %s: stopped, without waiting for the database", self.name)
-        os._exit(0)
+        os._exit(code)
 
 
 def sequence(connection: Connection) -> int:
@@ -284,17 +318,37 @@ def _sequence(connection: Connection, known: Cursor) -> tuple[int, Cursor]:
     return int(row[1]), Cursor.of(*row[2:])
 
 
-def _try_lead(connection: WatchedConnection) -> bool:
-    # A pooler would keep the lock when we are gone, so nobody else could lead. Without it, at
-    # least we give way to a leader that has a connection of its own.
-    lock = "pg_try_advisory_xact_lock" if connection.shared else "pg_try_advisory_lock"
-    row = connection.execute(f"SELECT {lock}({LOCK_SPACE}, {LEADER_LOCK})").fetchone()
+def sequence_what_is_there(connection: Connection) -> Iterator[int]:
+    """Sequence what is committed by now, and some of what is while it works.
+
+    Yields how many events each call has sequenced.
+    """
+    row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
+    assert row is not None  # noqa: S101
+    while True:
+        sequenced = sequence(connection)
+        yield sequenced
+        if not sequenced or _is_sequenced(connection, row[0]):
+            return
+
+
+def _is_sequenced(connection: Connection, snapshot: str) -> bool:
+    """Whether all is sequenced that is visible in the snapshot."""
+    row = connection.execute(
+        """
+        SELECT pg_snapshot_xmax(snapshot) >= pg_snapshot_xmax(%(snapshot)s::pg_snapshot)
+               AND NOT EXISTS (SELECT FROM pg_snapshot_xip(snapshot) AS unfinished
+                                WHERE pg_visible_in_snapshot(unfinished, %(snapshot)s))
+          FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1
+        """,
+        {"snapshot": snapshot},
+    ).fetchone()
     return bool(row and row[0])
 
 
-def _leader(connection: Connection) -> str:
-    row = connection.execute("SELECT name FROM pg_eventstream_publisher").fetchone()
-    return f"publisher {row[0]}" if row else "another publisher"
+def last_position(connection: Connection) -> int:
+    row = connection.execute(f"SELECT max(position) FROM {CURSOR} AS c").fetchone()  # noqa: S608
+    return int(row[0] or 0) if row else 0
 
 
 def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> None:
@@ -346,13 +400,16 @@ def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> N
         connection.execute("DELETE FROM pg_eventstream_proxy WHERE name <> ALL(%s)", [names])
 
 
+_BEAT = "UPDATE pg_eventstream_publisher SET heartbeat = now() WHERE id = 1"
+
+
 def _sequence_and_beat(connection: Connection, known: Cursor) -> tuple[int, Cursor]:
     """The same, and in the same statement, of which an idle publisher sends few: show that we
     are alive, and look after the queue that all notifications go through.
     """
     row = connection.execute(
         f"""
-        WITH beat AS (UPDATE pg_eventstream_publisher SET heartbeat = now() WHERE id = 1)
+        WITH beat AS ({_BEAT})
         SELECT pg_notification_queue_usage(), sequenced.* FROM ({_SEQUENCE}) AS sequenced
         """,  # noqa: S608
         [known.as_known],

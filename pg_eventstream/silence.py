@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -46,6 +47,8 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
     #: Whether a pooler lends the server's session to others between our transactions. Then what
     #: belongs to a session is lost, or somebody else's: locks, LISTEN, settings.
     shared = False
+    #: Seconds to wait for a server that neither answers nor can be asked why.
+    patience = math.inf
     _ask: Callable[[], WatchedConnection]
     _session: tuple[int, datetime]
     _heard_at: float | None = None
@@ -74,6 +77,15 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         row = found.fetchone()
         assert row is not None  # noqa: S101
         self._session = row
+        self._ask = ask
+        _watch.add(self)
+
+    def watch_blindly(self) -> None:
+        """For a connection through a pooler: give up after `patience` seconds."""
+
+        def ask() -> WatchedConnection:
+            raise psycopg.OperationalError("a pooler does not tell which session works for us")
+
         self._ask = ask
         _watch.add(self)
 
@@ -174,7 +186,10 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
                     self._end_session(other)
                     self.give_up()
         except psycopg.Error as e:
-            if not self._said:
+            if time.monotonic() >= heard_at + self.patience:
+                logger.warning("database: silent, and cannot be asked why: %s; giving up", e)
+                self.give_up()
+            elif not self._said:
                 logger.warning("database: silent, and cannot be asked why: %s; waiting", e)
             self._said = True
 

@@ -20,11 +20,11 @@ from pg_eventstream.feed import Feed
 from pg_eventstream.retention import Sweep
 
 from .conftest import KEY, Database
+from .control_port import ControlPort
 from .grip_proxy import Proxy, Session
 from .http_service import body_of
 from .origin import Origin, log_in
 from .roles import granted
-from .test_publisher import ControlPort
 
 CHANNELS = ["public", "public b, c", "room", "volatile"]
 SENDERS = ["sender0", "sender1", "sender2"]

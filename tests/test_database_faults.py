@@ -9,11 +9,12 @@ import pytest
 from pg_eventstream.demo.processes import wait_until
 
 from .conftest import THOROUGH, Database, PublisherProcess
+from .control_port import ControlPort
 from .faults import OURS, terminating_backends
 from .load import Load
 from .sse_client import SSEClient
 from .test_crash import seeded
-from .test_publisher import ControlPort, control
+from .test_publisher import control
 
 __all__ = ["control"]  # a fixture
 

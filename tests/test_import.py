@@ -21,8 +21,9 @@ from pg_eventstream import send_event
 from pg_eventstream.demo.processes import wait_until
 
 from .conftest import Database
+from .control_port import ControlPort
 from .origin import Origin, behind_a_proxy, prune, sequence
-from .test_publisher import ControlPort, publish_once
+from .test_publisher import publish_once
 
 HOUR = timedelta(hours=1)
 

@@ -21,10 +21,10 @@ from pg_eventstream.demo.processes import HOST, children, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
 
 from .conftest import THOROUGH, Database, PublisherProcess, publishes_to
+from .control_port import ControlPort
 from .load import Load, two_clients
 from .sse_client import SSEClient
 from .test_crash import seeded
-from .test_publisher import ControlPort
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("app")]
 

@@ -20,8 +20,9 @@ from pg_eventstream.publisher import Publisher
 from pg_eventstream.retention import Sweep
 
 from .conftest import Database, PublisherProcess
+from .control_port import ControlPort
 from .sse_client import SSEClient
-from .test_publisher import ControlPort, publish_once
+from .test_publisher import publish_once
 
 DAY = timedelta(hours=24)
 

@@ -26,12 +26,13 @@ from pg_eventstream.publisher import Publisher
 from pg_eventstream.silence import WatchedConnection
 
 from .conftest import Database, PublisherProcess
+from .control_port import ControlPort
 from .faults import OURS, locked, suspended
 from .load import Load
 from .network import Network
 from .sse_client import SSEClient
 from .test_direct import Serve, serve
-from .test_publisher import ControlPort, control
+from .test_publisher import control
 
 __all__ = ["control", "serve"]  # fixtures
 

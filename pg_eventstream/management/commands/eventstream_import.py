@@ -8,7 +8,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import Error, connections
 
 from pg_eventstream.conf import conf
-from pg_eventstream.connection import Database, explained
+from pg_eventstream.connection import COMMAND_PATIENCE, Database, explained
 from pg_eventstream.importing import Imported, import_events, missing_tables
 
 
@@ -58,7 +58,7 @@ class Command(BaseCommand):
                     f" {' and no table '.join(missing)}. If they are in another one, name its"
                     " alias with --from."
                 )
-            with Database(target).connect("import") as connection:
+            with Database(target).connect("import", patience=COMMAND_PATIENCE) as connection:
                 imported = import_events(
                     source,
                     connection,

@@ -8,7 +8,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from pg_eventstream.conf import conf
-from pg_eventstream.connection import Database
+from pg_eventstream.connection import COMMAND_PATIENCE, Database, explained
 from pg_eventstream.retention import Sweep
 
 
@@ -31,8 +31,8 @@ class Command(BaseCommand):
                 f"There is no database {alias!r} in DATABASES; there are: {', '.join(connections)}."
             )
         try:
-            with Database(alias).connect("prune") as connection:
+            with Database(alias).connect("prune", patience=COMMAND_PATIENCE) as connection:
                 pruned = Sweep(connection).run_once()
         except psycopg.Error as e:
-            raise CommandError(f"Database: {e}") from e
+            raise CommandError(f"Database: {explained(e)}") from e
         self.stdout.write(f"{pruned} events pruned.")

@@ -9,8 +9,8 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from pg_eventstream.conf import conf
-from pg_eventstream.connection import Database
-from pg_eventstream.errors import NotLeading
+from pg_eventstream.connection import Database, explained
+from pg_eventstream.errors import NotLeading, NotPublished
 from pg_eventstream.publisher import Publisher
 
 
@@ -31,7 +31,11 @@ class Command(BaseCommand):
             "--dsn",
             help="connection string to connect with instead, for instance past a pooler",
         )
-        parser.add_argument("--once", action="store_true", help="publish what is there, then exit")
+        parser.add_argument(
+            "--once",
+            action="store_true",
+            help="publish what is there, then exit; 1 if something could not be published",
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         alias = options["database"] or conf.database
@@ -45,12 +49,11 @@ class Command(BaseCommand):
             publisher.run()
             return
         try:
-            published = publisher.run_once()
-        except NotLeading as e:
+            publisher.run_once(say=self.stdout.write)
+        except (NotLeading, NotPublished) as e:
             raise CommandError(str(e)) from e
         except psycopg.Error as e:
-            raise CommandError(f"Database: {e}") from e
-        self.stdout.write(f"{published} events published.")
+            raise CommandError(f"Database: {explained(e)}") from e
 
 
 def _log_to_stderr(verbosity: int) -> None:

@@ -1,0 +1,146 @@
+"""Publish what is in the stream to every proxy and end, or say what a proxy has not taken."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import psycopg
+
+from .connection import Database
+from .feed import Feed
+from .grip import Proxy
+
+# For a batch in flight when we are told to stop, or when its proxy takes nothing.
+_JOIN_SECONDS = 3.0
+
+
+class Drain:
+    """One feed per proxy, each on a thread, until nothing is left for it.
+
+    One that gets nowhere for ``patience`` seconds is given up, and delays no other. A context
+    manager: at its end the feeds are stopped.
+    """
+
+    def __init__(self, proxies: Sequence[Proxy], database: Database, patience: float) -> None:
+        self._patience = patience
+        self._end: int | None = None
+        self._works = [_Work(proxy, database, self) for proxy in proxies]
+
+    def __enter__(self) -> Drain:
+        for work in self._works:
+            work.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for work in self._works:
+            work.stopping.set()
+        self.wake()
+        deadline = time.monotonic() + _JOIN_SECONDS
+        for work in self._works:
+            work.join(max(0, deadline - time.monotonic()))
+
+    def wake(self) -> None:
+        """There is news in the stream."""
+        for work in self._works:
+            work.feed.wake()
+
+    def end(self) -> int | None:
+        """The position up to which to publish, None while it is not known."""
+        return self._end
+
+    def end_at(self, position: int) -> None:
+        for work in self._works:
+            work.moved_at = time.monotonic()
+        self._end = position
+        self.wake()
+
+    def is_over(self) -> bool:
+        """Whether each feed has come to its end or was given up."""
+        return not any(work.moves(self._patience) for work in self._works)
+
+    @property
+    def published(self) -> int:
+        """Events, counted for each proxy that has taken them."""
+        return sum(work.feed.published for work in self._works)
+
+    @property
+    def failed(self) -> bool:
+        return not all(work.is_done for work in self._works)
+
+    def report(self, connection: psycopg.Connection[Any]) -> list[str]:
+        """What each proxy has taken, and what it has not.
+
+        Raises what a feed has raised, as `psycopg.Error` if it could not read the database.
+        """
+        for work in self._works:
+            if work.error is not None:
+                raise work.error
+        to_each = len(self._works) > 1
+        return [line for work in self._works for line in work.report(connection, to_each)]
+
+
+class _Work(threading.Thread):
+    """One feed."""
+
+    def __init__(self, proxy: Proxy, database: Database, drain: Drain) -> None:
+        super().__init__(name=f"feed {proxy.name}", daemon=True)
+        self._proxy = proxy
+        self._drain = drain
+        self.stopping = threading.Event()
+        self.feed = Feed(proxy, database, self.stopping)
+        self._seen = 0
+        self.moved_at = 0.0
+        self._drained = False
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._drained = self.feed.drain(self._drain.end)
+        except Exception as e:  # noqa: BLE001  (raised by `Drain.report`)
+            self.error = e
+            self.feed.close()
+
+    def moves(self, patience: float) -> bool:
+        now = time.monotonic()
+        done = self.feed.published + self.feed.refused
+        if done != self._seen:
+            self._seen, self.moved_at = done, now
+        return self.is_alive() and now < self.moved_at + patience
+
+    @property
+    def is_done(self) -> bool:
+        return self._drained and not self.feed.refused
+
+    def report(self, connection: psycopg.Connection[Any], by_name: bool) -> list[str]:
+        feed, name = self.feed, self._proxy.name
+        lines = []
+        if feed.published or self.is_done:
+            to = f" to {name}" if by_name or not self.is_done else ""
+            lines.append(f"{feed.published} events published{to}.")
+        if feed.refused:
+            lines.append(
+                f"{name} refused {feed.refused} events, and the hints in their place"
+                f" ({feed.refusal}). Clients get them when they reconnect, or with the next event"
+                " of their channel."
+            )
+        if not self._drained:
+            row = connection.execute(
+                """
+                SELECT count(*) FROM pg_eventstream_stream
+                 WHERE position > greatest(%s::bigint,
+                       (SELECT position FROM pg_eventstream_proxy WHERE name = %s))
+                """,
+                [feed.position, name],
+            ).fetchone()
+            waiting = row[0] if row else 0
+            lines.append(f"{name}: {feed.trouble or 'no answer'}; {waiting} events wait for it.")
+        return lines
