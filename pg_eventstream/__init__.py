@@ -7,6 +7,8 @@ The way of an event, and the module of each step:
     sql/        the functions behind it: enqueue (the trigger's), sequence
     doorbell    wakes the publisher: LISTEN, and when to poll instead
     publisher   the daemon: leads, sequences, keeps the feeds and the sweep going
+    lead        who leads: one at a time
+    once        the same work once: what is there, to every proxy
     incarnation whether this is still the stream that we knew
     feed        one proxy's share: reads the stream in order, publishes, acknowledges
     grip        a GRIP proxy: items, batches, the POST to its control port
