@@ -8,16 +8,16 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from pg_eventstream import send_event
-from pg_eventstream.demo.processes import Process, accepts, free_port
+from pg_eventstream.demo.processes import Process, accepts
 from pg_eventstream.demo.pushpin import Pushpin
 
-from .conftest import Database
+from .conftest import Database, PublisherProcess
 from .origin import log_in, signature
 from .project import ROOT, Project
 from .sse_client import SSEClient
@@ -163,12 +163,11 @@ def project(database: Database, pushpin: Pushpin, tmp_path: Path) -> Iterator[Pr
 
 
 @contextmanager
-def serve(project: Project) -> Iterator[str]:
+def serve(project: Project, port: int) -> Iterator[str]:
     """Move the project by the README's recipe, and run it with Daphne; its address."""
     printed = project.run("sh", "-ec", RENAME)
     assert re.findall(r"^\./.*", printed, re.MULTILINE) == []
     assert "no issues" in project.manage("check", "--fail-level=WARNING")
-    port = free_port()
     server = Process(
         "daphne",
         [sys.executable, "-m", "daphne", "server.asgi:application", f"--port={port}"],
@@ -189,10 +188,10 @@ def opened(url: str, *channels: str, **headers: str) -> str:
         return f"{client.control[0].type} {client.control[0].id} {client.control[0].data}"
 
 
-def test_old_asgi_py_streams_without_a_proxy_as_before(project: Project) -> None:
+def test_old_asgi_py_streams_without_a_proxy_as_before(project: Project, app_port: int) -> None:
     project.write("server/asgi.py", ASGI)
     user, cookie = log_in("ann")
-    with serve(project) as url:
+    with serve(project, app_port) as url:
         with urllib.request.urlopen(f"{url}/", timeout=20) as response:
             assert response.read() == b"home"
         # Channels by the routes, users by Channels' middleware or another.
@@ -212,40 +211,50 @@ def test_old_asgi_py_streams_without_a_proxy_as_before(project: Project) -> None
             assert client.events[0].eids == {"_room-tea": 2}
 
 
-def ask(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
+def ask(url: str, **headers: str) -> tuple[int, dict[str, str]]:
     """What the server answers to the proxy."""
     request = urllib.request.Request(url, headers={"Grip-Sig": signature(), **headers})
     try:
         with urllib.request.urlopen(request, timeout=20) as response:
-            return response.status, dict(response.headers), response.read().decode()
+            return response.status, dict(response.headers)
     except urllib.error.HTTPError as error:
-        return error.code, {}, error.read().decode()
+        with error:
+            return error.code, {}
 
 
-def test_older_routing_py_streams_through_a_proxy_by_the_urlconf(project: Project) -> None:
+def test_older_routing_py_streams_through_a_proxy_by_the_urlconf(
+    project: Project, app_port: int, pushpin: Pushpin, channel: str
+) -> None:
     project.write("app/__init__.py", "")
-    project.write("app/routing.py", APP_ROUTING)
+    project.write("app/routing.py", APP_ROUTING.replace("test", channel))
     project.write("server/routing.py", ROUTING)
     project.write("server/asgi.py", OLD_ASGI)
     project.write("server/settings.py", "ASGI_APPLICATION = 'server.routing.application'\n")
     project.write(
         "server/urls.py", 'urlpatterns += [path("sse/", include(django_eventstream.urls))]'
     )
-    with serve(project) as url:
-        assert opened(f"{url}/events/") == "stream-open test:0 "
-        status, headers, body = ask(f"{url}/events/")
+    with serve(project, app_port) as url:
+        assert opened(f"{url}/events/") == f"stream-open {channel}:0 "
+        status, headers = ask(f"{url}/events/")
         assert (status, headers["Grip-Hold"]) == (200, "stream")
-        assert "stream-open" in body
         link = re.match(r"<(/sse/next-[^<>]*)>", headers["Grip-Link"])
         assert link
-        last = re.sub("prev-id", "last-id", headers["Grip-Channel"])
-        status, headers, body = ask(url + link[1], **{"Grip-Last": last})
+        last = headers["Grip-Channel"].replace("prev-id", "last-id")
+        status, headers = ask(url + link[1], **{"Grip-Last": last})
         assert (status, headers["Grip-Hold"]) == (200, "stream")
+        publisher = PublisherProcess(project.directory / "publisher.log", project.environment)
+        with ExitStack() as stack:
+            stack.callback(publisher.kill)
+            publisher.lead()
+            client = stack.enter_context(SSEClient(f"{pushpin.url}/events/"))
+            client.wait_open()
+            send_event(channel, "message", "through the proxy")
+            assert json.loads(client.wait_count(1)[0].data) == "through the proxy"
 
 
-def test_without_that_the_log_says_what_to_add(project: Project) -> None:
+def test_without_that_the_log_says_what_to_add(project: Project, app_port: int) -> None:
     project.write("server/asgi.py", ASGI)
-    with serve(project) as url:
+    with serve(project, app_port) as url:
         assert ask(f"{url}/events/")[0] == 500
         assert opened(f"{url}/events/") == "stream-open test:0 "  # without the proxy
     log = (project.directory / "daphne.log").read_text()

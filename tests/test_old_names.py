@@ -484,7 +484,7 @@ def test_recipe_prints_what_may_relay_events_into_each_process(tmp_path: Path) -
     files = {**RELAYS, **NO_RELAYS}
     for name, code in files.items():
         (tmp_path / f"{name}.py").write_text(code)
-    relays = recipe(tmp_path).partition("if it is a relay:\n")[2]
+    relays = recipe(tmp_path).partition("once per process:\n")[2]
     assert {line.partition(".py:")[0][2:] for line in relays.splitlines()} == set(RELAYS)
     assert "### Relays into each process" in SECTION
     assert "every event once per\nprocess" in SECTION
