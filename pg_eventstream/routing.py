@@ -24,7 +24,8 @@ class _Handler(ASGIHandler):
 
     The routes above it name the channels, by ``channels``, ``format-channels`` or ``channel`` as
     in a URLconf. Where they have put a user into the scope (AuthMiddlewareStack, or a middleware
-    that knows tokens), the stream is that user's, as it was with django-eventstream.
+    that knows tokens), the stream is that user's, as it was with django-eventstream. Their
+    session is the request's where MIDDLEWARE provides none.
     """
 
     def resolve_request(self, request: HttpRequest) -> ResolverMatch:
@@ -33,6 +34,8 @@ class _Handler(ASGIHandler):
         scope: Scope = request.scope  # type: ignore[attr-defined]
         if "user" in scope:
             request.user = scope["user"]
+        if "session" in scope and not hasattr(request, "session"):
+            request.session = scope["session"]
         kwargs = scope.get("url_route", {}).get("kwargs", {})
         request.resolver_match = ResolverMatch(events, (), kwargs)
         return request.resolver_match

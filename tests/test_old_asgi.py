@@ -71,6 +71,11 @@ from django_eventstream.channelmanager import DefaultChannelManager
 class MyChannelManager(DefaultChannelManager):
     def can_read_channel(self, user, channel):
         return user is not None or not channel.startswith('_')
+
+    def get_channels_for_request(self, request, view_kwargs):
+        if 'of-session' in view_kwargs:
+            return {'_user-' + request.session.get('_auth_user_id', '')}
+        return super().get_channels_for_request(request, view_kwargs)
 """
 # As the documentation of 4.0 to 4.5 has it. Nothing is set up when it names the routes.
 ASGI = """
@@ -105,6 +110,9 @@ application = ProtocolTypeRouter({
         re_path(r'^rooms/(?P<room>[^/]+)/events/', AuthMiddlewareStack(
             URLRouter(django_eventstream.routing.urlpatterns)
         ), {'format-channels': ['_room-{room}']}),
+        path('mine/', AuthMiddlewareStack(
+            URLRouter(django_eventstream.routing.urlpatterns)
+        ), {'of-session': True}),
         path('one/<channel>/', URLRouter(django_eventstream.routing.urlpatterns)),
         path('query/', Tokens(URLRouter(django_eventstream.routing.urlpatterns))),
         re_path(r'', get_asgi_application()),
@@ -200,6 +208,7 @@ def test_old_asgi_py_streams_without_a_proxy_as_before(project: Project, app_por
         assert opened(f"{url}/query/", "b", "a") == "stream-open a:0,b:0 "
         assert "forbidden" in opened(f"{url}/rooms/tea/events/")
         assert opened(f"{url}/rooms/tea/events/", Cookie=cookie) == "stream-open _room-tea:0 "
+        assert opened(f"{url}/mine/", Cookie=cookie) == f"stream-open _user-{user.pk}:0 "
         assert "forbidden" in opened(f"{url}/query/", "_a", Cookie=cookie)
         assert opened(f"{url}/query/", "_a", **{"X-User": "ann"}) == "stream-open _a:0 "
         # What is sent arrives, from another process.
@@ -254,8 +263,12 @@ def test_older_routing_py_streams_through_a_proxy_by_the_urlconf(
 
 def test_without_that_the_log_says_what_to_add(project: Project, app_port: int) -> None:
     project.write("server/asgi.py", ASGI)
+    # Users and sessions by Channels alone, as it was enough for the streams of such a project.
+    project.write("server/settings.py", "MIDDLEWARE = ['django_grip.GripMiddleware']\n")
+    user, cookie = log_in("ann")
     with serve(project, app_port) as url:
         assert ask(f"{url}/events/")[0] == 500
-        assert opened(f"{url}/events/") == "stream-open test:0 "  # without the proxy
+        assert opened(f"{url}/mine/", Cookie=cookie) == f"stream-open _user-{user.pk}:0 "
+        assert "forbidden" in opened(f"{url}/mine/")
     log = (project.directory / "daphne.log").read_text()
     assert 'add path("events/", include("pg_eventstream.urls")) to the URLconf' in log

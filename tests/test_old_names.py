@@ -6,6 +6,7 @@ show, and all public names of their modules.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from django.contrib.staticfiles.finders import get_finder
 from django.contrib.staticfiles.storage import ManifestStaticFilesStorage
 from django.core.checks import run_checks
+from django.core.exceptions import SynchronousOnlyOperation
 from django.core.management import call_command, get_commands
 from django.db import transaction
 from django.template import engines
@@ -25,6 +27,7 @@ from django.test import RequestFactory, override_settings
 import pg_eventstream
 from pg_eventstream import (
     EventPermissionError,
+    asend_event,
     get_current_event_id,
     get_events,
     send_event,
@@ -251,6 +254,18 @@ NEW = '"pgtrigger", "pg_eventstream"'
 INSTALLED = {
     'INSTALLED_APPS = ["shop", "django_eventstream"]': f'INSTALLED_APPS = ["shop", {NEW}]',
     'INSTALLED_APPS += ["django_eventstream"]': f"INSTALLED_APPS += [{NEW}]",
+    'INSTALLED_APPS: list[str] = ["django_eventstream", "shop"]': (
+        f'INSTALLED_APPS: list[str] = [{NEW}, "shop"]'
+    ),
+    "INSTALLED_APPS = APPS + ['django_eventstream']": (
+        "INSTALLED_APPS = APPS + ['pgtrigger', 'pg_eventstream']"
+    ),
+    'INSTALLED_APPS.extend(["django_eventstream"])': f"INSTALLED_APPS.extend([{NEW}])",
+    # Of these check says that pgtrigger is missing.
+    'INSTALLED_APPS.append("django_eventstream")': 'INSTALLED_APPS.append("pg_eventstream")',
+    'INSTALLED_APPS = env.list("A", default="django_eventstream")': (
+        'INSTALLED_APPS = env.list("A", default="pg_eventstream")'
+    ),
     'THIRD_PARTY_APPS = ("django_eventstream",)': f"THIRD_PARTY_APPS = ({NEW},)",
     '    "django_eventstream",': '    "pgtrigger",\n    "pg_eventstream",',
     "    'django_eventstream'": "    'pgtrigger',\n    'pg_eventstream'",
@@ -378,6 +393,20 @@ def test_send_event_has_its_parameters_in_their_order() -> None:
 def test_method_is_served_or_the_readme_says_what_to_do(method: str) -> None:
     refused = events(RequestFactory().generic(method, "/?channel=a")).status_code == 405
     assert refused == (f"`{method}` opens a stream, too | 405" in DIFFERENT)
+
+
+def test_coroutines_send_by_another_name(database: Database) -> None:
+    async def send(await_it: bool) -> None:
+        if await_it:
+            await asend_event("a", "message", 1)
+        else:
+            send_event("a", "message", 1)
+
+    with pytest.raises(SynchronousOnlyOperation):
+        asyncio.run(send(False))
+    asyncio.run(send(True))
+    assert database.value("SELECT count(*) FROM pg_eventstream_event") == 1
+    assert "`send_event` in a coroutine, without storage | `await asend_event(…)`" in DIFFERENT
 
 
 def test_refusal_is_made_of_its_channels() -> None:
