@@ -15,7 +15,8 @@ from rest_framework.renderers import BaseRenderer, BrowsableAPIRenderer
 from rest_framework.settings import api_settings
 from rest_framework.utils.urls import remove_query_param
 
-from . import sse
+from . import sse, views
+from .conf import conf
 
 
 class StreamDescription(dict[str, list[str]]):
@@ -73,5 +74,10 @@ class BrowsableAPIEventStreamRenderer(BrowsableAPIRenderer):
             # The same address, as an EventSource asks for it.
             address = renderer_context["request"].get_full_path()
             url = remove_query_param(address, api_settings.URL_FORMAT_OVERRIDE)
-            context["stream"] = {"url": url, **data}
+            context["stream"] = {
+                "url": url,
+                "arrives": views.streams(renderer_context["request"]._request),
+                "has_proxy": bool(conf.grip_proxies) or views.needs_proxy(),
+                **data,
+            }
         return context

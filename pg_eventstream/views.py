@@ -166,6 +166,11 @@ def _recover(
     return recover(after, max_age=max_age)
 
 
+def streams(request: HttpRequest) -> bool:
+    """Whether events arrive where this request was sent: by the proxy, or from this process."""
+    return _came_through_proxy(request) or _streams_directly(request)
+
+
 def _came_through_proxy(request: HttpRequest) -> bool:
     """Whether a proxy of ours made the request; GripMiddleware has verified its signature."""
     grip = getattr(request, "grip", None)
@@ -177,8 +182,12 @@ def _came_through_proxy(request: HttpRequest) -> bool:
 
 def _streams_directly(request: HttpRequest) -> bool:
     """Whether this process can stream by itself, and may."""
-    required = getattr(settings, "GRIP_PROXY_REQUIRED", False)
-    return isinstance(request, ASGIRequest) and not required
+    return isinstance(request, ASGIRequest) and not needs_proxy()
+
+
+def needs_proxy() -> bool:
+    """Whether the project lets no client in but through its proxy."""
+    return bool(getattr(settings, "GRIP_PROXY_REQUIRED", False))
 
 
 def _next_link_of(request: HttpRequest) -> LinkTo:

@@ -19,6 +19,7 @@ from rest_framework.exceptions import ParseError
 from rest_framework.renderers import BaseRenderer, BrowsableAPIRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
+from rest_framework.schemas.inspectors import ViewInspector
 from rest_framework.settings import api_settings
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSetMixin
@@ -59,6 +60,8 @@ class EventsView(APIView):
     renderer_classes: Sequence[type[BaseRenderer]] = _renderers(
         api_settings.DEFAULT_RENDERER_CLASSES
     )
+    # What makes OpenAPI schemas would have to guess what a stream is, and warn of it.
+    schema: ViewInspector | None = None
 
     @method_decorator(never_cached)
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
-from django.test import Client, override_settings
+from django.test import AsyncClient, Client, override_settings
 from django.test.utils import override_script_prefix
 from django.urls import resolve
 
@@ -26,13 +27,10 @@ from .conftest import Database, PublisherProcess, child_environment
 from .origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature
 from .sse_client import SSEClient
 
+APPS = [*settings.INSTALLED_APPS, "django.contrib.staticfiles", "rest_framework"]
 PROJECT = {
     "ROOT_URLCONF": "tests.drf_urls",
-    "INSTALLED_APPS": [
-        *settings.INSTALLED_APPS,
-        "django.contrib.staticfiles",
-        "rest_framework",
-    ],
+    "INSTALLED_APPS": APPS,
     "MIDDLEWARE": [*settings.MIDDLEWARE, "tests.drf_urls.own_scripts_only"],
     "STATIC_URL": "/static/",
     "EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.channelmanagers.Members",
@@ -333,6 +331,39 @@ def test_default_renderers_decide_whether_there_is_a_page(
     assert run.stdout.split() == ours, run.stderr
 
 
+def schema(urlconf: str) -> dict[str, Any]:
+    """What ``manage.py spectacular --fail-on-warn --validate`` makes of a URLconf."""
+    script = (
+        "import django; django.setup()\n"
+        "from django.core.management import call_command\n"
+        "call_command('spectacular', fail_on_warn=True, validate=True, format='openapi-json')"
+    )
+    project = {
+        **PROJECT,
+        "ROOT_URLCONF": urlconf,
+        "INSTALLED_APPS": [*APPS, "drf_spectacular"],
+        "REST_FRAMEWORK": {"DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema"},
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=child_environment(PG_EVENTSTREAM_TEST_SETTINGS=json.dumps(project)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+def test_schema_of_a_project_warns_of_no_stream_and_has_those_that_are_described() -> None:
+    paths = schema("tests.drf_described")["paths"]
+    assert list(paths) == ["/described/", "/orders/"]
+    [stream] = paths["/described/"]["get"]["responses"]["200"]["content"]
+    assert stream == "text/event-stream"
+
+
 def test_library_works_without_drf() -> None:
     script = (
         "import sys; sys.modules['rest_framework'] = None\n"
@@ -364,6 +395,43 @@ def test_page_tells_whom_the_proxy_is_missing(origin: Origin) -> None:
     hint = "Open it at the proxy"
     assert hint not in origin.ask("/function/", BROWSER).body
     assert hint in Client().get("/function/", headers=BROWSER).content.decode()
+
+
+@pytest.mark.parametrize(
+    ("asgi", "settings", "hint"),
+    [
+        (True, {"GRIP_URL": None}, ""),
+        (True, {}, ""),  # past the proxy, which is no mistake: the stream comes from here
+        (True, {"GRIP_PROXY_REQUIRED": True}, "Open it at the proxy"),
+        (False, {}, "Open it at the proxy"),
+        (False, {"GRIP_URL": None}, "an ASGI server"),
+    ],
+)
+def test_page_says_that_no_events_will_arrive_only_where_none_do(
+    asgi: bool, settings: dict[str, Any], hint: str
+) -> None:
+    async def ask(headers: dict[str, str]) -> tuple[int, str]:
+        response: Any = await AsyncClient().get("/function/", headers=headers)
+        if not response.streaming:
+            return response.status_code, response.content.decode()
+        stream = aiter(response.streaming_content)
+        text = (await anext(stream)).decode()
+        await stream.aclose()
+        return response.status_code, text
+
+    def get(headers: dict[str, str]) -> tuple[int, str]:
+        if asgi:
+            return asyncio.run(ask(headers))
+        response = Client().get("/function/", headers=headers)
+        return response.status_code, response.content.decode()
+
+    with override_settings(**settings):
+        status, page = get(BROWSER)
+        assert (status, "data-url" in page) == (200, True)
+        assert ("no events will arrive here" in page) == bool(hint)
+        assert hint in page
+        status, stream = get(EVENT_SOURCE)
+    assert (status, "event: stream-open" in stream) == ((501, False) if hint else (200, True))
 
 
 def test_page_without_channels_says_how_to_name_them(origin: Origin) -> None:
