@@ -16,7 +16,9 @@ SELECT nspname AS schema
 BEGIN;
 
 -- A sender: a service that inserts events, a Django project that calls send_event().
--- Neither id nor created are its to set, and it cannot read what others send.
+-- Neither id nor created are its to set, and it cannot read what others send. An ORM that asks for
+-- the new id (RETURNING id), as SQLAlchemy and Rails do, needs one more:
+--     GRANT SELECT (id) ON pg_eventstream_event TO billing;
 \if :{?sender}
 GRANT USAGE ON SCHEMA :"schema" TO :"sender";
 GRANT INSERT (channel, type, data, skip_user_ids) ON pg_eventstream_event TO :"sender";

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from .roles import granted, psql
 from .sse_client import SSEClient
 
 Stream = Callable[..., SSEClient]
-NODE = Path(__file__).parent / "node"
+ROOT = Path(__file__).parent.parent
+NODE = ROOT / "tests" / "node"
 TABLES = "event", "outbox", "stream", "channel", "cursor", "publisher", "proxy"
 DENIED = "42501"  # insufficient_privilege
 CHECK_VIOLATION = "23514"
@@ -271,6 +273,55 @@ def test_name_that_is_too_long_or_has_nul_is_refused(sender: str, column: str) -
 
 
 # They can do nothing else
+
+
+#: What object-relational mappers send to get the new id. SQLAlchemy 2.0: one, and several at once.
+ORMS = [
+    "INSERT INTO pg_eventstream_event (channel, type, data) VALUES ('c'::VARCHAR, 't'::VARCHAR,"
+    " 'd'::VARCHAR) RETURNING pg_eventstream_event.id",
+    "INSERT INTO pg_eventstream_event (channel, type, data) SELECT p0::VARCHAR, p1::VARCHAR,"
+    " p2::VARCHAR FROM (VALUES ('c'::VARCHAR, 't'::VARCHAR, 'd'::VARCHAR, 0)) AS"
+    " imp_sen(p0, p1, p2, sen_counter) ORDER BY sen_counter"
+    " RETURNING pg_eventstream_event.id, pg_eventstream_event.id AS id__1",
+    # Rails and Ecto, Django
+    """INSERT INTO "pg_eventstream_event" ("channel", "type", "data") VALUES ('c', 't', 'd')"""
+    """ RETURNING "id\"""",
+    """INSERT INTO "pg_eventstream_event" ("channel", "type", "data") VALUES ('c', 't', 'd')"""
+    """ RETURNING "pg_eventstream_event"."id\"""",
+]
+NOT_FOR_ORMS = [
+    "INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', 'd') RETURNING id, type",
+    "INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', 'd') RETURNING *",
+    "SELECT id, data FROM pg_eventstream_event",
+    "INSERT INTO pg_eventstream_event (id, channel, data) VALUES (DEFAULT, 'c', 'd')",
+    "DELETE FROM pg_eventstream_event WHERE id = 1",
+]
+
+
+def test_orm_that_asks_for_the_new_id_needs_the_grant_that_is_written_beside_the_other(
+    database: Database, role: str, sender: str
+) -> None:
+    written = {
+        re.sub(r"\bbilling\b", role, grant)
+        for path in ("README.md", "migrations/README.md", "migrations/grants.sql")
+        for grant in re.findall(r"GRANT SELECT [^;`]* TO billing", (ROOT / path).read_text())
+    }
+    assert len(written) == 1
+    with psycopg.connect(sender, autocommit=True) as connection:
+
+        def refused() -> list[str]:
+            found = []
+            for statement in (*ORMS, *NOT_FOR_ORMS):
+                try:
+                    connection.execute(statement)
+                except psycopg.errors.InsufficientPrivilege:
+                    found.append(statement)
+            return found
+
+        assert refused() == [*ORMS, *NOT_FOR_ORMS]
+        database.execute(written.pop())
+        assert refused() == NOT_FOR_ORMS
+    assert database.value("SELECT pg_eventstream_sequence()") == len(ORMS)
 
 
 def forbidden_statements() -> list[str]:
