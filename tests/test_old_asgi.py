@@ -180,7 +180,8 @@ def serve(project: Project, port: int) -> Iterator[str]:
         "daphne",
         [sys.executable, "-m", "daphne", "server.asgi:application", f"--port={port}"],
         log_path=project.directory / "daphne.log",
-        environment=project.environment,
+        # Its asgi.py says which settings, after it has imported us.
+        environment={k: v for k, v in project.environment.items() if "DJANGO" not in k},
     )
     server.start(ready=lambda: accepts(port))
     try:
