@@ -29,14 +29,11 @@ import psycopg
 import psycopg.generators
 
 from .listener import Listener
+from .locks import BELL_LOCK, LOCK_SPACE
 
 logger = logging.getLogger(__name__)
 
 CHANNEL = "pg_eventstream"
-#: The two advisory locks, of the key space (oid of pg_eventstream_event, n).
-BELL_LOCK, LEADER_LOCK = 1, 2
-LOCK_SPACE = "'pg_eventstream_event'::regclass::oid::int4"
-
 #: The share of the last second that rounds which found something took: above the first wake
 #: up, below the second doze. It is of time, not a number of events, because how often commits
 #: may ring without waiting for each other depends on how long the disk takes.

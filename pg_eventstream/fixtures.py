@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from django.db import connections, models
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from .locks import LOCK_SPACE, SEQUENCE_LOCK
+
 
 class Loadable(models.Model):
     """A model that decides what is loaded of it. By default nothing.
@@ -115,4 +117,6 @@ def may_take_place(
 def forget_cursor(connection: BaseDatabaseWrapper) -> None:
     """Have the next sequence() look what is new, and where the stream ends."""
     with connection.cursor() as cursor:
+        # Whoever sequences meanwhile would write it anew, as if nothing had been loaded.
+        cursor.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SEQUENCE_LOCK})")
         cursor.execute("UPDATE pg_eventstream_cursor SET cluster = 0 WHERE cluster <> 0")

@@ -24,9 +24,10 @@ import psycopg
 from . import permission
 from .conf import conf
 from .connection import Database, explained
-from .doorbell import CHANNEL, LEADER_LOCK, LOCK_SPACE
+from .doorbell import CHANNEL
 from .incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
 from .listener import Listener
+from .locks import LEADER_LOCK, LOCK_SPACE
 from .rarely import Rarely
 from .reading import give_back
 

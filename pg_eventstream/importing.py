@@ -19,6 +19,7 @@ from django.utils import timezone
 
 from .conf import conf
 from .errors import InvalidEvent
+from .locks import LOCK_SPACE, SEQUENCE_LOCK
 from .send import NewEvent, to_row
 
 _PAGE_EVENTS = 1000
@@ -114,7 +115,7 @@ def import_events(
             say("All is read. The publisher waits while it is written.")
             # Keeps sequence() out: what is unknown here stays so until it is imported. The
             # sweep may go on, since it only touches channels that are known.
-            cursor.execute("LOCK TABLE pg_eventstream_cursor IN SHARE ROW EXCLUSIVE MODE")
+            cursor.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SEQUENCE_LOCK})")
         _choose(cursor, imported)
         if not dry_run:
             _write(cursor)

@@ -15,8 +15,8 @@ from typing import Any
 
 import psycopg
 
-from .doorbell import LEADER_LOCK, LOCK_SPACE
 from .errors import NotLeading
+from .locks import LEADER_LOCK, LOCK_SPACE
 from .silence import WatchedConnection
 
 #: A session that leads to publish once.

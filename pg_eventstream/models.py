@@ -265,6 +265,10 @@ class Cursor(Loadable):
     a restore, a failover, or when tables were emptied. What ids show is then higher by a random
     multiple of 10^12, so no id is used twice. ``place`` is where this incarnation was written
     (database, timeline of the WAL, files of the tables), ``began`` the last position before it.
+
+    A backlog is sequenced in slices. As long as there is one, ``until`` is the snapshot that it
+    ends with, and of the transactions that ``snapshot`` lists as unfinished all events up to the
+    seq ``done`` are sequenced.
     """
 
     position = models.BigIntegerField(primary_key=True)
@@ -273,6 +277,8 @@ class Cursor(Loadable):
     incarnation = models.BigIntegerField(db_default=0)
     began = models.BigIntegerField(db_default=0)
     place = models.TextField(db_default="")
+    until = SnapshotField(null=True)
+    done = models.BigIntegerField(null=True)
 
     def __str__(self) -> str:
         return f"sequenced up to {self.position}"

@@ -299,7 +299,8 @@ class Publisher:
 def sequence(connection: Connection) -> int:
     """Give the events committed since the last call their order; returns how many.
 
-    Durable when this returns: what a client may have seen keeps its id across a crash.
+    A backlog takes several calls: until one returns 0. Durable when this returns: what a client may
+    have seen keeps its id across a crash.
     """
     return _sequence(connection, UNKNOWN)[0]
 

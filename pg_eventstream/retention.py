@@ -11,6 +11,7 @@ import psycopg
 
 from .conf import conf
 from .incarnation import CURSOR, UNKNOWN, Cursor
+from .locks import LOCK_SPACE, SWEEP_LOCK
 from .permission import CHANGES, is_reliable
 from .reading import give_back
 from .unseen import UnseenEvents
@@ -269,10 +270,10 @@ class Sweep:
         return pruned
 
     def _prune(self, looked_at: str, params: dict[str, Any]) -> tuple[int, int | None]:
-        # The lock keeps two sweeps apart; it conflicts with no reader and no sender.
+        # Keeps two sweeps apart, and nobody else.
         with self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.execute(_SET_UP)
-            cursor.execute("LOCK TABLE pg_eventstream_channel IN SHARE ROW EXCLUSIVE MODE")
+            cursor.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SWEEP_LOCK})")
             row = cursor.execute(
                 _PRUNE.format(looked_at=looked_at, every=_REMEMBER_EVENTS), params
             ).fetchone()
@@ -299,7 +300,8 @@ class Sweep:
                            SELECT ctid FROM pg_eventstream_outbox
                             WHERE (xid, seq) > (%s::xid8, %s)
                               AND xid < (SELECT pg_snapshot_xmin(snapshot)
-                                           FROM pg_eventstream_cursor
+                                           FROM (SELECT * FROM pg_eventstream_cursor
+                                                  ORDER BY position DESC LIMIT 1) AS cursor
                                           WHERE cluster = (SELECT system_identifier
                                                              FROM pg_control_system()))
                             ORDER BY xid, seq LIMIT %s))

@@ -15,8 +15,8 @@ from django.contrib.auth.models import User
 from django.db import connections
 
 from pg_eventstream import grip
-from pg_eventstream.doorbell import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.feed import Feed
+from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.retention import Sweep
 
 from .conftest import KEY, Database

@@ -369,7 +369,8 @@ def test_imported_events_are_never_sequenced(
     des.send("room", 1, 2, 3)
     run()
     before = everything(database)
-    assert database.value("SELECT count(*) FROM pg_eventstream_outbox") == 0
+    in_outbox = "SELECT count(*) FROM pg_eventstream_outbox WHERE channel = 'room'"
+    assert database.value(in_outbox) == 0
     assert database.value("SELECT pg_eventstream_sequence()") == 0
     assert everything(database)[2] == before[2]
     # Restored elsewhere, rows first: the trigger has put them into the outbox again.

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from pg_eventstream import feed, grip, hold, recovery, sse, views
 from pg_eventstream.connection import Database as Connections
-from pg_eventstream.doorbell import LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.publisher import Publisher
 from pg_eventstream.retention import Sweep
 

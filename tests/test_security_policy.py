@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pg_eventstream.doorbell import BELL_LOCK, LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.locks import BELL_LOCK, LEADER_LOCK, LOCK_SPACE
 
 from .conftest import Database
 from .roles import granted

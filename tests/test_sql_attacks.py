@@ -13,8 +13,9 @@ from django.test import override_settings
 
 from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.doorbell import BELL_LOCK, CHANNEL, LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.doorbell import CHANNEL
 from pg_eventstream.hub import NEWS
+from pg_eventstream.locks import BELL_LOCK, LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.publisher import Publisher
 from pg_eventstream.retention import Sweep
 
