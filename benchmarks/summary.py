@@ -14,6 +14,8 @@ NAMES = (
     "latency",
     "drain",
     "log_size",
+    "slices",
+    "vacuum",
     "recover",
     "prune",
     "idle",
