@@ -243,9 +243,11 @@ class _Reader(threading.Thread):
             listener.close()
 
     def _begin(self, connection: psycopg.Connection[Any]) -> None:
+        # Looked for above the cursor only: what is pruned may not be vacuumed.
         row = connection.execute(
             f"""
-            SELECT (SELECT coalesce(max(position), 0) FROM pg_eventstream_stream), c.*
+            SELECT coalesce((SELECT max(position) FROM pg_eventstream_stream
+                              WHERE position > coalesce(c.position, 0)), c.position, 0), c.*
               FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
             """  # noqa: S608
         ).fetchone()

@@ -300,7 +300,8 @@ def _read(
                          CROSS JOIN LATERAL (
                                SELECT * FROM pg_eventstream_stream AS s
                                 WHERE s.channel = asked.channel
-                                  AND s.eid > asked.eid AND s.eid <= asked.eid + %(limit)s + 1
+                                  AND s.eid > greatest(asked.eid, asked.pruned)
+                                  AND s.eid <= asked.eid + %(limit)s + 1
                                 ORDER BY s.eid LIMIT %(limit)s + 1
                              ) AS s
                          ORDER BY s.position LIMIT %(limit)s + 1
