@@ -1,7 +1,7 @@
 """Migrations run while senders, publisher and web processes of the code before go on working.
 
-Those run from an archive of the last commit before the newest migrations, out of the
-repository's history.
+Those run from an archive of the last commit before some migrations, out of the repository's
+history: before the newest ones, and in a thorough run before older ones as well.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg
 import pytest
@@ -28,48 +29,57 @@ from .sse_client import SSEClient
 pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).parents[1]
-#: The last commit with the migrations up to 0001, and no others.
-BEFORE, MIGRATED = "f1b391250490b4468b8c0344d206e99eb54945c9", "0001"
+#: The last commits with the migrations up to these, and no others.
+COMMITS = {
+    "0005": "03bc6b9766ff250d96e625479200a6b17fefa39b",
+    "0001": "f1b391250490b4468b8c0344d206e99eb54945c9",
+}
 EVENTS = 5_000_000 if THOROUGH else 50_000
 ATTEMPTS = 3
 
 
-@pytest.fixture(scope="module")
-def old_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+class OldCode(NamedTuple):
     """The project as it was, in a directory of its own."""
+
+    directory: Path
+    migrated: str
+
+
+@pytest.fixture(scope="module", params=list(COMMITS)[: None if THOROUGH else 1])
+def old_code(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OldCode:
+    commit = COMMITS[request.param]
     if not (ROOT / ".git").exists() and "CI" not in os.environ:
         pytest.skip("needs the history of the repository, which a source archive does not have")
     directory = tmp_path_factory.mktemp("before")
     with subprocess.Popen(
-        ["git", "archive", BEFORE, "pg_eventstream", "tests", "pyproject.toml"],
+        ["git", "archive", commit, "pg_eventstream", "tests", "pyproject.toml"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
     ) as archive:
         subprocess.run(["tar", "-x", "-C", directory], stdin=archive.stdout, check=False)
     assert archive.returncode == 0, (
-        f"commit {BEFORE} is not in the history here: git fetch --unshallow"
+        f"commit {commit} is not in the history here: git fetch --unshallow"
     )
-    return directory
+    return OldCode(directory, request.param)
 
 
 class Upgrade:
     """A database with the tables of the old code; commands and processes of the old and the new."""
 
-    def __init__(self, database: Database, old_code: Path, pushpin: Pushpin) -> None:
+    def __init__(self, database: Database, old_code: OldCode, pushpin: Pushpin) -> None:
         self.database = database
-        self.old_code = old_code
+        self.old_code, self.migrated = old_code
         self._pushpin = pushpin
         self.run("migrate", "--run-syncdb", old=True)
-        assert self.migrations == [MIGRATED]
+        assert self.newest == self.migrated
 
     @property
-    def migrations(self) -> list[str]:
-        return [
-            name[:4]
-            for (name,) in self.database.fetch(
-                "SELECT name FROM django_migrations WHERE app = 'pg_eventstream' ORDER BY name"
-            )
-        ]
+    def newest(self) -> str:
+        """The newest migration that is applied."""
+        name: str = self.database.value(
+            "SELECT max(name) FROM django_migrations WHERE app = 'pg_eventstream'"
+        )
+        return name[:4]
 
     def environment(self, *, old: bool) -> dict[str, str]:
         return child_environment(
@@ -113,7 +123,7 @@ class Upgrade:
 
 
 @pytest.fixture
-def upgrade(postgres: Postgres, old_code: Path, pushpin: Pushpin) -> Iterator[Upgrade]:
+def upgrade(postgres: Postgres, old_code: OldCode, pushpin: Pushpin) -> Iterator[Upgrade]:
     name = f"upgrade_{os.urandom(4).hex()}"
     with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
@@ -257,7 +267,7 @@ def test_processes_of_the_code_before_go_on_through_the_migrations(
             for stream in streams:
                 stream.wait_count(50)
             upgrade.run("migrate")
-            assert upgrade.migrations != [MIGRATED]
+            assert upgrade.newest > upgrade.migrated
             for sender in senders:
                 sender.wait_for_more()
             with upgrade.directory(old=False):
@@ -344,10 +354,10 @@ def test_no_sender_waits_100_ms_for_a_migration(upgrade: Upgrade, beside: str) -
     work = migrate if beside == "short transactions" else migrate_beside_it
     for _ in range(ATTEMPTS):
         times = held_up(database, work)
-        assert upgrade.migrations != [MIGRATED]
+        assert upgrade.newest > upgrade.migrated
         if not times:
             break
-        upgrade.run("migrate", "pg_eventstream", MIGRATED)
+        upgrade.run("migrate", "pg_eventstream", upgrade.migrated)
     else:
         pytest.fail(f"senders were held up, {times} times in the last attempt")
 
