@@ -27,8 +27,8 @@ from pg_eventstream import once as once_module
 from pg_eventstream import publisher as publisher_module
 from pg_eventstream.connection import Database as Connections
 from pg_eventstream.demo.processes import free_port, wait_until
-from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.errors import NotLeading
+from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.management.commands import eventstream_prune as prune_module
 from pg_eventstream.publisher import Publisher
 
