@@ -8,7 +8,13 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pg_eventstream.locks import BELL_LOCK, LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.locks import (
+    BELL_LOCK,
+    LEADER_LOCK,
+    LOCK_SPACE,
+    SEQUENCE_LOCK,
+    SWEEP_LOCK,
+)
 
 from .conftest import Database
 from .roles import granted
@@ -17,6 +23,8 @@ from .test_grants import as_role, make_old, prune_only, sequence, serve
 ROOT = Path(__file__).parent.parent
 POLICY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 LOCKS, ROWS = re.findall(r"^  ```sql\n(.*?)^  ```", POLICY, re.DOTALL | re.MULTILINE)
+
+LOCKS_TAKEN = (BELL_LOCK, LEADER_LOCK, SEQUENCE_LOCK, SWEEP_LOCK)
 
 
 def test_every_file_that_it_names_is_there() -> None:
@@ -34,11 +42,11 @@ def test_every_line_of_the_table_names_a_test() -> None:
 
 def test_it_shows_who_holds_the_locks(database: Database) -> None:
     with database.connect(application_name="the holder") as holder:
-        for lock in (BELL_LOCK, LEADER_LOCK):
+        for lock in LOCKS_TAKEN:
             holder.execute(f"SELECT pg_advisory_lock({LOCK_SPACE}, {lock})")
         pid = holder.info.backend_pid
         found = database.fetch(LOCKS)
-    assert sorted(found) == [(pid, "postgres", "the holder", lock) for lock in (1, 2)]
+    assert sorted(found) == [(pid, "postgres", "the holder", lock) for lock in LOCKS_TAKEN]
 
 
 def test_row_level_security_keeps_a_sender_to_its_channels(database: Database) -> None:

@@ -15,7 +15,7 @@ from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.doorbell import CHANNEL
 from pg_eventstream.hub import NEWS
-from pg_eventstream.locks import BELL_LOCK, LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.locks import BELL_LOCK, LEADER_LOCK, LOCK_SPACE, SEQUENCE_LOCK
 from pg_eventstream.publisher import Publisher
 from pg_eventstream.retention import Sweep
 
@@ -307,10 +307,17 @@ def test_who_takes_the_locks_delays_events_until_the_session_ends_and_does_nothi
         take(BELL_LOCK)
         send(3)  # ring nobody either; the safety poll finds them
         sequenced(9)
+        # Nothing gets its order meanwhile. (Nobody rings, so it may take the safety poll.)
+        take(SEQUENCE_LOCK)
+        send(3)
+        time.sleep(2)
+        sequenced(9)
+        stranger.execute(f"SELECT pg_advisory_unlock({LOCK_SPACE}, {SEQUENCE_LOCK})")
+        sequenced(12)
         # Who rings for no reason, or says something, wakes it up and no more.
         stranger.execute("SELECT pg_notify(%s, repeat('x', 7999))", [CHANNEL])
         stranger.execute("SELECT pg_notify(%s, E'\\x01''; %%s')", [NEWS])
         send(1)
-        sequenced(10)
+        sequenced(13)
     eids = database.fetch("SELECT eid FROM pg_eventstream_stream ORDER BY position")
-    assert [eid for (eid,) in eids] == list(range(1, 11))
+    assert [eid for (eid,) in eids] == list(range(1, 14))
