@@ -9,6 +9,7 @@ The way of an event, and the module of each step:
     publisher   the daemon: leads, sequences, keeps the feeds and the sweep going
     lead        who leads: one at a time
     once        the same work once: what is there, to every proxy
+    locks       the advisory locks: for what there is one at a time
     incarnation whether this is still the stream that we knew
     feed        one proxy's share: reads the stream in order, publishes, acknowledges
     grip        a GRIP proxy: items, batches, the POST to its control port
