@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psycopg
 import pytest
+from django.core.management import call_command
+from django.test import override_settings
 
+from pg_eventstream import subscribe
+from pg_eventstream.connection import Database as Where
+from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.publisher import Publisher
 from pg_eventstream.retention import Sweep
 
 from .conftest import THOROUGH, Database
@@ -223,6 +231,15 @@ def load(database: Database) -> None:
     database.execute("UPDATE pg_eventstream_cursor SET cluster = 0")
 
 
+def migrate_back(database: Database) -> None:
+    """To the function that knows of no slices, and forward again."""
+    call_command("migrate", "pg_eventstream", "0005", verbosity=0)
+    assert database.value(SEQUENCE) == 43
+    database.send("a")
+    database.send("a")
+    call_command("migrate", "pg_eventstream", verbosity=0)
+
+
 def lock(database: Database) -> None:
     """One at a time: the second call waits, and does the next slice."""
     with database.connect(autocommit=False) as one:
@@ -234,7 +251,16 @@ def lock(database: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    "happens", [roll_back, pytest.param(crash, marks=pytest.mark.alone), forget, copy, load, lock]
+    "happens",
+    [
+        roll_back,
+        pytest.param(crash, marks=pytest.mark.alone),
+        forget,
+        copy,
+        load,
+        lock,
+        migrate_back,
+    ],
 )
 def test_backlog_is_finished_whatever_happens_between_two_slices(
     database: Database, happens: Any
@@ -246,6 +272,7 @@ def test_backlog_is_finished_whatever_happens_between_two_slices(
         assert unfinished(connection)
     happens(database)
     with database.connect() as connection:
+        expected += [event for event in waiting(connection) if event not in expected]
         while connection.execute(SEQUENCE).fetchone() != (0,):
             pass
         assert sequenced(connection) == expected
@@ -272,3 +299,48 @@ def test_call_that_leaves_something_rings(database: Database) -> None:
         next(connection.notifies(timeout=5))
         assert connection.execute(SEQUENCE).fetchone() == (1,)
         assert not list(connection.notifies(timeout=0.1))
+
+
+def send_at_once(database: Database, events: int) -> None:
+    database.execute(
+        "INSERT INTO pg_eventstream_event (channel, data)"
+        " SELECT 'c', n FROM generate_series(1, %s) AS n",
+        [events],
+    )
+
+
+@override_settings(EVENTSTREAM_SAFETY_POLL=None, GRIP_URL=None, GRIP_PROXIES=[])
+def test_publisher_goes_on_until_nothing_is_left(database: Database) -> None:
+    """It was asleep, and no poll ends that."""
+    cut_small(database)
+    publisher = Publisher(Where("default"))
+    thread = threading.Thread(target=publisher.run)
+    thread.start()
+    try:
+        wait_until(
+            lambda: publisher._doorbell is not None and publisher._doorbell.state.value == "asleep",
+            timeout=20,
+        )
+        send_at_once(database, 200)
+        wait_until(
+            lambda: database.value("SELECT count(*) FROM pg_eventstream_stream") == 200, timeout=20
+        )
+    finally:
+        publisher.stop()
+        thread.join(20)
+
+
+@override_settings(EVENTSTREAM_SAFETY_POLL=None)
+def test_process_that_streams_by_itself_goes_on_until_nothing_is_left(database: Database) -> None:
+    cut_small(database)
+    database.send("c", "first")
+    database.value(SEQUENCE)
+
+    async def receive(count: int) -> list[str]:
+        stream = subscribe(["c"], after="earliest")
+        data = [(await anext(stream)).data]
+        await asyncio.to_thread(send_at_once, database, count)
+        return data + [(await anext(stream)).data for _ in range(count)]
+
+    data = asyncio.run(asyncio.wait_for(receive(200), 20))
+    assert data == ["first", *map(str, range(1, 201))]

@@ -34,7 +34,8 @@ class Migration(migrations.Migration):
             " WHERE position = 0 AND cluster = 0 AND place = ''\n"
             "   AND NOT EXISTS (SELECT FROM pg_eventstream_outbox)\n"
             "   AND NOT EXISTS (SELECT FROM pg_eventstream_stream)",
-            migrations.RunSQL.noop,
+            # Back again, a backlog that is half done: what is new is looked for in the stream.
+            "UPDATE pg_eventstream_cursor SET cluster = 0 WHERE until IS NOT NULL",
         ),
         migrations.RunSQL(text_of("0006_slices.sql"), text_of("0005_sequence.sql")),
     ]
