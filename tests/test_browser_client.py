@@ -31,6 +31,7 @@ from .sse_client import SSEClient
 
 Serve = Callable[..., ScriptedServer]
 
+ROOT = Path(__file__).parent.parent
 AT_ONCE = "() => { Math.random = () => 0; }"
 AT_THE_LATEST = "() => { Math.random = () => 0.9999; }"
 OPEN = "event: stream-open\nid: a:0\ndata:\n\n"
@@ -890,6 +891,48 @@ def test_headers_of_the_page_are_sent_with_each_request(page: Page, serve: Serve
     page.wait_for("received.length === 2")
     assert [request.headers["Authorization"] for request in server.requests] == ["Bearer x"] * 2
     assert [request.headers["Cache-Control"] for request in server.requests] == ["no-cache"] * 2
+
+
+# htmx
+
+
+def test_events_of_htmx_go_on_after_an_error_of_a_proxy(
+    page: Page, serve: Serve, node_directory: Path
+) -> None:
+    """Its extension begins anew then, without an id."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    server = serve(
+        answer("id: a:1\ndata: <b>one</b>\n\n"),
+        Answer(status=502),
+        answer("id: a:2\ndata: <b>two</b>\n\n"),
+        answer("id: a:3\ndata: <b>three</b>\n\n", hold=True),
+    )
+    for script in ("htmx.org/dist/htmx.js", "htmx-ext-sse/dist/sse.js"):
+        _run_script(page, (node_directory / "node_modules" / script).read_text(encoding="utf-8"))
+    (line,) = re.findall(r"`(htmx\.createEventSource = [^`]*)`", readme)
+    _run_script(page, line)
+    page.evaluate(
+        """() => {
+            document.body.innerHTML = `<div hx-ext="sse" sse-connect="/events/?channel=a">
+                <p sse-swap="message" hx-swap="beforeend"></p></div>`;
+            htmx.process(document.body);
+        }"""
+    )
+    page.wait_for("document.querySelectorAll('p > b').length === 3")
+    assert page.evaluate("document.querySelector('p').textContent") == "onetwothree"
+    assert [resumed_from(request) for request in server.requests] == [None, "a:1", "a:1", "a:2"]
+
+
+def _run_script(page: Page, code: str) -> None:
+    """As one of the page's own, with its variables and functions global."""
+    page.evaluate(
+        """(code) => {
+            const script = document.createElement("script");
+            script.textContent = code;
+            document.head.append(script);
+        }""",
+        code,
+    )
 
 
 # The format
