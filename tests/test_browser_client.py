@@ -370,43 +370,41 @@ NOTE_WAITS = """() => {
 }"""
 
 
-@pytest.mark.parametrize(
-    ("first", "then", "random", "waits"),
-    [
-        # Nothing is said: anywhere from nothing to the limit, so that pages do not come in step.
-        ("", "", 0, [0] * 9),
-        ("", "", 0.5, [500, 1000, 2000, 4000, 5000, 5000]),
-        # What the server says is the delay.
-        ("retry: 700", "", 0, [700] * 9),
-        ("retry: 700", "", 0.5, [1050, 1400, 2100, 3500, 5700, 5700]),
-        ("retry: 20000", "", 0, [20_000] * 9),  # longer than what the client adds at most
-        ("retry: 20000", "", 0.5, [25_000] * 9),
-        ("retry: 0", "", 0, [1] * 9),
-        ("retry: 0", "", 0.5, [1.5, 2, 3, 5, 9, 17, 33]),
-        ("retry: 99999999999999999999", "", 0.5, [2**31 - 1] * 9),
-        ("retry: 1x", "", 0, [0] * 9),
-        ("retry: 5\nretry: 700", "", 0, [700] * 9),
-        ('retry: 700\nevent: stream-error\nid: error\ndata: {"condition": "x"}', "", 0, [700] * 9),
-        # Of two delays the longer one.
-        ("retry: 700", "3", 0, [700, 3000, 3000]),
-        ("retry: 700", "3", 0.5, [1050, 3700, 4400]),
-        ("retry: 5000", "3", 0, [5000] * 9),
-        ("", "3", 0.5, [500, 4000, 5000, 7000, 8000, 8000]),
-    ],
-)
-def test_server_says_how_long_to_wait_and_chance_only_adds_to_it(
-    page: Page, serve: Serve, first: str, then: str, random: float, waits: list[int]
-) -> None:
-    headers = {"Retry-After": then} if then else {}
-    serve(
-        answer(f"{first}\ndata:\n\n"),
-        Answer(status=503, headers=headers),
-        before=f"() => {{ Math.random = () => {random}; }}",
-    )
+# What the server says in a stream, then with each error; what chance draws; and what it waits.
+WAITS: list[tuple[str, str, float, list[float]]] = [
+    # Nothing is said: anywhere from nothing to the limit, so that pages do not come in step.
+    ("", "", 0, [0] * 9),
+    ("", "", 0.5, [500, 1000, 2000, 4000, 5000, 5000]),
+    # What the server says is the delay.
+    ("retry: 700", "", 0, [700] * 9),
+    ("retry: 700", "", 0.5, [1050, 1400, 2100, 3500, 5700, 5700]),
+    ("retry: 20000", "", 0, [20_000] * 9),  # longer than what the client adds at most
+    ("retry: 20000", "", 0.5, [25_000] * 9),
+    ("retry: 0", "", 0, [1] * 9),
+    ("retry: 0", "", 0.5, [1.5, 2, 3, 5, 9, 17, 33]),
+    ("retry: 99999999999999999999", "", 0.5, [2**31 - 1] * 9),
+    ("retry: 1x", "", 0, [0] * 9),
+    ("retry: 5\nretry: 700", "", 0, [700] * 9),
+    ('retry: 700\nevent: stream-error\nid: error\ndata: {"condition": "x"}', "", 0, [700] * 9),
+    # Of two delays the longer one.
+    ("retry: 700", "3", 0, [700, 3000, 3000]),
+    ("retry: 700", "3", 0.5, [1050, 3700, 4400]),
+    ("retry: 5000", "3", 0, [5000] * 9),
+    ("", "3", 0.5, [500, 4000, 5000, 7000, 8000, 8000]),
+]
+
+
+def test_server_says_how_long_to_wait_and_chance_only_adds_to_it(page: Page, serve: Serve) -> None:
+    server = serve(answer(""))
     page.evaluate(NOTE_WAITS)
-    page.evaluate("listen('/events/')")
-    page.wait_for("waits.length === 9")
-    assert page.evaluate("waits")[: len(waits)] == pytest.approx(waits)
+    for first, then, chance, waits in WAITS:
+        headers = {"Retry-After": then} if then else {}
+        server.answers = [answer(f"{first}\ndata:\n\n"), Answer(status=503, headers=headers)]
+        page.evaluate("(chance) => { waits.length = 0; Math.random = () => chance; }", chance)
+        page.evaluate("listen('/events/')")
+        page.wait_for("waits.length === 9")
+        assert page.evaluate("waits")[: len(waits)] == pytest.approx(waits), (first, then, chance)
+        page.evaluate("source.close()")
 
 
 @pytest.mark.parametrize(

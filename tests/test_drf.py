@@ -139,8 +139,12 @@ def test_links_keep_the_prefix_that_the_server_took_off(origin: Origin) -> None:
 
 
 def test_client_that_accepts_anything_gets_the_stream(origin: Origin) -> None:
-    for accept in ({}, {"Accept": "*/*"}, {"Accept": "text/html;q=0.8,text/event-stream"}):
-        assert origin.ask("/function/", accept).held
+    for accept in (
+        *("*/*", "text/html;q=0.8,text/event-stream", "text/event-stream; charset=utf-8"),
+        "text/event-stream;charset=UTF-8;q=0.9, */*;q=0.1",
+    ):
+        assert origin.ask("/function/", {"Accept": accept}).held
+    assert origin.ask("/function/").held
 
 
 def test_client_that_accepts_neither_stream_nor_page_is_refused(origin: Origin) -> None:
