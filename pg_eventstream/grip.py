@@ -6,6 +6,7 @@ blindly, and goes on after a batch that failed.
 
 from __future__ import annotations
 
+import heapq
 import http.client
 import json
 import logging
@@ -97,6 +98,8 @@ class Hints:
         self._window_end = 0.0
         #: When the next one is due, and how many there were.
         self._due: dict[bytes, tuple[float, int]] = {}
+        #: The same in the order of time. Those that were put off stand at their old place as well.
+        self._queue: list[tuple[float, bytes]] = []
 
     def note(self, batch: Batch, now: float) -> None:
         """These events were published."""
@@ -123,25 +126,36 @@ class Hints:
 
     def follow(self, encoded: bytes, now: float) -> None:
         """This hint is to follow, as it does by itself what `note` finds to need one."""
-        self._due[encoded] = (now + self._AFTER[0], 0)
+        self._set(encoded, now + self._AFTER[0], 0)
 
     def _put_off(self, encoded: bytes, now: float) -> None:
         at, done = self._due[encoded]
         pause = self._AFTER[done] - (self._AFTER[done - 1] if done else 0)
-        self._due[encoded] = (max(at, now + pause), done)
+        self._set(encoded, max(at, now + pause), done)
+
+    def _set(self, encoded: bytes, at: float, done: int) -> None:
+        self._due[encoded] = (at, done)
+        heapq.heappush(self._queue, (at, encoded))
 
     def next_due(self) -> float | None:
         """When the next hint is due, None if there is none to come."""
-        return min((at for at, _ in self._due.values()), default=None)
+        while self._queue:
+            at, encoded = self._queue[0]
+            if encoded in self._due and self._due[encoded][0] == at:
+                return at
+            heapq.heappop(self._queue)
+        return None
 
     def take_due(self, now: float) -> list[bytes]:
         """The items of the hints that are due now."""
-        due = [encoded for encoded, (at, _) in self._due.items() if at <= now]
-        for encoded in due:
-            at, done = self._due.pop(encoded)
+        due = []
+        while (at := self.next_due()) is not None and at <= now:
+            _, encoded = heapq.heappop(self._queue)
+            due.append((encoded, *self._due.pop(encoded)))
+        for encoded, at, done in due:
             if done + 1 < len(self._AFTER):
-                self._due[encoded] = (at + self._AFTER[done + 1] - self._AFTER[done], done + 1)
-        return due
+                self._set(encoded, at + self._AFTER[done + 1] - self._AFTER[done], done + 1)
+        return [encoded for encoded, _, _ in due]
 
 
 class Refused(Exception):

@@ -14,7 +14,7 @@ import os
 import random
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,6 +65,10 @@ class News:
     #: As it goes to streams of this channel alone, once it was needed.
     sse: str | None = None
 
+    @property
+    def concern(self) -> str:
+        return self.channel
+
 
 @dataclass(frozen=True, slots=True)
 class PermissionChange:
@@ -73,9 +77,16 @@ class PermissionChange:
     user: str
     channel: str
 
+    @property
+    def concern(self) -> tuple[str, str]:
+        return self.user, self.channel
+
 
 class Subscriber(Protocol):
-    """Who is offered the news of its channels. Called in its event loop only."""
+    """Who is offered the news of its channels, and changes of its reader's permission for them.
+
+    Called in its event loop only.
+    """
 
     @property
     def channels(self) -> tuple[str, ...]: ...
@@ -91,21 +102,22 @@ class _Group:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.subscribers: set[Subscriber] = set()
-        self._by_channel: defaultdict[str, set[Subscriber]] = defaultdict(set)
+        #: With their readers.
+        self.subscribers: dict[Subscriber, str | None] = {}
+        #: By channel, and those with a reader by that and the channel.
+        self._concerned: defaultdict[str | tuple[str, str], set[Subscriber]] = defaultdict(set)
         self._room = threading.Semaphore(_PAGES_AHEAD)
 
-    def add(self, subscriber: Subscriber) -> None:
-        self.subscribers.add(subscriber)
-        for channel in subscriber.channels:
-            self._by_channel[channel].add(subscriber)
+    def add(self, subscriber: Subscriber, reader: str | None) -> None:
+        self.subscribers[subscriber] = reader
+        for concern in _concerns(subscriber, reader):
+            self._concerned[concern].add(subscriber)
 
     def discard(self, subscriber: Subscriber) -> None:
-        self.subscribers.discard(subscriber)
-        for channel in subscriber.channels:
-            self._by_channel[channel].discard(subscriber)
-            if not self._by_channel[channel]:
-                del self._by_channel[channel]
+        for concern in _concerns(subscriber, self.subscribers.pop(subscriber)):
+            self._concerned[concern].discard(subscriber)
+            if not self._concerned[concern]:
+                del self._concerned[concern]
 
     def post(self, page: list[News | PermissionChange], stopping: threading.Event) -> None:
         """From the hub's thread. A loop that is busy holds the hub up, rather than memory."""
@@ -121,7 +133,7 @@ class _Group:
     def _deliver(self, page: list[News | PermissionChange]) -> None:
         self._room.release()
         for news in page:
-            for subscriber in self._by_channel.get(news.channel, ()):
+            for subscriber in self._concerned.get(news.concern, ()):
                 subscriber.offer(news)
 
     def read_anew(self) -> None:
@@ -129,22 +141,37 @@ class _Group:
             subscriber.read_anew()
 
 
+def _concerns(subscriber: Subscriber, reader: str | None) -> Iterator[str | tuple[str, str]]:
+    for channel in subscriber.channels:
+        yield channel
+        if reader is not None:
+            yield reader, channel
+
+
 class Hub:
-    """Offers everything in the stream, in order and without a gap, to its subscribers."""
+    """Offers everything in the stream, in order and without a gap, to its subscribers.
+
+    What an event costs depends on those whom it concerns, and on no others; what it costs to come
+    and to leave, on one's own channels.
+    """
 
     def __init__(self, alias: str) -> None:
         self._database = Database(alias)
         self._lock = threading.Lock()  # of all that follows
         self._groups: dict[asyncio.AbstractEventLoop, _Group] = {}
+        #: How many subscribers each channel has, in all loops.
         self._followed: Counter[str] = Counter()
         self._reader: _Reader | None = None
 
-    def add(self, subscriber: Subscriber) -> None:
-        """From now on. What is in the stream already is the subscriber's to read, behind this."""
+    def add(self, subscriber: Subscriber, reader: str | None = None) -> None:
+        """From now on. What is in the stream already is the subscriber's to read, behind this.
+
+        ``reader`` is the user id whose changes of permission it is offered.
+        """
         loop = asyncio.get_running_loop()
         with self._lock:
             self._forget_closed_loops()
-            self._groups.setdefault(loop, _Group(loop)).add(subscriber)
+            self._groups.setdefault(loop, _Group(loop)).add(subscriber, reader)
             self._followed.update(subscriber.channels)
             if self._reader is None:
                 self._reader = _Reader(self)
@@ -156,7 +183,7 @@ class Hub:
             group = self._groups.get(loop)
             if group is not None and subscriber in group.subscribers:
                 group.discard(subscriber)
-                self._followed -= Counter(subscriber.channels)
+                self._unfollow(subscriber)
                 if not group.subscribers:
                     del self._groups[loop]
             self._stop_unless_needed()
@@ -167,20 +194,30 @@ class Hub:
         reader = self._reader
         return reader is not None and reader.position is not None
 
-    def audience(self, reader: _Reader) -> tuple[list[_Group], list[str]]:
-        """Whom the reader serves, and the channels that they follow; nobody if it is not needed."""
+    def audience(self, reader: _Reader) -> list[_Group]:
+        """Whom the reader serves; nobody if it is not needed."""
         with self._lock:
             self._forget_closed_loops()
             self._stop_unless_needed()
-            if reader is not self._reader:
-                return [], []
-            return list(self._groups.values()), list(self._followed)
+            return list(self._groups.values()) if reader is self._reader else []
+
+    def followed(self, channels: Iterable[str]) -> set[str]:
+        """Those of the channels that somebody follows."""
+        with self._lock:
+            return {channel for channel in channels if channel in self._followed}
+
+    def _unfollow(self, subscriber: Subscriber) -> None:
+        # Not by subtracting one Counter from another, which looks at all that both have.
+        for channel in subscriber.channels:
+            self._followed[channel] -= 1
+            if not self._followed[channel]:
+                del self._followed[channel]
 
     def _forget_closed_loops(self) -> None:
         for loop, group in list(self._groups.items()):
             if loop.is_closed():
                 for subscriber in group.subscribers:
-                    self._followed -= Counter(subscriber.channels)
+                    self._unfollow(subscriber)
                 del self._groups[loop]
 
     def _stop_unless_needed(self) -> None:
@@ -255,7 +292,7 @@ class _Reader(threading.Thread):
         self.position = int(row[0])
         self._cursor = Cursor.of(*row[1:])
         # For those who waited for this, or who knew another stream.
-        for group in self._hub.audience(self)[0]:
+        for group in self._hub.audience(self):
             group.call(group.read_anew)
 
     def _sequence(self, connection: psycopg.Connection[Any]) -> None:
@@ -278,34 +315,20 @@ class _Reader(threading.Thread):
                 )
 
     def _read_page(self, connection: psycopg.Connection[Any]) -> int:
-        # The rows of all channels, so that the position says what has been passed by; the
-        # data only of those that somebody follows.
+        # The rows of all channels, which are short, so that the position says what has been passed
+        # by. Which of them somebody follows is looked up here, and not sent along: it may be a
+        # list of many thousands. What has just become followed is read by its followers.
         rows = connection.execute(
             f"""
-            WITH news AS MATERIALIZED (
-                SELECT position, channel, eid + coalesce(incarnation, 0) AS number, prev, event_id
-                  FROM pg_eventstream_stream
-                 WHERE position > %s ORDER BY position LIMIT %s
-            )
-            SELECT c.*, news.position, news.channel, news.number, news.prev,
-                   coalesce(event.type, ''),
-                   CASE WHEN octet_length(event.data) <= %s THEN event.data END,
-                   coalesce(event.skip_user_ids, '{{}}')
+            SELECT c.*, news.position, news.channel, news.eid + coalesce(news.incarnation, 0),
+                   news.prev, news.event_id
               FROM (SELECT) AS always
               LEFT JOIN {CURSOR} AS c ON true
-              LEFT JOIN news ON true
-              LEFT JOIN LATERAL (
-                   SELECT * FROM pg_eventstream_event
-                    WHERE id = news.event_id AND news.channel = ANY(%s) OFFSET 0
-                   ) AS event ON true
+              LEFT JOIN (SELECT * FROM pg_eventstream_stream
+                          WHERE position > %s ORDER BY position LIMIT %s) AS news ON true
              ORDER BY news.position
             """,  # noqa: S608
-            [
-                self.position,
-                _PAGE_EVENTS,
-                _EVENT_BYTES,
-                [*self._hub.audience(self)[1], permission.CHANGES],
-            ],
+            [self.position, _PAGE_EVENTS],
         ).fetchall()
         cursor = Cursor.of(*rows[0][:4])
         if not cursor.follows(self._cursor):
@@ -316,18 +339,44 @@ class _Reader(threading.Thread):
         self._cursor = cursor
         if rows[0][4] is None:
             return 0
-        page = _news(row[5:] for row in rows)
+        followed = self._hub.followed({row[5] for row in rows}) | {permission.CHANGES}
+        wanted = [row[5:] for row in rows if row[5] in followed]
+        if page := _news(wanted, _read_events(connection, wanted)):
+            for group in self._hub.audience(self):
+                group.post(page, self._stopping)
         give_back()  # what the channel manager may have asked over
-        for group in self._hub.audience(self)[0]:
-            group.post(page, self._stopping)
         self.position = rows[-1][4]
         return len(rows)
 
 
-def _news(rows: Iterable[tuple[Any, ...]]) -> list[News | PermissionChange]:
+# What a page needs of the stream: channel, number, prev, event id.
+_Row = tuple[str, int, int | None, int]
+# Of an event: type, data, whom to skip.
+_Said = tuple[str, str | None, list[str]]
+
+
+def _read_events(connection: psycopg.Connection[Any], wanted: list[_Row]) -> dict[int, _Said]:
+    """What the events say, by their ids; without those that were pruned meanwhile."""
+    if not wanted:
+        return {}
+    rows = connection.execute(
+        """
+        SELECT event.id, event.type,
+               CASE WHEN octet_length(event.data) <= %s THEN event.data END, event.skip_user_ids
+          FROM unnest(%s::bigint[]) AS wanted (id)
+         CROSS JOIN LATERAL (
+               SELECT * FROM pg_eventstream_event WHERE id = wanted.id OFFSET 0) AS event
+        """,
+        [_EVENT_BYTES, [event_id for *_, event_id in wanted]],
+    ).fetchall()
+    return {row[0]: row[1:] for row in rows}
+
+
+def _news(rows: list[_Row], events: dict[int, _Said]) -> list[News | PermissionChange]:
     reliable: dict[str, bool] = {}
     page: list[News | PermissionChange] = []
-    for channel, number, prev, event_type, data, skip_user_ids in rows:
+    for channel, number, prev, event_id in rows:
+        event_type, data, skip_user_ids = events.get(event_id, ("", None, []))
         if channel == permission.CHANGES:
             try:
                 page.append(PermissionChange(*permission.parse_change(data or "")))

@@ -125,7 +125,7 @@ class Subscription:
 
     async def __aenter__(self) -> Subscription:
         # First this, then what is in the stream already: so nothing falls in between.
-        self._hub.add(self)
+        self._hub.add(self, self._reader)
         return self
 
     async def __aexit__(
@@ -191,8 +191,6 @@ class Subscription:
     # What the hub calls
 
     def offer(self, news: News | PermissionChange) -> None:
-        if isinstance(news, PermissionChange) and news.user != self._reader:
-            return
         if len(self._queue) >= _QUEUE_EVENTS or self._queued_bytes >= _QUEUE_BYTES:
             self.read_anew()
             return

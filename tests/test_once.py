@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from http.server import BaseHTTPRequestHandler
 from io import StringIO
 from typing import Any
@@ -26,16 +27,18 @@ from pg_eventstream import connection as connection_module
 from pg_eventstream import once as once_module
 from pg_eventstream import publisher as publisher_module
 from pg_eventstream.connection import Database as Connections
-from pg_eventstream.demo.processes import free_port, wait_until
+from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 from pg_eventstream.errors import NotLeading
 from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.management.commands import eventstream_prune as prune_module
 from pg_eventstream.publisher import Publisher
 
-from .conftest import Database, PublisherProcess
+from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .control_port import ControlPort
 from .http_service import HttpService, body_of
+from .load import Load
 from .network import Network
+from .sse_client import SSEClient
 
 NewPublisher = Callable[..., PublisherProcess]
 
@@ -310,6 +313,35 @@ def test_application_processes_that_sequence_are_no_obstacle(
         for _ in range(5):
             send(1)
             assert once() == "1 events published.\n"
+
+
+@pytest.mark.thorough
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_busy_servers_are_no_obstacle(
+    database: Database, control: ControlPort, channel: str
+) -> None:
+    """Servers that stream by themselves, under load: each run takes the lead from them."""
+    load = Load(database, channel, senders=4, pause=0.001)
+    with ExitStack() as stack:
+        for n in range(3):
+            port = free_port()
+            server = Process(
+                f"server {n}",
+                [sys.executable, "-m", "uvicorn", "tests.asgi:application", f"--port={port}",
+                 "--log-level=warning"],
+                log_path=DIRECTORY / f"once-{database.name}-{n}.log",
+                environment=child_environment(),
+            )  # fmt: skip
+            server.start(ready=lambda port=port: accepts(port))  # type: ignore[misc]
+            stack.callback(server.kill)
+            client = SSEClient(f"http://127.0.0.1:{port}/events/", [channel])
+            stack.enter_context(client).wait_open()
+        with load.running():
+            for _ in range(20):
+                client.wait_count(len(client.events) + 10)
+                assert once().endswith(" events published.\n")
+        load.check(client)
 
 
 def test_application_processes_do_not_keep_a_publisher_from_leading(

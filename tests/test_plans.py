@@ -84,7 +84,9 @@ def read_for_proxy(database: Database) -> Explained:
 
 
 def read_for_streams(database: Database) -> Explained:
-    reader = hub._Reader(hub.Hub("default"))
+    followed = hub.Hub("default")
+    followed._followed.update(f"c{n}" for n in range(CHANNELS))
+    reader = hub._Reader(followed)
     reader.position = EVENTS // 2
     with database.connect() as session:
         explained = Explained(session)
@@ -172,6 +174,7 @@ CASES = [
     (read_for_proxy, STREAM, 500),
     (read_for_proxy, EVENT, 500),
     (read_for_streams, STREAM, 1000),
+    (read_for_streams, EVENT, 1000),
     (prune_old, STREAM, 1000),
     (prune_old, EVENT, 1000),
     (find_channels, EID, CHANNELS + 1),
