@@ -21,6 +21,7 @@ NAMES = (
     "idle",
     "held_snapshot",
     "fanout",
+    "followed",
     "slow_client",
 )
 README = Path(__file__).parent.parent / "README.md"
