@@ -235,6 +235,19 @@ def test_without_a_proxy_it_says_what_it_sequenced(database: Database) -> None:
     assert database.value("SELECT count(*) FROM pg_eventstream_stream") == 3
 
 
+def test_backlog_that_takes_several_calls_is_sequenced_to_its_end(database: Database) -> None:
+    database.execute(
+        "INSERT INTO pg_eventstream_event (channel, data)"
+        " SELECT 'a', '1' FROM generate_series(1, 60000)"
+    )
+    with database.connect(autocommit=False) as connection:
+        row = connection.execute("SELECT pg_eventstream_sequence()").fetchone()
+        assert row
+        assert row[0] < 60_000
+        connection.rollback()
+    assert once().startswith("60000 events sequenced.")
+
+
 def test_events_that_somebody_else_sequenced_are_published(
     database: Database, control: ControlPort
 ) -> None:
