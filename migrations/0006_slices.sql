@@ -51,8 +51,8 @@ SET plan_cache_mode = force_generic_plan
 SET jit = off
 AS $$
 DECLARE
-    -- About so many events are a slice. The first is small, since somebody waits for it; the
-    -- others are larger, since each looks up the newest events of all its channels.
+    -- How many events a slice has at most. The first is small, since somebody waits for it. The
+    -- others are larger, since each looks up the newest event of each of its channels.
     first_slice CONSTANT bigint := 50000;
     next_slice  CONSTANT bigint := 250000;
     page        CONSTANT bigint := 1000;
@@ -66,13 +66,13 @@ DECLARE
     own      xid8;
     moved    bigint;
 
-    -- What a call looks at: the transactions from the `low` to before the `high` ones, and those
-    -- in `parts`, of which some events may be sequenced already. Of all, events up to `bound`.
+    -- What a call looks at: all transactions from `low` to before `high`, and those in `parts`,
+    -- of which some events may be sequenced already. Of all of them, seqs up to `bound`.
     low      xid8[];
     high     xid8[];
     parts    xid8[];
     bound    bigint;
-    -- How a slice is found, see below.
+    -- How the bound of a slice is found, see below.
     size     bigint;
     lowest   bigint;
     begun    bigint[];
@@ -174,19 +174,20 @@ BEGIN
             parts := ARRAY(SELECT pg_snapshot_xip(last.snapshot));
             bound := 9223372036854775807;
         ELSE
-            -- A slice are the events from the lowest seq on up to a bound. The outbox is in the
-            -- order of transaction ids, and it is too much to look at all of them each time. But
-            -- ids are given in order, and a transaction draws its seqs while it is open. So if
-            -- any later one had a seq below the bound, then it was open at that moment together
-            -- with all those that have lower ids and begin after the bound: when these are more
-            -- than can be open at a time, there is none. (Twice as many, in case that the server
-            -- was started with other limits since.)
+            -- A slice has the events with the lowest seqs, up to a bound. The index leads by
+            -- transaction id, and to look at every transaction for each slice would be too much.
+            -- But ids are given in order, and a transaction draws its seqs while it is open.
+            -- Suppose that one which we have not looked at has a seq below the bound. When it
+            -- drew that, all those with lower ids whose seqs lie above the bound were open too.
+            -- As soon as we know more of these than can be open at a time, there is no such
+            -- transaction. (Twice as many, in case that the server ran with higher limits before.
+            -- If that were wrong, events would come late, and none would be lost.)
             size := CASE WHEN last.done = 0 THEN first_slice ELSE next_slice END;
             most_open := 1000 + 2 * (current_setting('max_connections')::bigint
                                 + current_setting('max_prepared_transactions')::bigint
                                 + current_setting('max_worker_processes')::bigint);
 
-            -- Those that we have looked at before.
+            -- Those that were looked at for the slices before, and have events left.
             SELECT coalesce(array_agg(p.xid), '{}'), coalesce(array_agg(first.seq), '{}'),
                    min(first.seq)
               INTO parts, begun, lowest
@@ -216,7 +217,7 @@ BEGIN
                          WHERE seq > size + least(lowest, (SELECT min(seq) FROM first))) AS later
                   INTO found;
                 IF found.last IS NOT NULL THEN
-                    -- The last one may go on after the page.
+                    -- All of these transactions, but the last, which may go on after the page.
                     low := low || next;
                     high := high || found.last;
                     parts := parts || found.last;
@@ -317,7 +318,7 @@ BEGIN
                    FROM (SELECT own UNION SELECT pg_snapshot_xip(cur)) AS unfinished (xid)));
         END IF;
         EXIT WHEN NOT known OR moved <= first_slice;
-        -- A backlog. Nothing of it is sequenced yet; its first slice is.
+        -- A backlog, of which this call sequences the first slice.
         last.until := cur;
         last.done := 0;
     END LOOP;
@@ -342,7 +343,8 @@ BEGIN
             last.until := NULL;
             bound := NULL;
         ELSE
-            -- The snapshot of a moment that never was: all that is sequenced was finished then.
+            -- As if all that has been looked at was finished, but for what has events left and
+            -- for what comes after the backlog.
             SELECT format('%s:%s:%s', coalesce((array_agg(xid ORDER BY xid))[1], next), next,
                           string_agg(xid::text, ',' ORDER BY xid))
               INTO cur
