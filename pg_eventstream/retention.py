@@ -135,7 +135,7 @@ class Sweep:
             self._forget()
             self._scanned = None
         pruned = 0
-        while not self._stopping.is_set() and self._prune_outbox():
+        while not self._stopping.is_set() and self._prune_outbox() == _BATCH_EVENTS:
             pass
         while not self._stopping.is_set() and (batch := self._prune_old(now)):
             pruned += batch

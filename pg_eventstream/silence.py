@@ -54,6 +54,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
     _heard_at: float | None = None
     _done_at: float | None = None
     _said = False
+    _why_given_up = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -101,6 +102,10 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         except psycopg.errors.ReadOnlySqlTransaction as e:
             if self.info.parameter_status("in_hot_standby") == "on":
                 raise OnStandby(*e.args) from e
+            raise
+        except psycopg.OperationalError as e:
+            if self._why_given_up:
+                raise psycopg.OperationalError(self._why_given_up) from e
             raise
         finally:
             self._heard_at = None
@@ -187,7 +192,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
                     self.give_up()
         except psycopg.Error as e:
             if time.monotonic() >= heard_at + self.patience:
-                logger.warning("database: silent, and cannot be asked why: %s; giving up", e)
+                self._why_given_up = f"silent, and cannot be asked why: {e}"
                 self.give_up()
             elif not self._said:
                 logger.warning("database: silent, and cannot be asked why: %s; waiting", e)

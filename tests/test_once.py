@@ -556,7 +556,7 @@ def test_database_that_stops_answering_is_not_waited_for_for_ever(
                 "pg_eventstream.retention.Sweep._forget", _deaf_first(network), raising=True
             )
         said = command(name, *arguments)
-    assert said.startswith("failed: Database: "), said
+    assert said.startswith("failed: Database: silent, and cannot be asked why"), said
 
 
 def _deaf_first(network: Network) -> Callable[..., None]:

@@ -182,6 +182,21 @@ def test_idle_channel_goes_on_counting_after_all_its_events_are_pruned(
     assert database.fetch("SELECT name, pruned FROM pg_eventstream_channel") == [("a", 3)]
 
 
+def test_sweep_ends_though_events_are_sequenced_meanwhile(database: Database) -> None:
+    class Busy(Sweep):
+        rounds = 0
+
+        def _prune_outbox(self) -> int:
+            self.rounds += 1
+            assert self.rounds < 10, "it does not end"
+            database.send("a")
+            database.execute("SELECT pg_eventstream_sequence()")
+            return super()._prune_outbox()
+
+    with database.connect() as connection:
+        assert Busy(connection).run_once() == 0
+
+
 def test_outbox_is_emptied_as_soon_as_its_transactions_are_sequenced(
     database: Database, control: ControlPort
 ) -> None:
