@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import psycopg
 
@@ -39,6 +39,8 @@ NEWS = "pg_eventstream_news"
 _PAGE_EVENTS = 200
 #: A larger event is not handed around; each subscriber reads it from the database.
 _EVENT_BYTES = 64_000
+#: An event is read with its page, whoever follows it, if data and users to skip are no larger.
+_SMALL_BYTES = 1000
 # Pages that a loop has not taken yet; then the hub waits for it.
 _PAGES_AHEAD = 4
 _FIRST_RETRY, _MOST_RETRY = 0.1, 5.0
@@ -315,20 +317,26 @@ class _Reader(threading.Thread):
                 )
 
     def _read_page(self, connection: psycopg.Connection[Any]) -> int:
-        # The rows of all channels, which are short, so that the position says what has been passed
-        # by. Which of them somebody follows is looked up here, and not sent along: it may be a
-        # list of many thousands. What has just become followed is read by its followers.
+        # The rows of all channels, so that the position says what has been passed by. Which of them
+        # somebody follows is looked up here, and not sent along: it may be a list of many
+        # thousands. So small events come along with all, and the large ones of those channels
+        # afterwards. What has just become followed is read by its followers.
         rows = connection.execute(
             f"""
             SELECT c.*, news.position, news.channel, news.eid + coalesce(news.incarnation, 0),
-                   news.prev, news.event_id
+                   news.prev, news.event_id, event.type, event.data, event.skip_user_ids
               FROM (SELECT) AS always
               LEFT JOIN {CURSOR} AS c ON true
               LEFT JOIN (SELECT * FROM pg_eventstream_stream
                           WHERE position > %s ORDER BY position LIMIT %s) AS news ON true
+              LEFT JOIN LATERAL (
+                   SELECT * FROM pg_eventstream_event
+                    WHERE id = news.event_id
+                      AND octet_length(data) + pg_column_size(skip_user_ids) <= %s OFFSET 0
+                   ) AS event ON true
              ORDER BY news.position
             """,  # noqa: S608
-            [self.position, _PAGE_EVENTS],
+            [self.position, _PAGE_EVENTS, _SMALL_BYTES],
         ).fetchall()
         cursor = Cursor.of(*rows[0][:4])
         if not cursor.follows(self._cursor):
@@ -340,8 +348,9 @@ class _Reader(threading.Thread):
         if rows[0][4] is None:
             return 0
         followed = self._hub.followed({row[5] for row in rows}) | {permission.CHANGES}
-        wanted = [row[5:] for row in rows if row[5] in followed]
-        if page := _news(wanted, _read_events(connection, wanted)):
+        wanted = [_Row(*row[5:]) for row in rows if row[5] in followed]
+        large = _read_large(connection, [row.event_id for row in wanted if row.type is None])
+        if page := _news(wanted, large):
             for group in self._hub.audience(self):
                 group.post(page, self._stopping)
         give_back()  # what the channel manager may have asked over
@@ -349,15 +358,24 @@ class _Reader(threading.Thread):
         return len(rows)
 
 
-# What a page needs of the stream: channel, number, prev, event id.
-_Row = tuple[str, int, int | None, int]
-# Of an event: type, data, whom to skip.
+class _Row(NamedTuple):
+    """Of the stream, and what the event says if it is small."""
+
+    channel: str
+    number: int
+    prev: int | None
+    event_id: int
+    type: str | None
+    data: str | None
+    skip_user_ids: list[str] | None
+
+
 _Said = tuple[str, str | None, list[str]]
 
 
-def _read_events(connection: psycopg.Connection[Any], wanted: list[_Row]) -> dict[int, _Said]:
-    """What the events say, by their ids; without those that were pruned meanwhile."""
-    if not wanted:
+def _read_large(connection: psycopg.Connection[Any], ids: list[int]) -> dict[int, _Said]:
+    """Type, data and whom to skip; of those that were not pruned meanwhile."""
+    if not ids:
         return {}
     rows = connection.execute(
         """
@@ -367,16 +385,17 @@ def _read_events(connection: psycopg.Connection[Any], wanted: list[_Row]) -> dic
          CROSS JOIN LATERAL (
                SELECT * FROM pg_eventstream_event WHERE id = wanted.id OFFSET 0) AS event
         """,
-        [_EVENT_BYTES, [event_id for *_, event_id in wanted]],
+        [_EVENT_BYTES, ids],
     ).fetchall()
     return {row[0]: row[1:] for row in rows}
 
 
-def _news(rows: list[_Row], events: dict[int, _Said]) -> list[News | PermissionChange]:
+def _news(rows: list[_Row], large: dict[int, _Said]) -> list[News | PermissionChange]:
     reliable: dict[str, bool] = {}
     page: list[News | PermissionChange] = []
-    for channel, number, prev, event_id in rows:
-        event_type, data, skip_user_ids = events.get(event_id, ("", None, []))
+    for channel, number, prev, event_id, event_type, data, skip_user_ids in rows:
+        if event_type is None:
+            event_type, data, skip_user_ids = large.get(event_id, ("", None, []))
         if channel == permission.CHANGES:
             try:
                 page.append(PermissionChange(*permission.parse_change(data or "")))
@@ -385,7 +404,9 @@ def _news(rows: list[_Row], events: dict[int, _Said]) -> list[News | PermissionC
             continue
         if channel not in reliable:
             reliable[channel] = permission.is_reliable(channel)
-        page.append(News(channel, number, event_type, data, skip_user_ids, reliable[channel], prev))
+        page.append(
+            News(channel, number, event_type, data, skip_user_ids or [], reliable[channel], prev)
+        )
     return page
 
 

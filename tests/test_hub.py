@@ -149,6 +149,26 @@ def test_what_nobody_follows_is_not_read(database: Database) -> None:
     assert [news.data for news in got[0].offered if isinstance(news, News)] == ['"y"'] * 30
 
 
+def test_events_of_every_size_are_offered_in_order(database: Database) -> None:
+    texts = ["x" * size for size in (1, 900, 2000, 60_000, 70_000, 5)]
+    skipped = [None, None, [], ["7"], None, [str(n) for n in range(1000)]]
+    send_events([("a", "t", text, skip, False) for text, skip in zip(texts, skipped, strict=True)])
+    sequence(database)
+    got: list[Client] = []
+
+    def read(followed: Followed) -> None:
+        got.extend(followed.add("a"))
+        assert followed.read().statements == 3
+
+    with_hub(database, read)
+    news = [news for news in got[0].offered if isinstance(news, News)]
+    assert [n.number for n in news] == [1, 2, 3, 4, 5, 6]
+    # The one that is too large to be handed around is read by each.
+    assert [n.data for n in news] == [*texts[:4], None, texts[5]]
+    assert [n.skip_user_ids for n in news] == [skip or [] for skip in skipped]
+    assert {n.type for n in news} == {"t"}
+
+
 def test_pages_in_which_nothing_is_followed_wake_nobody(database: Database) -> None:
     send_events([("other", "message", n) for n in range(500)])
     sequence(database)
