@@ -227,6 +227,23 @@ def test_root_keeps_its_directories_to_itself(private: Path, programs: str) -> N
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
+def test_what_stood_in_for_a_directory_is_removed_after_that_is_gone(private: Path) -> None:
+    servers = [Postgres(private / name) for name in ("gone", "gone-running", "kept", "new")]
+    places = []
+    with servers[1]:
+        for server in servers:
+            if server is not servers[1]:
+                with server:
+                    pass
+            places.append(server.data.parent)
+            if server is servers[2]:
+                for name in ("gone", "gone-running"):
+                    shutil.rmtree(private / name)
+        assert [place.exists() for place in places] == [False, True, True, True]
+    shutil.rmtree(places[1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
 def test_root_is_told_which_programs_its_server_cannot_run(private: Path) -> None:
     programs = private / "bin"
     programs.mkdir()

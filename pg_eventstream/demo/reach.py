@@ -6,6 +6,7 @@ stand-in that it can.
 
 from __future__ import annotations
 
+import os
 import pwd
 import shutil
 import stat
@@ -17,6 +18,9 @@ from pg_eventstream.demo.processes import ServerError
 
 # Where everybody may have directories of their own, and keeps them over a restart.
 _SHARED = Path("/var/tmp")
+_PREFIX = "pg_eventstream-"
+# In a directory that stands in for another: which that is.
+_NAME = "stands-in-for"
 
 
 def may(account: pwd.struct_passwd, what: str, path: Path) -> bool:
@@ -41,10 +45,12 @@ def reachable(account: pwd.struct_passwd, directory: Path) -> Path:
         return directory
     link = directory / "elsewhere"
     if not link.is_dir():
+        _remove_what_stands_in_for_nothing()
         link.unlink(missing_ok=True)
-        place = Path(tempfile.mkdtemp(prefix="pg_eventstream-", dir=_SHARED))
+        place = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHARED))
         place.chmod(0o755)
         link.symlink_to(place)
+        (place / _NAME).write_text(str(directory))
     place = link.resolve()
     if not may(account, "-x", place):
         raise ServerError(
@@ -52,6 +58,25 @@ def reachable(account: pwd.struct_passwd, directory: Path) -> Path:
             f" nor {place}; start it in another directory, or as another user than root"
         )
     return place
+
+
+def _remove_what_stands_in_for_nothing() -> None:
+    """The directory that it stood in for has been removed, a temporary one for instance."""
+    for name in _SHARED.glob(f"{_PREFIX}*/{_NAME}"):
+        place = name.parent
+        if place.is_symlink() or place.stat().st_uid != os.geteuid():
+            continue
+        link = Path(name.read_text()) / "elsewhere"
+        if link.resolve() != place.resolve() and not _runs_in(place):
+            shutil.rmtree(place)
+
+
+def _runs_in(place: Path) -> bool:
+    try:
+        os.kill(int((place / "data" / "postmaster.pid").read_text().split()[0]), 0)
+    except (OSError, ValueError, IndexError):
+        return False
+    return True
 
 
 def runnable(account: pwd.struct_passwd, programs: Path, place: Path) -> Path:
