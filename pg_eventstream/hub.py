@@ -138,9 +138,10 @@ class _Group:
             for subscriber in self._concerned.get(news.concern, ()):
                 subscriber.offer(news)
 
-    def read_anew(self) -> None:
-        for subscriber in self.subscribers:
-            subscriber.read_anew()
+    def read_anew(self, subscribers: list[Subscriber]) -> None:
+        for subscriber in subscribers:
+            if subscriber in self.subscribers:
+                subscriber.read_anew()
 
 
 def _concerns(subscriber: Subscriber, reader: str | None) -> Iterator[str | tuple[str, str]]:
@@ -202,6 +203,13 @@ class Hub:
             self._forget_closed_loops()
             self._stop_unless_needed()
             return list(self._groups.values()) if reader is self._reader else []
+
+    def read_anew(self, reader: _Reader) -> None:
+        """Have all who are there by now read anew. Who comes later reads by itself, once."""
+        for group in self.audience(reader):
+            with self._lock:
+                subscribers = list(group.subscribers)
+            group.call(group.read_anew, subscribers)
 
     def followed(self, channels: Iterable[str]) -> set[str]:
         """Those of the channels that somebody follows."""
@@ -294,8 +302,7 @@ class _Reader(threading.Thread):
         self.position = int(row[0])
         self._cursor = Cursor.of(*row[1:])
         # For those who waited for this, or who knew another stream.
-        for group in self._hub.audience(self):
-            group.call(group.read_anew)
+        self._hub.read_anew(self)
 
     def _sequence(self, connection: psycopg.Connection[Any]) -> None:
         """What the publisher does, if none leads."""

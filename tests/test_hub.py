@@ -268,6 +268,20 @@ def test_client_that_came_while_a_page_was_read_is_not_skipped(database: Databas
     assert [len(client.offered) for client in late] == [3, 3]
 
 
+def test_clients_that_come_after_the_beginning_do_not_read_twice(database: Database) -> None:
+    """A server that starts gets all its clients at once, before the loop does anything else."""
+    clients: list[Client] = []
+
+    def begin(followed: Followed) -> None:
+        clients.extend(followed.add("a"))
+        followed.reader._begin(followed._session)
+        assert followed.hub.has_begun
+        clients.extend(followed.add("a"))
+
+    with_hub(database, begin)
+    assert [client.anew for client in clients] == [1, 0]
+
+
 @contextmanager
 def pending(count: int) -> Iterator[Hints]:
     hints = Hints()
