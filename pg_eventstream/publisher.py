@@ -137,29 +137,32 @@ class Publisher:
         with Drain(self._proxies, self._database, COMMAND_PATIENCE) as drain:
             for sequenced in sequence_what_is_there(connection):
                 count += sequenced
+                drain.wake()
+                connection.execute(_BEAT)
                 if self._stopping.is_set():
                     break
-                drain.wake()
             else:
                 drain.end_at(last_position(connection))
-            beat_at = 0.0
+            beat_at = time.monotonic() + _HEARTBEAT_SECONDS
             while not drain.is_over() and not self._stopping.wait(_ONCE_POLL):
                 if time.monotonic() >= beat_at:
                     beat_at = time.monotonic() + _HEARTBEAT_SECONDS
                     connection.execute(_BEAT)
         lines = drain.report(connection)
-        Sweep(connection, self._stopping).run_once()
         if not self._proxies:
             lines = [
                 f"{count} events sequenced. No GRIP proxy is configured, so they were published to"
                 " none (set GRIP_URL or GRIP_PROXIES)."
             ]
-        if drain.end() is None or (drain.failed and self._stopping.is_set()):
-            lines.append("Stopped before everything was published.")
         if drain.end() is None or drain.failed:
+            if self._stopping.is_set():
+                lines.append("Stopped before everything was published.")
+            with suppress(psycopg.Error):  # this is worse, and the next time prunes as well
+                Sweep(connection, self._stopping).run_once()
             raise NotPublished("\n".join(lines))
         for line in lines:
             say(line)
+        Sweep(connection, self._stopping).run_once()
         return drain.published
 
     # Leading

@@ -29,7 +29,7 @@ from pg_eventstream import publisher as publisher_module
 from pg_eventstream.connection import Database as Connections
 from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 from pg_eventstream.errors import NotLeading
-from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE, SWEEP_LOCK
 from pg_eventstream.management.commands import eventstream_prune as prune_module
 from pg_eventstream.publisher import Publisher
 
@@ -517,6 +517,22 @@ def test_transaction_that_holds_a_lock_is_no_reason_to_wait_for_ever(
     assert said.startswith("failed: "), said
     assert "lock" in said
     assert "pg_blocking_pids" in said
+
+
+def test_what_was_published_is_said_though_pruning_fails(
+    database: Database, control: ControlPort, impatient: None
+) -> None:
+    send(3)
+    said = StringIO()
+    with database.connect(autocommit=False) as session:
+        session.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SWEEP_LOCK})")
+        with pytest.raises(CommandError, match="lock timeout"):
+            call_command("eventstream_publisher", "--once", verbosity=0, stdout=said)
+        assert said.getvalue() == "3 events published.\n"
+        control.answers = [503] * 1000
+        send(2)
+        with pytest.raises(CommandError, match="2 events wait"):
+            call_command("eventstream_publisher", "--once", verbosity=0, stdout=said)
 
 
 @contextmanager
