@@ -142,6 +142,7 @@ def answers(status: int) -> Callable[[], Any]:
     return proxy
 
 
+RARER = [pytest.mark.thorough, pytest.mark.faults]
 TAKES_NOTHING = {
     "down": (down, "cannot be reached", "3 events wait"),
     "silent": (silent, "", "3 events wait"),
@@ -156,7 +157,11 @@ TAKES_NOTHING = {
 
 
 @pytest.mark.parametrize(
-    ("proxy", "why", "how_many"), TAKES_NOTHING.values(), ids=TAKES_NOTHING.keys()
+    ("proxy", "why", "how_many"),
+    [
+        pytest.param(*case, id=name, marks=RARER if name in ("never accepts", "404", "401") else [])
+        for name, case in TAKES_NOTHING.items()
+    ],
 )
 def test_proxy_that_takes_nothing_is_named_and_delays_no_other(
     database: Database,
@@ -205,17 +210,18 @@ def test_proxy_that_stops_taking_events_in_the_middle(
 
 
 def test_slow_proxy_is_waited_for_as_long_as_it_takes_events(
-    database: Database, control: ControlPort, impatient: None, monkeypatch: pytest.MonkeyPatch
+    database: Database, control: ControlPort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here 0.4 seconds for each of 5 batches, where a second without any is too long."""
+    """Half a second for each of 6 batches, where 2.5 seconds without any are too long."""
+    monkeypatch.setattr(publisher_module, "COMMAND_PATIENCE", 2.5)
 
     def take(body: bytes) -> None:
-        time.sleep(0.4)
+        time.sleep(0.5)
         control.items += json.loads(body)["items"]
 
     monkeypatch.setattr(control, "take", take)
-    send(500)
-    assert once() == "500 events published.\n"
+    send(600)
+    assert once() == "600 events published.\n"
 
 
 def test_refused_events_count_as_published_where_a_hint_took_their_place(
@@ -443,7 +449,7 @@ def test_two_at_once_publish_everything_and_both_succeed(
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=RARER)])
 def test_signal_ends_it_and_it_says_what_it_left(
     database: Database, control: ControlPort, new_publisher: NewPublisher, number: signal.Signals
 ) -> None:
@@ -491,10 +497,13 @@ LOCKS = {
 @pytest.mark.parametrize(
     ("name", "arguments", "lock"),
     [
-        *(("eventstream_publisher", ["--once"], lock) for lock in LOCKS.values()),
-        ("eventstream_prune", [], LOCKS["what is pruned"]),
+        pytest.param("eventstream_publisher", ["--once"], LOCKS["the cursor"], id="once"),
+        *(
+            pytest.param("eventstream_publisher", ["--once"], LOCKS[name], id=name, marks=RARER)
+            for name in ("who publishes", "the proxies", "what is pruned")
+        ),
+        pytest.param("eventstream_prune", [], LOCKS["what is pruned"], id="prune"),
     ],
-    ids=[*LOCKS, "prune"],
 )
 def test_transaction_that_holds_a_lock_is_no_reason_to_wait_for_ever(
     database: Database,
@@ -551,7 +560,11 @@ def through(database: Database) -> Iterator[Network]:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("eventstream_publisher", ["--once"]), ("eventstream_prune", [])]
+    ("name", "arguments"),
+    [
+        ("eventstream_publisher", ["--once"]),
+        pytest.param("eventstream_prune", [], marks=RARER),
+    ],
 )
 def test_database_that_stops_answering_is_not_waited_for_for_ever(
     database: Database,
