@@ -12,13 +12,15 @@ import jwt
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register
 from django.core.exceptions import ImproperlyConfigured
-from django.db import connections
+from django.db import DEFAULT_DB_ALIAS, connections
 from django.utils.module_loading import import_string
 from jwt.algorithms import has_crypto
 
+from . import placement
 from .channelmanager import ChannelManagerBase
 from .conf import MOST_CHANNELS, conf
 from .next_links import EXEMPT
+from .placement import ROUTER
 
 _MIDDLEWARE = "django_grip.GripMiddleware"
 _SECURITY_MIDDLEWARE = "django.middleware.security.SecurityMiddleware"
@@ -46,26 +48,29 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     ]
 
 
-def _check_database() -> list[CheckMessage]:
-    alias = conf.database
-    if alias not in connections:
-        return [
-            Error(
-                f"EVENTSTREAM_DATABASE names {alias!r}, which is not in DATABASES.",
-                hint=f"Use one of: {', '.join(connections)}.",
-                id="pg_eventstream.E001",
+def _check_database() -> Iterator[CheckMessage]:
+    try:
+        database = conf.database
+    except ImproperlyConfigured as e:
+        known = conf.database_alias in connections
+        yield Error(
+            str(e),
+            hint="Keep the tables out of the others with our database router:"
+            f' DATABASE_ROUTERS = ["{ROUTER}"].'
+            if known
+            else f"Use one of: {', '.join(connections)}.",
+            id="pg_eventstream.E002" if known else "pg_eventstream.E001",
+        )
+        return
+    for alias in connections:
+        if problem := placement.problem_of(alias):
+            # One that no command migrates, but for those that create test databases.
+            passive = alias not in (database, DEFAULT_DB_ALIAS)
+            yield (Warning if passive else Error)(
+                problem.message,
+                hint=problem.hint,
+                id="pg_eventstream.W007" if passive else "pg_eventstream.E019",
             )
-        ]
-    if connections[alias].vendor != "postgresql":
-        return [
-            Error(
-                f"The database {alias!r} is not PostgreSQL, so it cannot hold the events.",
-                hint="Name a PostgreSQL database in EVENTSTREAM_DATABASE, and keep the tables out"
-                " of the others with a database router.",
-                id="pg_eventstream.E002",
-            )
-        ]
-    return []
 
 
 #: The settings that are numbers, and what each is for.

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
 from gripcontrol import parse_grip_uri
 
 #: Channels of a stream. The proxy holds 20 for a connection and cuts off what is more without a
@@ -39,7 +40,26 @@ class Conf:
 
     @property
     def database(self) -> str:
-        """The alias of the database that holds the events."""
+        """The alias of the database that holds the events.
+
+        Raises `ImproperlyConfigured` if there is no such database, or it is not PostgreSQL.
+        """
+        alias = self.database_alias
+        if alias not in connections:
+            raise ImproperlyConfigured(
+                f"EVENTSTREAM_DATABASE names {alias!r}, which is not in DATABASES. There are:"
+                f" {', '.join(connections)}."
+            )
+        if connections[alias].vendor != "postgresql":
+            raise ImproperlyConfigured(
+                f"The database {alias!r} is not PostgreSQL, so it cannot hold the events. Name"
+                " a PostgreSQL database in EVENTSTREAM_DATABASE."
+            )
+        return alias
+
+    @property
+    def database_alias(self) -> str:
+        """What EVENTSTREAM_DATABASE says, right or wrong."""
         return str(getattr(settings, "EVENTSTREAM_DATABASE", "default"))
 
     @property

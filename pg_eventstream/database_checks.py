@@ -14,6 +14,7 @@ from django.db.migrations.recorder import MigrationRecorder
 
 from . import models
 from .conf import conf
+from .placement import migrate_command, recorded_without_tables
 from .unseen import SEND_AGAIN
 
 _FUNCTIONS = ("pg_eventstream_enqueue()", "pg_eventstream_sequence()")
@@ -36,16 +37,24 @@ def _check(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
     app = apps.get_app_config(models.Event._meta.app_label)
     tables = [model._meta.db_table for model in app.get_models()]
     missing = [t for (t,) in _fetch(connection, _MISSING_TABLES, [tables])]
-    if len(missing) == len(tables) and connection.alias != conf.database:
+    if len(missing) == len(tables) and connection.alias != conf.database_alias:
         return  # It could hold them.
-    unapplied = _unapplied(connection)
+    applied = _applied(connection)
+    if len(missing) == len(tables) and applied:
+        yield Warning(
+            recorded_without_tables(connection.alias).message,
+            hint=recorded_without_tables(connection.alias).hint,
+            id="pg_eventstream.W022",
+        )
+        return
+    unapplied = sorted(_known() - applied) if applied else []
     if missing or unapplied:
         # No error, since "migrate" checks before it begins.
         lack = f"Tables are missing in {connection.alias!r}: {', '.join(missing)}."
         behind = f"Migrations are not applied to {connection.alias!r}: {', '.join(unapplied)}."
         yield Info(
             lack if missing else behind,
-            hint="python manage.py migrate. More is checked then.",
+            hint=f"{migrate_command(connection.alias)}. More is checked then.",
             id="pg_eventstream.I001",
         )
         return
@@ -65,16 +74,17 @@ def _check(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
         yield from _check_events(connection)
 
 
-def _unapplied(connection: BaseDatabaseWrapper) -> list[str]:
-    """Migrations that are not applied, where Django applies them at all."""
+def _applied(connection: BaseDatabaseWrapper) -> set[str]:
+    """The migrations that are recorded, where Django applies them at all."""
     if _fetch(connection, _MAY_READ_MIGRATIONS) != [(True,)]:
-        return []
+        return set()
+    recorded = MigrationRecorder(connection).applied_migrations()
+    return {name for app, name in recorded if app == models.Event._meta.app_label}
+
+
+def _known() -> set[str]:
     label = models.Event._meta.app_label
-    applied = {
-        name for app, name in MigrationRecorder(connection).applied_migrations() if app == label
-    }
-    known = {name for app, name in MigrationLoader(None).disk_migrations if app == label}
-    return sorted(known - applied) if applied else []
+    return {name for app, name in MigrationLoader(None).disk_migrations if app == label}
 
 
 def _check_trigger(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:

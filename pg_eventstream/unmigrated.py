@@ -14,6 +14,8 @@ from django.db import connections
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.state import ProjectState
 
+from .placement import is_kept_out_of
+
 
 class _OurMigrations(MigrationLoader):
     """Those of this app, whatever ``MIGRATION_MODULES`` says, and no others."""
@@ -31,6 +33,8 @@ def create_tables(app_config: AppConfig, using: str, **kwargs: Any) -> None:
     """A receiver of pre_migrate: create what is not there, if nobody else will."""
     connection = connections[using]
     if app_config.label not in MigrationLoader(None, ignore_no_migrations=True).unmigrated_apps:
+        return
+    if is_kept_out_of(using):
         return
     tables = {model._meta.db_table for model in app_config.get_models()}
     if tables.intersection(connection.introspection.table_names()):

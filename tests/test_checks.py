@@ -339,7 +339,8 @@ def test_every_id_is_tested_and_stands_for_one_setting() -> None:
         group = re.match("GRIP_|EVENTSTREAM_ALLOW_ORIGIN", name)
         name = "storage" if number == "W002" else group[0] if group else name
         settings_of.setdefault(number, set()).add(name)
-    assert ids == {*settings_of, "E002"}
+    # Which databases there are, and which routers: tests/test_second_database.py
+    assert ids == {*settings_of, "E002", "E019", "W007"}
     assert {number: names for number, names in settings_of.items() if len(names) > 1} == {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import re
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,12 +51,13 @@ ROLE, INSERT, NODE, UNIT = "CREATE ROLE", "BEGIN;", "client.query", "[Service]"
 FOLLOW, STREAM_TEST = "async def follow", "StreamTest"
 ORIGINS, API, PROXIES = "_ALLOW_CRED", "NewsViewSet(", "GRIP_PROXIES = ["
 INSTALL, INSTALL_DRF = "install pg-", "[drf]"
+SECOND_DATABASE, MIGRATE = 'DATABASES["events"]', "manage.py migrate\npython manage.py migrate pg_"
 # Run by make itself, and by tests/test_moving.py.
 ELSEWHERE = ["make demo", "grep -rlE", "eventstream_import\n"]
 HERE = [
     *(SETTINGS, URLS, PAGE, MANAGER, MANAGER_SETTING, REVOKE, SEND, READ, TEST),
     *(ROLE, INSERT, NODE, UNIT, FOLLOW, ORIGINS, API, PROXIES, INSTALL, INSTALL_DRF),
-    STREAM_TEST,
+    *(STREAM_TEST, SECOND_DATABASE, MIGRATE),
 ]
 
 
@@ -311,6 +313,31 @@ def test_several_proxies_are_what_the_publisher_publishes_to(project: Project) -
         "print([proxy.name for proxy in Publisher(Database('default'))._proxies])",
     )
     assert printed == "['http://localhost:5561', 'https://api.fanout.io/realm/REALM']\n"
+
+
+def test_events_in_a_database_of_their_own(project: Project, tmp_path: Path) -> None:
+    project.write("myproject/settings.py", "\nBEFORE = DATABASES['default']\n")
+    lite = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / "lite.sqlite3")}
+    project.write("myproject/settings.py", f"DATABASES['default'] = {lite!r}\n")
+    add(project, example(SECOND_DATABASE))
+    project.write("myproject/settings.py", "DATABASES['events'] = BEFORE\n")
+    commands = [line.split()[2:] for line in example(MIGRATE).code.splitlines()]
+    code = f"""
+from django.core.management import call_command
+from django.db import connections
+from shop.models import Order
+call_command("check", fail_level="WARNING", databases=["default", "events"])
+for command in {commands}:
+    call_command(*command, run_syncdb=len(command) == 1, verbosity=0)
+print(*{{name.split("_")[0] for name in connections["default"].introspection.table_names()}})
+Order.objects.create().pay()
+call_command("eventstream_publisher", once=True)
+"""
+    printed = project.run(sys.executable, "-W", "error", "-m", "django", "shell", "-c", code)
+    *_, names, published = printed.splitlines()
+    assert {"shop", "auth"} <= set(names.split())
+    assert "pg" not in names
+    assert published == "1 events published."
 
 
 def test_what_is_to_be_installed_exists(project: Project) -> None:

@@ -8,6 +8,7 @@ import pgtrigger.migrations
 from django.db import migrations, models
 
 import pg_eventstream.models
+from pg_eventstream import placement
 
 SQL = Path(pg_eventstream.models.__file__).with_name("sql")
 
@@ -16,7 +17,7 @@ def run_file(name: str, reverse: str) -> migrations.RunSQL:
     return migrations.RunSQL((SQL / name).read_text(encoding="utf-8"), reverse)
 
 
-class Migration(migrations.Migration):
+class Migration(placement.Migration):
     initial = True
 
     dependencies = []

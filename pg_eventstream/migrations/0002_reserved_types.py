@@ -4,11 +4,12 @@ from django.contrib.postgres.operations import AddConstraintNotValid
 from django.db import migrations, models
 
 import pg_eventstream.models
+from pg_eventstream import placement
 
 SQL = Path(pg_eventstream.models.__file__).with_name("sql")
 
 
-class Migration(migrations.Migration):
+class Migration(placement.Migration):
     dependencies = [("pg_eventstream", "0001_initial")]
 
     operations = [

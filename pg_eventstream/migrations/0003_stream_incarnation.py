@@ -1,7 +1,9 @@
 from django.db import migrations, models
 
+from pg_eventstream import placement
 
-class Migration(migrations.Migration):
+
+class Migration(placement.Migration):
     # One table per migration, hence per transaction: whoever works on the stream locks its tables
     # in an order of his own, and no lock here may wait for another.
 

@@ -1,7 +1,9 @@
 from django.db import migrations, models
 
+from pg_eventstream import placement
 
-class Migration(migrations.Migration):
+
+class Migration(placement.Migration):
     dependencies = [("pg_eventstream", "0003_stream_incarnation")]
 
     operations = [

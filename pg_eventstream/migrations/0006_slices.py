@@ -3,6 +3,7 @@ from pathlib import Path
 from django.db import migrations, models
 
 import pg_eventstream.models
+from pg_eventstream import placement
 
 SQL = Path(pg_eventstream.models.__file__).with_name("sql")
 
@@ -11,7 +12,7 @@ def text_of(name: str) -> str:
     return (SQL / name).read_text(encoding="utf-8")
 
 
-class Migration(migrations.Migration):
+class Migration(placement.Migration):
     dependencies = [("pg_eventstream", "0005_incarnation")]
 
     operations = [
