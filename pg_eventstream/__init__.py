@@ -40,7 +40,8 @@ The way of an event, and the module of each step:
 Beside it: `listener` is LISTEN, `channelmanager` is what a project overrides to decide who
 reads what, `conf` holds the settings, `checks` validates them, `database_checks` looks at the
 tables, `errors` is what can be raised, `connection` opens connections that live for long,
-`silence` gives up those whose answers are lost. `placement` says which database gets the tables,
+`silence` gives up those whose answers are lost. `first_use` says what
+the checks find where none are run. `placement` says which database gets the tables,
 `router` keeps them out of the others. `unmigrated` makes the tables where migrations are
 switched off, `fixtures` says what becomes of rows that ``loaddata`` loads. `viewsets` and
 `renderers` are the endpoint for Django REST Framework, `testing` is for the tests of a project,

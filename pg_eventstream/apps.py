@@ -10,8 +10,9 @@ class PgEventStreamConfig(AppConfig):
 
     def ready(self) -> None:
         # The first two register the system checks.
-        from . import checks, database_checks, next_links, placement, unmigrated  # noqa: F401
+        from . import checks, database_checks, first_use, next_links, placement, unmigrated  # noqa: F401
 
+        request_started.connect(first_use.report)
         request_started.connect(next_links.expect)
         request_finished.connect(next_links.report)
         pre_migrate.connect(placement.refuse_misplaced, sender=self)

@@ -95,15 +95,32 @@ class DefaultChannelManager(ChannelManagerBase):
         return True
 
 
+#: For a manager that is none.
+HINT = "Name a subclass of pg_eventstream.channelmanager.DefaultChannelManager."
+
+
 def get_channelmanager() -> ChannelManagerBase:
     return _instance(conf.channelmanager_class)
 
 
 @cache
 def _instance(path: str) -> ChannelManagerBase:
-    manager = import_string(path)()
-    assert isinstance(manager, ChannelManagerBase)  # noqa: S101  (system check E007)
-    return manager
+    return load_class(path)()
+
+
+def load_class(path: str) -> type[ChannelManagerBase]:
+    """The class that the setting names. Raises `ImproperlyConfigured` if it is no manager."""
+    try:
+        manager = import_string(path)
+    except ImportError as e:
+        raise ImproperlyConfigured(
+            f"EVENTSTREAM_CHANNELMANAGER_CLASS {path!r} cannot be imported: {e}."
+        ) from e
+    if isinstance(manager, type) and issubclass(manager, ChannelManagerBase):
+        return manager
+    raise ImproperlyConfigured(
+        f"EVENTSTREAM_CHANNELMANAGER_CLASS {path!r} is not a subclass of ChannelManagerBase. {HINT}"
+    )
 
 
 def _as_list(kwarg: str, names: Collection[str]) -> list[str]:

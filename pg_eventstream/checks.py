@@ -13,11 +13,10 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
-from django.utils.module_loading import import_string
 from jwt.algorithms import has_crypto
 
 from . import placement
-from .channelmanager import ChannelManagerBase
+from .channelmanager import HINT, load_class
 from .conf import MOST_CHANNELS, conf
 from .next_links import EXEMPT
 from .placement import ROUTER
@@ -150,23 +149,11 @@ def _check_limits() -> Iterator[CheckMessage]:
             )
 
 
-def _check_channelmanager() -> list[CheckMessage]:
-    path = conf.channelmanager_class
+def _check_channelmanager() -> Iterator[CheckMessage]:
     try:
-        manager = import_string(path)
-    except ImportError as e:
-        problem = f"cannot be imported: {e}"
-    else:
-        if isinstance(manager, type) and issubclass(manager, ChannelManagerBase):
-            return []
-        problem = "is not a subclass of ChannelManagerBase"
-    return [
-        Error(
-            f"EVENTSTREAM_CHANNELMANAGER_CLASS {path!r} {problem}.",
-            hint="Name a subclass of pg_eventstream.channelmanager.DefaultChannelManager.",
-            id="pg_eventstream.E007",
-        )
-    ]
+        load_class(conf.channelmanager_class)
+    except ImproperlyConfigured as e:
+        yield Error(str(e).removesuffix(f" {HINT}"), hint=HINT, id="pg_eventstream.E007")
 
 
 def _check_grip() -> list[CheckMessage]:

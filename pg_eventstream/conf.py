@@ -129,7 +129,7 @@ class Conf:
         return [
             origin.lower()
             for name in ("EVENTSTREAM_ALLOW_ORIGIN", "EVENTSTREAM_ALLOW_ORIGINS")
-            for origin in _strings(getattr(settings, name, None))
+            for origin in _strings(name)
         ]
 
     @property
@@ -140,7 +140,7 @@ class Conf:
     @property
     def allow_headers(self) -> list[str]:
         """Further request headers that those pages may send. A string is split at commas."""
-        value = _strings(getattr(settings, "EVENTSTREAM_ALLOW_HEADERS", None))
+        value = _strings("EVENTSTREAM_ALLOW_HEADERS")
         return [name.strip() for text in value for name in text.split(",") if name.strip()]
 
     @property
@@ -221,9 +221,15 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _strings(value: str | Iterable[str] | None) -> list[str]:
+def _strings(name: str) -> list[str]:
     """The strings of a setting that holds none, one or several."""
-    return [text for text in ([value] if isinstance(value, str) else value or ()) if text]
+    value = getattr(settings, name, None) or ()
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):
+        raise ImproperlyConfigured(
+            f"{name} must be a string or a list of strings; it is {shortened(value)}."
+        )
+    return [text for text in texts if text]
 
 
 conf = Conf()

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 import jwt
+from django.core.exceptions import ImproperlyConfigured
 
 from . import hold, permission, sse
 from .conf import conf, proxy_name
@@ -270,7 +271,12 @@ class Proxy:
     """One proxy's control endpoint. Used by one thread."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        uri = urlsplit(config["control_uri"])
+        uri = urlsplit(str(config.get("control_uri", "")))
+        if uri.scheme not in ("http", "https"):
+            raise ImproperlyConfigured(
+                f"The address of a proxy (GRIP_URL, control_uri in GRIP_PROXIES) must begin with"
+                f" http:// or https://; it is {uri.geturl()!r}."
+            )
         self.name = proxy_name(config)
         self._target = urlunsplit(("", "", f"{uri.path.rstrip('/')}/publish/", uri.query, ""))
         self._connection: http.client.HTTPConnection

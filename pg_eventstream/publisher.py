@@ -21,7 +21,8 @@ from typing import Any
 
 import psycopg
 
-from . import grip
+from . import first_use, grip
+from .channelmanager import get_channelmanager
 from .conf import conf
 from .connection import COMMAND_PATIENCE, Database, explained
 from .doorbell import Doorbell
@@ -60,7 +61,9 @@ class Publisher:
     """
 
     def __init__(self, database: Database) -> None:
+        first_use.report()
         conf.check_numbers()
+        get_channelmanager()
         self._database = database
         self._proxies = [grip.Proxy(config) for config in conf.grip_proxies]
         self._stopping = threading.Event()

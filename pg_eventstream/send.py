@@ -14,10 +14,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import psycopg
 from asgiref.sync import SyncToAsync, sync_to_async
+from django.apps import apps
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.core.serializers.json import DjangoJSONEncoder
-from django.db import connections
+from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
 from . import liveness
 from .conf import conf
@@ -109,7 +112,8 @@ def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None 
     if not rows:
         return
     channels, types, texts, skips = zip(*rows, strict=True)
-    with connections[using or conf.database].cursor() as cursor:
+    alias = using or conf.database
+    with connections[alias].cursor() as cursor, _Explained(alias):
         # Four parameters however many events, since the protocol allows 65,535 in a
         # statement. unnest() would flatten a list of lists, so the user ids go as JSON.
         cursor.execute(
@@ -139,10 +143,42 @@ def _new_event(event: NewEvent | tuple[Any, ...]) -> NewEvent:
 def insert(row: tuple[str, str, str, list[str]], using: str | None) -> None:
     """Write one event as it is: channel, type, data, ids of users to skip."""
     statement, values = (_INSERT_SKIPPING, row) if row[3] else (_INSERT, row[:3])
-    with connections[using or conf.database].cursor() as cursor:
+    alias = using or conf.database
+    with connections[alias].cursor() as cursor, _Explained(alias):
         cursor.execute(statement, values)
     if settings.DEBUG:
         liveness.look_after_publisher()
+
+
+class _Explained:
+    """Where there are no tables, says how to get them. A class, since it is quick to enter."""
+
+    __slots__ = ("alias",)
+
+    def __init__(self, alias: str) -> None:
+        self.alias = alias
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, DatabaseError):
+            return
+        if connections[self.alias].vendor != "postgresql":
+            raise ImproperlyConfigured(
+                f"The database {self.alias!r} is not PostgreSQL, so it cannot hold the events."
+            ) from error
+        if isinstance(error.__cause__, psycopg.errors.UndefinedTable):
+            missing = (
+                ""
+                if apps.is_installed("pg_eventstream")
+                else (' Add "pgtrigger" and "pg_eventstream" to INSTALLED_APPS, then:')
+            )
+            elsewhere = "" if self.alias == DEFAULT_DB_ALIAS else f" --database {self.alias}"
+            raise type(error)(
+                f"{error} The database {self.alias!r} has no table for events in this role's"
+                f" search_path.{missing} python manage.py migrate pg_eventstream{elsewhere}"
+            ) from error.__cause__
 
 
 def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:

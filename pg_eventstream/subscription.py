@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 from django.db import Error
 
 from . import sse
+from .channelmanager import get_channelmanager
 from .conf import conf
 from .errors import EventsPruned
 from .hub import News, PermissionChange, hub_of
@@ -108,6 +109,7 @@ class Subscription:
         max_age: timedelta | None = None,
     ) -> None:
         conf.check_numbers()  # before anything is sent
+        get_channelmanager()
         self.channels = channels
         self._after = after
         self._reader = reader

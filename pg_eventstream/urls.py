@@ -2,6 +2,8 @@ from django.urls import path
 
 from . import hold, views
 
+views.require_installed()
+
 urlpatterns = [
     path("", views.events, name=views.EVENTS_URL),
     # The proxy's own requests; clients never see these addresses.

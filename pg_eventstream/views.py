@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from math import inf
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from django.apps import apps
 from django.conf import settings
 from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseBase
-from django.urls import NoReverseMatch, reverse
+from django.urls import NoReverseMatch, URLResolver, get_resolver, get_urlconf, reverse
 from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_http_methods, require_safe
 
@@ -78,6 +80,8 @@ def open_stream(
     request: HttpRequest, view_kwargs: Mapping[str, Any], link_to: LinkTo
 ) -> HttpResponseBase:
     """`events`, wherever it is mounted."""
+    require_installed()
+    conf.check_numbers()
     proxied = _came_through_proxy(request)
     if proxied:
         liveness.look_after_publisher()
@@ -127,6 +131,7 @@ def _stream(
 def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpResponseBase:
     """`next_link`, wherever it is mounted."""
     next_links.arrived(request)
+    conf.check_numbers()
     if not _came_through_proxy(request):
         return _finish(request, HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
     try:
@@ -164,6 +169,15 @@ def _recover(
     if isinstance(request, ASGIRequest) and connections[conf.database].connection is None:
         return in_other_thread(lambda: recover(after, max_age=max_age))
     return recover(after, max_age=max_age)
+
+
+def require_installed() -> None:
+    """Raise `ImproperlyConfigured` if the app is not installed: no check would say so."""
+    if not apps.is_installed("pg_eventstream"):
+        raise ImproperlyConfigured(
+            'Streams need pg_eventstream as an app: add "pgtrigger" and "pg_eventstream" to'
+            " INSTALLED_APPS, then: python manage.py migrate"
+        )
 
 
 def streams(request: HttpRequest) -> bool:
@@ -206,13 +220,32 @@ def _path(request: HttpRequest) -> str:
 
 
 def link_anywhere(token: str) -> str:
-    try:
-        return reverse(NEXT_LINK_URL, kwargs={"token": token})
-    except NoReverseMatch as e:
-        raise ImproperlyConfigured(
-            "A view of your own streams events, so the proxy needs an address to ask how its"
-            ' streams go on: add path("events/", include("pg_eventstream.urls")) to the URLconf.'
-        ) from e
+    """A link below any path at which the endpoint is mounted, in whatever namespace."""
+    names = list(_names_of_next_link(get_resolver(get_urlconf())))
+    for name in names:
+        with suppress(NoReverseMatch):
+            return reverse(name, kwargs={"token": token})
+    problem = (
+        "A view of your own streams events, so the proxy needs an address to ask how its streams"
+        " go on. "
+    )
+    if names:
+        problem += (
+            "The URLconf includes pg_eventstream.urls only at paths with parameters, such as"
+            " rooms/<room>/, whose values nobody knows here. Include it once more at one without: "
+        )
+    else:
+        problem += "Add to the URLconf: "
+    raise ImproperlyConfigured(f'{problem}path("events/", include("pg_eventstream.urls")).')
+
+
+def _names_of_next_link(resolver: URLResolver, namespace: str = "") -> Iterator[str]:
+    for pattern in resolver.url_patterns:
+        if isinstance(pattern, URLResolver):
+            below = f"{namespace}{pattern.namespace}:" if pattern.namespace else namespace
+            yield from _names_of_next_link(pattern, below)
+        elif pattern.name == NEXT_LINK_URL:
+            yield f"{namespace}{NEXT_LINK_URL}"
 
 
 def _beside(base: str) -> LinkTo:

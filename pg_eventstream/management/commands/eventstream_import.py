@@ -4,6 +4,7 @@ from argparse import ArgumentParser
 from typing import Any
 
 import psycopg
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 from django.db import Error, connections
 
@@ -43,8 +44,8 @@ class Command(BaseCommand):
         parser.add_argument("--dry-run", action="store_true", help="say what would be imported")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        source = options["source"] or conf.database
-        target = options["database"] or conf.database
+        source = options["source"] or conf.database_alias
+        target = options["database"] or conf.database_alias
         for alias in (source, target):
             if alias not in connections:
                 raise CommandError(
@@ -66,6 +67,8 @@ class Command(BaseCommand):
                     dry_run=options["dry_run"],
                     say=self.stdout.write,
                 )
+        except ImproperlyConfigured as e:
+            raise CommandError(str(e)) from e
         except psycopg.Error as e:
             raise CommandError(f"Database: {explained(e)}") from e
         except Error as e:

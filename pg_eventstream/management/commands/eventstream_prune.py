@@ -4,6 +4,7 @@ from argparse import ArgumentParser
 from typing import Any
 
 import psycopg
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
@@ -25,7 +26,7 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
-        alias = options["database"] or conf.database
+        alias = options["database"] or conf.database_alias
         if alias not in connections:
             raise CommandError(
                 f"There is no database {alias!r} in DATABASES; there are: {', '.join(connections)}."
@@ -33,6 +34,8 @@ class Command(BaseCommand):
         try:
             with Database(alias).connect("prune", patience=COMMAND_PATIENCE) as connection:
                 pruned = Sweep(connection).run_once()
+        except ImproperlyConfigured as e:
+            raise CommandError(str(e)) from e
         except psycopg.Error as e:
             raise CommandError(f"Database: {explained(e)}") from e
         self.stdout.write(f"{pruned} events pruned.")

@@ -5,6 +5,7 @@ from argparse import ArgumentParser
 from typing import Any
 
 import psycopg
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
@@ -38,19 +39,19 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
-        alias = options["database"] or conf.database
+        alias = options["database"] or conf.database_alias
         if alias not in connections:
             raise CommandError(
                 f"There is no database {alias!r} in DATABASES; there are: {', '.join(connections)}."
             )
         _log_to_stderr(options["verbosity"])
-        publisher = Publisher(Database(alias, options["dsn"]))
-        if not options["once"]:
-            publisher.run()
-            return
         try:
-            publisher.run_once(say=self.stdout.write)
-        except (NotLeading, NotPublished) as e:
+            publisher = Publisher(Database(alias, options["dsn"]))
+            if options["once"]:
+                publisher.run_once(say=self.stdout.write)
+            else:
+                publisher.run()
+        except (NotLeading, NotPublished, ImproperlyConfigured) as e:
             raise CommandError(str(e)) from e
         except psycopg.Error as e:
             raise CommandError(f"Database: {explained(e)}") from e
