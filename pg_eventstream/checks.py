@@ -9,9 +9,11 @@ from datetime import timedelta
 from typing import Any
 
 import jwt
+from django.apps import apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register
 from django.core.exceptions import ImproperlyConfigured
+from django.core.management import get_commands
 from django.db import DEFAULT_DB_ALIAS, connections
 from jwt.algorithms import has_crypto
 
@@ -30,6 +32,7 @@ _ORIGIN = re.compile(
 # RFC 7518, 3.2: what a key for HS256 must have at least.
 _SECRET_BYTES = 32
 _LEAST_TIMEOUT = 5
+_WSGI_RUNSERVERS = ("django.core", "django.contrib.staticfiles")
 _HEADER = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
 
 
@@ -44,6 +47,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         *_check_grip_keys(),
         *_check_cors(),
         *_check_leftovers(),
+        *_check_runserver(),
     ]
 
 
@@ -359,6 +363,32 @@ def _check_leftovers() -> list[CheckMessage]:
         )
         if getattr(settings, name, None)
     ]
+
+
+def _check_runserver() -> Iterator[CheckMessage]:
+    """Whether what one starts in development streams."""
+    has_daphne = apps.is_installed("daphne")
+    if has_daphne and not getattr(settings, "ASGI_APPLICATION", None):
+        yield Warning(
+            "ASGI_APPLICATION is not set, without which daphne's runserver does not start.",
+            hint='Name the application of your asgi.py: "myproject.asgi.application".',
+            id="pg_eventstream.W008",
+        )
+    if settings.DEBUG and not conf.grip_proxies and get_commands()["runserver"] in _WSGI_RUNSERVERS:
+        if has_daphne:
+            what_to_do = 'Move "daphne" to the first place in INSTALLED_APPS.'
+        else:
+            what_to_do = (
+                'pip install daphne, add "daphne" as the first of INSTALLED_APPS, and set'
+                ' ASGI_APPLICATION = "myproject.asgi.application".'
+            )
+        yield Warning(
+            "runserver runs the project under WSGI, where nothing can be streamed without a GRIP"
+            " proxy: the endpoint answers 501.",
+            hint=f"{what_to_do} If you develop with another ASGI server, add this check's id to"
+            " SILENCED_SYSTEM_CHECKS.",
+            id="pg_eventstream.W006",
+        )
 
 
 def _is_text(value: object) -> bool:

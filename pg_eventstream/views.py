@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -27,6 +28,7 @@ from .channelmanager import get_channelmanager
 from .conf import conf
 from .errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
 from .permission import check_permission, reliable
+from .rarely import Rarely
 from .reading import in_other_thread
 from .recovery import Recovered, parse_start, recover
 from .send import RESERVED
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 #: Makes the path of a stream's next link from its token.
 LinkTo = Callable[[str], str]
 
+logger = logging.getLogger(__name__)
+_rarely = Rarely()
+
 #: The names of the URL patterns.
 EVENTS_URL = "pg_eventstream-events"
 NEXT_LINK_URL = "pg_eventstream-next"
@@ -45,9 +50,17 @@ NEXT_LINK_URL = "pg_eventstream-next"
 _NO_PROXY = (
     "This request did not come through a GRIP proxy (Pushpin or Fanout), and without one this"
     " endpoint streams under ASGI only.\n"
-    "Run the application with an ASGI server (uvicorn, daphne), or send clients to the proxy's"
-    " address, and check that GRIP_URL holds the key that the proxy signs its requests with"
-    " (sig_key in pushpin.conf).\n"
+    'In development: pip install daphne, add "daphne" as the first of INSTALLED_APPS, set'
+    ' ASGI_APPLICATION = "myproject.asgi.application", and start manage.py runserver again.\n'
+    "Otherwise run the application with an ASGI server (uvicorn, daphne), or send clients to the"
+    " proxy's address, and check that GRIP_URL holds the key that the proxy signs its requests"
+    " with (sig_key in pushpin.conf), and that django_grip.GripMiddleware is in MIDDLEWARE.\n"
+)
+_PROXY_REQUIRED = (
+    "This request did not come through a GRIP proxy (Pushpin or Fanout), and GRIP_PROXY_REQUIRED"
+    " lets no other in.\n"
+    "Send clients to the proxy's address, and check that GRIP_URL holds the key that the proxy"
+    " signs its requests with (sig_key in pushpin.conf). Or leave GRIP_PROXY_REQUIRED out.\n"
 )
 # No event can have them in its channel; surrogates stand for bytes that are no text.
 _IMPOSSIBLE = re.compile("[\r\n\0\ud800-\udfff]")
@@ -86,7 +99,7 @@ def open_stream(
     if proxied:
         liveness.look_after_publisher()
     elif not _streams_directly(request):
-        return _finish(request, HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
+        return _refuse(request)
     try:
         channels = _requested_channels(request, view_kwargs)
         user = get_channelmanager().get_user_for_request(request)
@@ -133,7 +146,7 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
     next_links.arrived(request)
     conf.check_numbers()
     if not _came_through_proxy(request):
-        return _finish(request, HttpResponse(_NO_PROXY, status=501, content_type="text/plain"))
+        return _refuse(request)
     try:
         session = hold.unsign(token)
         ids = session.cursor or hold.last_ids(
@@ -185,6 +198,14 @@ def streams(request: HttpRequest) -> bool:
     return _came_through_proxy(request) or _streams_directly(request)
 
 
+def _refuse(request: HttpRequest) -> HttpResponseBase:
+    """The answer to a request that nobody streams, and a line in the log if that is no accident."""
+    text = _PROXY_REQUIRED if needs_proxy() else _NO_PROXY
+    if not conf.grip_proxies and _rarely():  # then none can come
+        logger.error("Nothing can be streamed. %s", text.replace("\n", " ").strip())
+    return _finish(request, HttpResponse(text, status=501, content_type="text/plain"))
+
+
 def _came_through_proxy(request: HttpRequest) -> bool:
     """Whether a proxy of ours made the request; GripMiddleware has verified its signature."""
     grip = getattr(request, "grip", None)
@@ -225,18 +246,18 @@ def link_anywhere(token: str) -> str:
     for name in names:
         with suppress(NoReverseMatch):
             return reverse(name, kwargs={"token": token})
-    problem = (
-        "A view of your own streams events, so the proxy needs an address to ask how its streams"
-        " go on. "
-    )
+    include = 'path("events/", include("pg_eventstream.urls"))'
+    what_to_do = f"add {include} to the URLconf."
     if names:
-        problem += (
-            "The URLconf includes pg_eventstream.urls only at paths with parameters, such as"
-            " rooms/<room>/, whose values nobody knows here. Include it once more at one without: "
+        what_to_do = (
+            "the URLconf includes pg_eventstream.urls only at paths with parameters, such as"
+            " rooms/<room>/, whose values nobody knows here. Include it at one without any, too:"
+            f" {include}."
         )
-    else:
-        problem += "Add to the URLconf: "
-    raise ImproperlyConfigured(f'{problem}path("events/", include("pg_eventstream.urls")).')
+    raise ImproperlyConfigured(
+        "A view of your own streams events, so the proxy needs an address to ask how its streams"
+        f" go on: {what_to_do}"
+    )
 
 
 def _names_of_next_link(resolver: URLResolver, namespace: str = "") -> Iterator[str]:

@@ -329,6 +329,39 @@ for message in run_checks():
     return done.stdout.splitlines()
 
 
+DAPHNE, STATIC = "daphne", "django.contrib.staticfiles"
+
+
+@pytest.mark.parametrize(
+    ("installed", "more", "ids"),
+    [
+        ([STATIC], {}, {"W006"}),
+        ([STATIC, DAPHNE], {"ASGI_APPLICATION": "myproject.asgi.application"}, {"W006"}),
+        ([DAPHNE, STATIC], {}, {"W008"}),
+        ([DAPHNE, STATIC], {"ASGI_APPLICATION": "myproject.asgi.application"}, set()),
+    ],
+)
+def test_runserver_that_streams_nothing_is_reported(
+    installed: list[str], more: dict[str, Any], ids: set[str]
+) -> None:
+    messages = in_a_project(
+        DEBUG=True,
+        INSTALLED_APPS=[*installed, "pgtrigger", "pg_eventstream"],
+        STATIC_URL="/static/",
+        **more,
+    )
+    found = {message.partition(":")[0] for message in messages}
+    assert found - {"daphne.E001"} == {f"pg_eventstream.{number}" for number in ids}
+
+
+def test_runserver_may_be_wsgi_in_production_and_behind_a_proxy() -> None:
+    (message,) = check(DEBUG=True)
+    assert message.id == "pg_eventstream.W006"
+    assert message.hint
+    assert "pip install daphne" in message.hint
+    assert check(DEBUG=True, GRIP_PROXIES=[PROXY]) == check(DEBUG=False) == []
+
+
 def test_every_id_is_tested_and_stands_for_one_setting() -> None:
     source = inspect.getsource(checks)
     ids = set(re.findall(r"pg_eventstream\.([EW]\d{3})", source))
@@ -340,7 +373,7 @@ def test_every_id_is_tested_and_stands_for_one_setting() -> None:
         name = "storage" if number == "W002" else group[0] if group else name
         settings_of.setdefault(number, set()).add(name)
     # Which databases there are, and which routers: tests/test_second_database.py
-    assert ids == {*settings_of, "E002", "E019", "W007"}
+    assert ids == {*settings_of, "E002", "E019", "W006", "W007", "W008"}
     assert {number: names for number, names in settings_of.items() if len(names) > 1} == {}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from django.contrib.auth.models import Group, User
 
+from pg_eventstream.demo.processes import accepts
 from pg_eventstream.demo.pushpin import Pushpin
 
 from .browser import Page
@@ -51,13 +52,14 @@ ROLE, INSERT, NODE, UNIT = "CREATE ROLE", "BEGIN;", "client.query", "[Service]"
 FOLLOW, STREAM_TEST = "async def follow", "StreamTest"
 ORIGINS, API, PROXIES = "_ALLOW_CRED", "NewsViewSet(", "GRIP_PROXIES = ["
 INSTALL, INSTALL_DRF = "install pg-", "[drf]"
+DEVELOPMENT = 'INSTALLED_APPS = ["daphne"'
 SECOND_DATABASE, MIGRATE = 'DATABASES["events"]', "manage.py migrate\npython manage.py migrate pg_"
 # Run by make itself, and by tests/test_moving.py.
 ELSEWHERE = ["make demo", "grep -rlE", "eventstream_import\n"]
 HERE = [
     *(SETTINGS, URLS, PAGE, MANAGER, MANAGER_SETTING, REVOKE, SEND, READ, TEST),
     *(ROLE, INSERT, NODE, UNIT, FOLLOW, ORIGINS, API, PROXIES, INSTALL, INSTALL_DRF),
-    *(STREAM_TEST, SECOND_DATABASE, MIGRATE),
+    *(STREAM_TEST, SECOND_DATABASE, MIGRATE, DEVELOPMENT),
 ]
 
 
@@ -313,6 +315,27 @@ def test_several_proxies_are_what_the_publisher_publishes_to(project: Project) -
         "print([proxy.name for proxy in Publisher(Database('default'))._proxies])",
     )
     assert printed == "['http://localhost:5561', 'https://api.fanout.io/realm/REALM']\n"
+
+
+def test_development_without_a_proxy(
+    project: Project, database: Database, app_port: int, page: Page
+) -> None:
+    add(project, example(DEVELOPMENT))
+    project.write(
+        "myproject/asgi.py",
+        "from django.core.asgi import get_asgi_application\napplication = get_asgi_application()\n",
+    )
+    project.write(
+        "myproject/settings.py",
+        "\ndel GRIP_URL\nMIDDLEWARE.remove('django_grip.GripMiddleware')\n",
+    )
+    migrate(project)
+    address = f"127.0.0.1:{app_port}"
+    project.start("runserver", address, "--noreload", ready=lambda: accepts(app_port))
+    page.goto(f"http://{address}/")
+    database.send("room-1", '{"text": "hello"}')
+    page.wait_for("document.body.textContent.includes('hello')")
+    assert page.console == []
 
 
 def test_events_in_a_database_of_their_own(project: Project, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pg_eventstream.rarely import Rarely
 
 from .conftest import Database
 from .origin import Origin, behind_a_proxy
-from .settings import INSTALLED_APPS
+from .settings import INSTALLED_APPS, MIDDLEWARE
 
 Log = pytest.LogCaptureFixture
 SECRET = "a secret of thirty-two characters"
@@ -74,6 +74,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "W003": ({"GRIP_URL": "http://localhost:5561?key=changeme"}, ""),
     "W004": ({**TLS, "GRIP_PROXIES": [PROXY]}, ""),
     "W005": ({"EVENTSTREAM_RETENTION": 599, "GRIP_PROXIES": [PROXY]}, ""),
+    "W006": ({"DEBUG": True}, ""),
     "W007": ({}, ""),
 }
 
@@ -112,7 +113,7 @@ def test_first_request_logs_what_the_checks_would_have_said(
 
 def test_every_check_of_the_settings_is_in_the_table() -> None:
     ids = set(re.findall(r"pg_eventstream\.([EW]\d{3})", inspect.getsource(checks)))
-    assert ids == set(WRONG)
+    assert ids == {*WRONG, "W008"}  # of an app whose checks would stay here
 
 
 async def directly() -> None:
@@ -169,6 +170,35 @@ def test_endpoint_of_an_app_that_is_not_installed_says_so(database: Database) ->
         Client().get("/events/?channel=a")
 
 
+@pytest.mark.parametrize(
+    ("settings", "says", "logged"),
+    [
+        ({}, "pip install daphne", True),
+        ({"GRIP_PROXY_REQUIRED": True}, "GRIP_PROXY_REQUIRED lets no other in", True),
+        ({"GRIP_PROXIES": [PROXY]}, "django_grip.GripMiddleware", False),
+        ({"GRIP_PROXIES": [PROXY], "GRIP_PROXY_REQUIRED": True}, "GRIP_PROXY_REQUIRED", False),
+    ],
+)
+def test_answer_501_says_why_and_so_does_the_log_where_no_stream_can_come(
+    database: Database,
+    caplog: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    says: str,
+    logged: bool,
+) -> None:
+    monkeypatch.setattr(views, "_rarely", Rarely())
+    middleware = [] if "GRIP_PROXY_REQUIRED" in settings else MIDDLEWARE
+    with override_settings(MIDDLEWARE=middleware, **settings):
+        for _ in range(2):
+            response = Client().get("/events/?channel=a")
+            assert response.status_code == 501
+            assert says in response.content.decode()
+    lines = [r.getMessage() for r in caplog.records if r.name == views.__name__]
+    assert len(lines) == logged
+    assert all(says in line for line in lines)
+
+
 # Views of a project's own
 
 
@@ -207,7 +237,7 @@ def test_own_view_streams_wherever_the_endpoint_is_mounted(database: Database, m
 @pytest.mark.parametrize(
     ("patterns", "says"),
     [
-        ([], 'Add to the URLconf: path("events/"'),
+        ([], 'add path("events/", include("pg_eventstream.urls")) to the URLconf'),
         ([path("rooms/<room>/", include(OURS))], "only at paths with parameters"),
         ([path("rooms/<room>/", include((OURS, "es")))], "only at paths with parameters"),
     ],
