@@ -62,7 +62,9 @@ def position(database: Database) -> int:
 @pytest.mark.alone
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("transactions", [1, TRANSACTIONS])
+@pytest.mark.parametrize(
+    "transactions", [pytest.param(1, marks=pytest.mark.thorough), TRANSACTIONS]
+)
 def test_backlog_of_very_many_events_starts_at_once_and_in_bounded_memory(
     database: Database,
     new_publisher: Callable[..., PublisherProcess],

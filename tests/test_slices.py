@@ -26,7 +26,7 @@ SEQUENCE = "SELECT pg_eventstream_sequence()"
 SESSIONS = 6
 
 Connection = psycopg.Connection[Any]
-SEEDS = range(60 if THOROUGH else 2)
+SEEDS = range(60 if THOROUGH else 1)
 
 
 def cut_small(
