@@ -19,7 +19,7 @@ import pytest
 from django.test import override_settings
 from hypothesis import strategies as st
 
-from pg_eventstream import feed, grip, hold, recovery, sse, views
+from pg_eventstream import feed, grip, hold, once, recovery, sse, views
 from pg_eventstream.connection import Database as Connections
 from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.publisher import Publisher
@@ -220,6 +220,15 @@ class Run:
                 client.check()
 
 
+def in_turn(drain: once.Drain) -> bool:
+    """In place of `Drain.is_over`: the feeds work one after the other, until one is killed."""
+    for work in drain._works:
+        work.run()
+        if work.error is not None:
+            break
+    return True
+
+
 @pytest.fixture
 def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     # Limits that a few events reach.
@@ -235,6 +244,10 @@ def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
     with World(database) as world:
         monkeypatch.setattr(grip.Proxy, "post", lambda *args, **kw: world.post(*args, **kw))
         monkeypatch.setattr(feed.Feed, "settle", lambda feed: world.settle(feed))
+        # The world knows of no threads, and what is drawn decides what happens.
+        monkeypatch.setattr(once.Drain, "is_over", in_turn)
+        for method in ("start", "join"):
+            monkeypatch.setattr(once._Work, method, lambda *args: None)
         with override_settings(
             GRIP_PROXIES=[port.config for port in world.ports.values()],
             EVENTSTREAM_CHANNELMANAGER_CLASS="tests.channelmanagers.VolatileMembers",

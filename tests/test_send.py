@@ -172,7 +172,8 @@ def test_events_of_one_call_keep_their_order(database: Database) -> None:
     send_events((f"c{n % 7}", "t", n) for n in range(count))
     with database.connect() as server:
         ids = server.execute("SELECT data::int FROM pg_eventstream_event ORDER BY id").fetchall()
-        server.execute("SELECT pg_eventstream_sequence()")
+        while server.execute("SELECT pg_eventstream_sequence()").fetchone() != (0,):
+            pass
         positions = server.execute(
             "SELECT e.data::int FROM pg_eventstream_stream s"
             " JOIN pg_eventstream_event e ON e.id = s.event_id ORDER BY s.position"
