@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import children, wait_until
+from pg_eventstream.locks import LOCK_SPACE, SEQUENCE_LOCK
 
 from .conftest import KEY, Database, PublisherProcess
 from .http_service import HttpService, body_of, respond
@@ -24,6 +25,8 @@ OURS = (
     "FROM pg_stat_activity WHERE datname = current_database()"
     " AND starts_with(application_name, 'pg_eventstream ')"
 )
+#: What keeps whoever sequences waiting, before it has done anything.
+SEQUENCING = f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SEQUENCE_LOCK})"
 
 
 class HasPid(Protocol):
@@ -182,7 +185,7 @@ class Stage:
 @contextmanager
 def before_it_sequences(stage: Stage) -> Iterator[PublisherProcess]:
     publisher = stage.lead()
-    with locked(stage.database, "LOCK TABLE pg_eventstream_cursor IN SHARE MODE"):
+    with locked(stage.database, SEQUENCING):
         stage.more()
         wait_for_waiting(stage.database, "leader")
         yield publisher
@@ -195,7 +198,7 @@ def while_it_sequences(stage: Stage) -> Iterator[PublisherProcess]:
     begun = "SELECT count(*) FROM pg_eventstream_cursor WHERE place <> ''"
     wait_until(lambda: stage.database.value(begun) == 1, timeout=30)
     with stage.database.connect(autocommit=False) as connection:
-        with locked(stage.database, "LOCK TABLE pg_eventstream_cursor IN SHARE MODE"):
+        with locked(stage.database, SEQUENCING):
             connection.execute(
                 "INSERT INTO pg_eventstream_stream (position, channel, eid, event_id)"
                 " SELECT max(position) + 3, '-', 1, 0 FROM pg_eventstream_cursor"

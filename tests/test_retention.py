@@ -17,6 +17,7 @@ from pg_eventstream import get_events, send_event, send_events, subscribe
 from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.publisher import Publisher
+from pg_eventstream.locks import LOCK_SPACE, SWEEP_LOCK
 from pg_eventstream.retention import Sweep
 
 from .conftest import Database, PublisherProcess
@@ -220,7 +221,7 @@ def test_sweep_stands_in_no_senders_way(database: Database, control: ControlPort
     publish_once()
     age(database, events_of="a", by=2 * DAY)
     with database.connect(autocommit=False) as sweeper:
-        sweeper.execute("LOCK TABLE pg_eventstream_channel IN SHARE ROW EXCLUSIVE MODE")
+        sweeper.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SWEEP_LOCK})")
         sweeper.execute("DELETE FROM pg_eventstream_stream")
         sweeper.execute("DELETE FROM pg_eventstream_event")
         with database.connect() as sender:
