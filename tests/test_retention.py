@@ -16,8 +16,8 @@ from django.test import AsyncClient, override_settings
 from pg_eventstream import get_events, send_event, send_events, subscribe
 from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.publisher import Publisher
 from pg_eventstream.locks import LOCK_SPACE, SWEEP_LOCK
+from pg_eventstream.publisher import Publisher
 from pg_eventstream.retention import Sweep
 
 from .conftest import Database, PublisherProcess
