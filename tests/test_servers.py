@@ -358,7 +358,9 @@ def test_runserver_without_asgi_says_what_to_do(database: Database, serve: Serve
         urllib.request.urlopen(f"{server.url}?channel=a", timeout=20)
     with refused.value as answer:
         assert answer.code == 501
-        assert b"Run the application with an ASGI server (uvicorn, daphne)" in answer.read()
+        said = answer.read().decode()
+    assert "this endpoint streams under ASGI only" in said
+    assert 'add "daphne"' in said
 
 
 # What streams cost, and how long they last
