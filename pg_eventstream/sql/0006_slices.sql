@@ -41,6 +41,8 @@ DECLARE
     own      xid8;
     moved    bigint;
 
+    -- All transactions before this one were looked at by the calls before.
+    known_to xid8;
     -- What a call looks at: all transactions from `low` to before `high`, and those in `parts`,
     -- of which some events may be sequenced already. Of all of them, seqs up to `bound`.
     low      xid8[];
@@ -142,9 +144,10 @@ BEGIN
             + abs(hashtextextended(gen_random_uuid()::text, 0) % 999998)) % 999999);
     END IF;
 
+    known_to := pg_snapshot_xmax(last.snapshot);
     LOOP
         IF last.until IS NULL THEN
-            low := ARRAY[pg_snapshot_xmax(last.snapshot)];
+            low := ARRAY[known_to];
             high := ARRAY['18446744073709551615'::xid8];
             parts := ARRAY(SELECT pg_snapshot_xip(last.snapshot));
             bound := 9223372036854775807;
@@ -174,7 +177,7 @@ BEGIN
             later := (SELECT count(*) FROM unnest(begun) AS seq WHERE seq > lowest + size);
             low := '{}';
             high := '{}';
-            next := pg_snapshot_xmax(last.snapshot);
+            next := known_to;
             LOOP
                 EXIT WHEN later > most_open;
                 WITH read AS MATERIALIZED (
@@ -226,7 +229,7 @@ BEGIN
               FROM unnest(parts) AS part (xid),
                    LATERAL (SELECT * FROM pg_eventstream_outbox
                              WHERE xid = part.xid
-                               AND seq > CASE WHEN part.xid < pg_snapshot_xmax(last.snapshot)
+                               AND seq > CASE WHEN part.xid < known_to
                                               THEN coalesce(last.done, 0) ELSE 0 END
                                AND seq <= bound OFFSET 0) AS o
              WHERE known
