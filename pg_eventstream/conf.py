@@ -50,11 +50,7 @@ class Conf:
                 f"EVENTSTREAM_DATABASE names {alias!r}, which is not in DATABASES. There are:"
                 f" {', '.join(connections)}."
             )
-        if connections[alias].vendor != "postgresql":
-            raise ImproperlyConfigured(
-                f"The database {alias!r} is not PostgreSQL, so it cannot hold the events. Name"
-                " a PostgreSQL database in EVENTSTREAM_DATABASE."
-            )
+        refuse_if_not_postgresql(alias)
         return alias
 
     @property
@@ -169,6 +165,15 @@ class Conf:
             if all(entry.get("control_uri") != other.get("control_uri") for other in unique):
                 unique.append(entry)
         return unique
+
+
+def refuse_if_not_postgresql(alias: str) -> None:
+    """Raises `ImproperlyConfigured`. For an alias that need not be that of the setting, too."""
+    if connections[alias].vendor != "postgresql":
+        raise ImproperlyConfigured(
+            f"The database {alias!r} is not PostgreSQL, so it cannot hold the events. Name a"
+            " PostgreSQL database in EVENTSTREAM_DATABASE."
+        )
 
 
 def proxy_name(config: dict[str, Any]) -> str:

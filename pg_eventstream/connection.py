@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
+from .conf import refuse_if_not_postgresql
 from .silence import OnStandby, WatchedConnection
 
 # A server that vanishes without a word (power, network) is noticed within some 15
@@ -111,11 +111,7 @@ class Database:
         if self.dsn is not None:
             params: dict[str, Any] = {"conninfo": self.dsn}
         else:
-            if connections[self.alias].vendor != "postgresql":
-                raise ImproperlyConfigured(
-                    f"The database {self.alias!r} is not PostgreSQL, so it cannot hold the events."
-                    " Name a PostgreSQL database in EVENTSTREAM_DATABASE."
-                )
+            refuse_if_not_postgresql(self.alias)
             params = connections[self.alias].get_connection_params()
             # Django's cursor class and type adapters belong to Django's connections.
             for name in ("cursor_factory", "context", "prepare_threshold"):

@@ -18,12 +18,11 @@ import psycopg
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.apps import apps
 from django.conf import settings
-from django.core.exceptions import ImproperlyConfigured
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
 from . import liveness
-from .conf import conf
+from .conf import conf, refuse_if_not_postgresql
 from .errors import InvalidEvent
 from .sse import RESERVED_TYPES
 from .users import skipped_ids
@@ -164,10 +163,7 @@ class _Explained:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if not isinstance(error, DatabaseError):
             return
-        if connections[self.alias].vendor != "postgresql":
-            raise ImproperlyConfigured(
-                f"The database {self.alias!r} is not PostgreSQL, so it cannot hold the events."
-            ) from error
+        refuse_if_not_postgresql(self.alias)
         if isinstance(error.__cause__, psycopg.errors.UndefinedTable):
             missing = (
                 ""

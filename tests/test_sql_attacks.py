@@ -15,11 +15,12 @@ from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.doorbell import CHANNEL
 from pg_eventstream.hub import NEWS
-from pg_eventstream.locks import BELL_LOCK, LEADER_LOCK, LOCK_SPACE, SEQUENCE_LOCK
+from pg_eventstream.locks import BELL_LOCK, LEADER_LOCK, LOCK_SPACE, SEQUENCE_LOCK, SWEEP_LOCK
 from pg_eventstream.publisher import Publisher
 from pg_eventstream.retention import Sweep
 
 from .conftest import Database
+from .faults import wait_for_waiting
 from .roles import granted
 
 INSERT = "INSERT INTO public.pg_eventstream_event (channel, data) VALUES ('c', 'x')"
@@ -272,6 +273,24 @@ def publisher_in_thread() -> Iterator[Publisher]:
         assert not thread.is_alive()
 
 
+def test_who_takes_the_lock_of_the_sweep_keeps_it_from_pruning_until_the_session_ends(
+    database: Database, stranger: psycopg.Connection[tuple[object, ...]]
+) -> None:
+    with database.connect() as connection:
+        connection.execute(INSERT)
+        connection.execute(SEQUENCE)
+        connection.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '9 d'")
+        stranger.execute(f"SELECT pg_advisory_lock({LOCK_SPACE}, {SWEEP_LOCK})")
+        connection.execute("SET lock_timeout = '100ms'")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            Sweep(connection).run_once()
+        connection.execute(INSERT)  # waits for nobody
+        assert connection.execute(SEQUENCE).fetchone() == (1,)
+        stranger.close()
+        connection.execute("SET lock_timeout = '20s'")
+        assert Sweep(connection).run_once() == 1
+
+
 @override_settings(GRIP_URL=None, EVENTSTREAM_SAFETY_POLL=1.0)
 def test_who_takes_the_locks_delays_events_until_the_session_ends_and_does_nothing_else(
     database: Database, stranger: psycopg.Connection[tuple[object, ...]]
@@ -307,10 +326,9 @@ def test_who_takes_the_locks_delays_events_until_the_session_ends_and_does_nothi
         take(BELL_LOCK)
         send(3)  # ring nobody either; the safety poll finds them
         sequenced(9)
-        # Nothing gets its order meanwhile. (Nobody rings, so it may take the safety poll.)
         take(SEQUENCE_LOCK)
         send(3)
-        time.sleep(2)
+        wait_for_waiting(database, "leader")
         sequenced(9)
         stranger.execute(f"SELECT pg_advisory_unlock({LOCK_SPACE}, {SEQUENCE_LOCK})")
         sequenced(12)
