@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import lru_cache
 from math import inf
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -242,7 +243,7 @@ def _path(request: HttpRequest) -> str:
 
 def link_anywhere(token: str) -> str:
     """A link below any path at which the endpoint is mounted, in whatever namespace."""
-    names = list(_names_of_next_link(get_resolver(get_urlconf())))
+    names = _next_link_names(get_resolver(get_urlconf()))
     for name in names:
         with suppress(NoReverseMatch):
             return reverse(name, kwargs={"token": token})
@@ -260,11 +261,17 @@ def link_anywhere(token: str) -> str:
     )
 
 
-def _names_of_next_link(resolver: URLResolver, namespace: str = "") -> Iterator[str]:
+@lru_cache(maxsize=8)
+def _next_link_names(urlconf: URLResolver) -> tuple[str, ...]:
+    """What `next_link` is called, with its namespaces. A project may have thousands of patterns."""
+    return tuple(_walk_to_next_links(urlconf))
+
+
+def _walk_to_next_links(resolver: URLResolver, namespace: str = "") -> Iterator[str]:
     for pattern in resolver.url_patterns:
         if isinstance(pattern, URLResolver):
             below = f"{namespace}{pattern.namespace}:" if pattern.namespace else namespace
-            yield from _names_of_next_link(pattern, below)
+            yield from _walk_to_next_links(pattern, below)
         elif pattern.name == NEXT_LINK_URL:
             yield f"{namespace}{NEXT_LINK_URL}"
 
