@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults soak bench lint sql js clean
+.PHONY: help demo test test-faults soak bench lint docs sql js clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ lint: .venv/.installed-test ## ruff and mypy
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+docs: .venv/.installed-docs ## the documentation as HTML, in docs/_build; a warning is an error
+	.venv/bin/python -m sphinx -nW --keep-going -q docs docs/_build
+	@echo "Open docs/_build/index.html"
+
 sql: .venv/.installed-test ## write the migrations as plain SQL, into migrations/
 	@.venv/bin/python -m migrations.generate
 
@@ -44,7 +48,7 @@ js: .venv/.installed-test ## write the browser client's classic script from the 
 
 clean: ## remove everything that is not source
 	@if [ -d .demo/postgres/elsewhere ]; then rm -rf "$$(readlink .demo/postgres/elsewhere)"; fi
-	rm -rf .venv .venv-bench .demo .test-servers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-bench .demo .test-servers build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed-%: pyproject.toml
