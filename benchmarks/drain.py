@@ -83,7 +83,7 @@ class Drain:
 
     def _bodies(self) -> list[bytes]:
         """What the publisher would post."""
-        from pg_eventstream import grip
+        from pg_eventstream.grip import proxy as grip
 
         with self._database.connect() as connection:
             while connection.execute("SELECT pg_eventstream_sequence()").fetchone() != (0,):

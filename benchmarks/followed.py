@@ -24,7 +24,7 @@ from .report import Comparison, Report, at_most, say
 from .servers import OURS, Database, postgres
 
 if TYPE_CHECKING:
-    from pg_eventstream.hub import Hub
+    from pg_eventstream.streams.hub import Hub
 
 PAGES, PAGE_EVENTS = 50, 200
 FEW, MANY, MANY_IF_QUICK = 100, 50_000, 10_000
@@ -45,7 +45,7 @@ class Client:
 
 async def measure(session: psycopg.Connection[Any], count: int) -> tuple[float, float]:
     """Milliseconds for a page, and microseconds of the loop for a client that leaves."""
-    from pg_eventstream.hub import Hub
+    from pg_eventstream.streams.hub import Hub
 
     hub = Hub("default")
     clients = [Client(f"channel-{n}") for n in range(count)]
@@ -61,7 +61,7 @@ async def measure(session: psycopg.Connection[Any], count: int) -> tuple[float, 
 
 def read_pages(hub: Hub, session: psycopg.Connection[Any]) -> float:
     """Seconds for one, as the hub's thread does it."""
-    from pg_eventstream.hub import _Reader
+    from pg_eventstream.streams.hub import _Reader
 
     # In place of the thread, which waits for events.
     assert hub._reader

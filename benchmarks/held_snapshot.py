@@ -52,7 +52,7 @@ class Sequence:
     name = "sequence"
 
     def __init__(self, connection: Connection) -> None:
-        from pg_eventstream.retention import Sweep
+        from pg_eventstream.publisher.pruner import Sweep
 
         self._connection = connection
         self._sweep = Sweep(connection)

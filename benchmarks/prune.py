@@ -35,7 +35,7 @@ from .send import bell_held
 from .servers import Database, postgres
 
 if TYPE_CHECKING:
-    from pg_eventstream.retention import Sweep
+    from pg_eventstream.publisher.pruner import Sweep
 
 CLIENTS = 8
 ALONE, SWEPT = "alone", "beside the sweep"
@@ -208,7 +208,7 @@ class Run:
     def _sweeping(self, retention: float) -> Iterator[Sweep]:
         from django.test import override_settings
 
-        from pg_eventstream.retention import Sweep
+        from pg_eventstream.publisher.pruner import Sweep
 
         with (
             override_settings(EVENTSTREAM_RETENTION=retention),

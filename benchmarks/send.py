@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.locks import BELL_LOCK, LOCK_SPACE
+from pg_eventstream.postgres.locks import BELL_LOCK, LOCK_SPACE
 
 from . import report
 from .report import Comparison, Options, Report, at_least, say

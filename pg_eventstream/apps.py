@@ -9,8 +9,10 @@ class PgEventStreamConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        # The first two register the system checks.
-        from . import checks, database_checks, first_use, next_links, placement, unmigrated  # noqa: F401
+        # `settings` and `tables` register the system checks.
+        from .checks import first_use, settings, tables  # noqa: F401
+        from .grip import next_links
+        from .tables import placement, unmigrated
 
         request_started.connect(first_use.report)
         request_started.connect(next_links.expect)

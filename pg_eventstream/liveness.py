@@ -13,8 +13,8 @@ from django.core import mail
 from django.db import DatabaseError, connections
 
 from .conf import conf, proxy_name
+from .postgres.threads import in_background
 from .rarely import Rarely
-from .reading import in_background
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.functions import Now
 from pgtrigger import compiler
 
-from .fixtures import Loadable, forget_cursor, load_outbox_row, may_take_place
 from .sse import RESERVED_TYPES
+from .tables.fixtures import Loadable, forget_cursor, load_outbox_row, may_take_place
 
 if not apps.is_installed("pgtrigger"):
     # Without it Django would refuse the attribute "triggers" below, and not say why.

@@ -1,6 +1,7 @@
 from django.urls import path
 
-from . import hold, views
+from . import views
+from .grip import hold
 
 views.require_installed()
 

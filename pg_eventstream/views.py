@@ -23,16 +23,19 @@ from django.urls import NoReverseMatch, URLResolver, get_resolver, get_urlconf, 
 from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_http_methods, require_safe
 
-from . import cors, direct, hold, limits, liveness, next_links, signature, sse
+from . import cors, liveness, sse
 from .caching import never_cached
 from .channelmanager import get_channelmanager
 from .conf import conf
 from .errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
+from .grip import hold, next_links, signature
 from .permission import check_permission, reliable
+from .postgres.threads import in_other_thread
 from .rarely import Rarely
-from .reading import in_other_thread
-from .recovery import Recovered, parse_start, recover
 from .send import RESERVED
+from .streams import direct
+from .streams import resumable as limits
+from .streams.replay import Recovered, parse_start, recover
 from .users import primary_key, user_id
 
 if TYPE_CHECKING:

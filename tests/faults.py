@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import children, wait_until
-from pg_eventstream.locks import LOCK_SPACE, SEQUENCE_LOCK
+from pg_eventstream.postgres.locks import LOCK_SPACE, SEQUENCE_LOCK
 
 from .conftest import KEY, Database, PublisherProcess
 from .http_service import HttpService, body_of, respond

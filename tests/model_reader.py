@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from pg_eventstream import EventPermissionError, get_current_event_id, get_events, grip, sse
+from pg_eventstream import EventPermissionError, get_current_event_id, get_events, sse
+from pg_eventstream.grip import proxy as grip
 
 from .grip_proxy import Proxy, Session
 from .model import Event, Model, is_reliable, is_unreliable

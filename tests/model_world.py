@@ -14,10 +14,10 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.db import connections
 
-from pg_eventstream import grip
-from pg_eventstream.feed import Feed
-from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE
-from pg_eventstream.retention import Sweep
+from pg_eventstream.grip import proxy as grip
+from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.publisher.feed import Feed
+from pg_eventstream.publisher.pruner import Sweep
 
 from .conftest import KEY, Database
 from .control_port import ControlPort

@@ -14,8 +14,8 @@ from django.core.exceptions import BadRequest, PermissionDenied, SuspiciousOpera
 from django.http import Http404, HttpRequest, HttpResponse
 from django.test import AsyncClient, Client, override_settings
 
-from pg_eventstream import hold
 from pg_eventstream.channelmanager import DefaultChannelManager
+from pg_eventstream.grip import hold
 
 from . import settings
 from .conftest import Database

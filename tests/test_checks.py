@@ -18,8 +18,8 @@ from django.core.checks import CheckMessage, Error, Warning, registry, run_check
 from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
-from pg_eventstream import checks
 from pg_eventstream.channelmanager import DefaultChannelManager
+from pg_eventstream.checks import settings as checks
 from pg_eventstream.conf import conf
 
 ROOT = Path(__file__).parent.parent

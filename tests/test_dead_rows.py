@@ -12,10 +12,15 @@ import pytest
 from django.db import connection as django_connection
 from django.test import override_settings
 
-from pg_eventstream import connection, feed, get_current_event_id, grip, hub, recovery
+from pg_eventstream import get_current_event_id
+from pg_eventstream.grip import proxy as grip
 from pg_eventstream.liveness import _look_at_publisher
-from pg_eventstream.publisher import _register
-from pg_eventstream.retention import Sweep
+from pg_eventstream.postgres import connector as connection
+from pg_eventstream.publisher import feed
+from pg_eventstream.publisher.daemon import _register
+from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.streams import hub
+from pg_eventstream.streams import replay as recovery
 
 from .conftest import Database
 

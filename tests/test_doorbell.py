@@ -14,8 +14,8 @@ import psycopg
 import pytest
 
 from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.doorbell import Doorbell, State
-from pg_eventstream.publisher import sequence
+from pg_eventstream.publisher.daemon import sequence
+from pg_eventstream.publisher.doorbell import Doorbell, State
 
 from .conftest import Database, PublisherProcess
 from .sse_client import SSEClient

@@ -12,7 +12,8 @@ from django.db import connection
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
-from pg_eventstream import get_events, recovery, send_events, sse
+from pg_eventstream import get_events, send_events, sse
+from pg_eventstream.streams import replay as recovery
 
 from .conftest import Database
 from .origin import Origin, behind_a_proxy, prune, sequence, signature

@@ -26,7 +26,7 @@ from pg_eventstream import (
     views,
 )
 from pg_eventstream.channelmanager import DefaultChannelManager
-from pg_eventstream.retention import Sweep
+from pg_eventstream.publisher.pruner import Sweep
 
 from .conftest import Database, PublisherProcess
 from .origin import Answer, Origin, behind_a_proxy, prune, sequence, signature

@@ -20,7 +20,7 @@ from pg_eventstream import get_events
 from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.models import Channel, Cursor, Event, Outbox, Stream
-from pg_eventstream.retention import Sweep
+from pg_eventstream.publisher.pruner import Sweep
 
 from .conftest import Database, PublisherProcess, child_environment
 

@@ -12,20 +12,14 @@ import pytest
 from hypothesis import example, given, note
 from hypothesis import strategies as st
 
-from pg_eventstream import (
-    direct,
-    get_current_event_id,
-    grip,
-    hold,
-    permission,
-    send_event,
-    send_events,
-    sse,
-)
+from pg_eventstream import get_current_event_id, permission, send_event, send_events, sse
 from pg_eventstream.errors import InvalidEvent, InvalidRequest, ResumeNotAllowed
-from pg_eventstream.hub import News
+from pg_eventstream.grip import hold
+from pg_eventstream.grip import proxy as grip
 from pg_eventstream.send import RESERVED
-from pg_eventstream.subscription import Batch
+from pg_eventstream.streams import direct
+from pg_eventstream.streams.hub import News
+from pg_eventstream.streams.subscription import Batch
 
 from .conftest import Database
 from .hostile import SEED, Parsed, fuzzed, parse_strictly, storable, texts

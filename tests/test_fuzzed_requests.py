@@ -13,8 +13,9 @@ from django.test import Client, override_settings
 from hypothesis import example, given, note
 from hypothesis import strategies as st
 
-from pg_eventstream import hold, send_events
+from pg_eventstream import send_events
 from pg_eventstream.errors import InvalidRequest
+from pg_eventstream.grip import hold
 
 from .conftest import Database
 from .hostile import SEED, Parsed, fuzzed, header_values, parse_strictly, texts

@@ -12,13 +12,13 @@ from django.db import ProgrammingError, connections
 from django.test import override_settings
 
 from pg_eventstream import liveness
-from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import Process, accepts, wait_until
 from pg_eventstream.demo.pushpin import Pushpin
-from pg_eventstream.hub import Hub, _Reader
-from pg_eventstream.publisher import Publisher
-from pg_eventstream.recovery import recover
-from pg_eventstream.retention import Sweep
+from pg_eventstream.postgres.connector import Database as Where
+from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.streams.hub import Hub, _Reader
+from pg_eventstream.streams.replay import recover
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .roles import MIGRATIONS, granted, run_file

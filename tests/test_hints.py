@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pg_eventstream.grip import Batch, Hints, StreamEvent, hint, item
+from pg_eventstream.grip.proxy import Batch, Hints, StreamEvent, hint, item
 
 HINT = hint("c")
 

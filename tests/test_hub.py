@@ -13,8 +13,8 @@ import psycopg
 import pytest
 
 from pg_eventstream import channel_permission_changed, send_event, send_events
-from pg_eventstream.grip import Hints, hint
-from pg_eventstream.hub import Hub, News, PermissionChange, _Reader
+from pg_eventstream.grip.proxy import Hints, hint
+from pg_eventstream.streams.hub import Hub, News, PermissionChange, _Reader
 
 from .conftest import Database
 from .origin import sequence

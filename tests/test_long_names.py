@@ -13,10 +13,11 @@ from urllib.parse import quote
 import pytest
 from django.test import override_settings
 
-from pg_eventstream import get_current_event_id, get_events, hold, send_event, sse
+from pg_eventstream import get_current_event_id, get_events, send_event, sse
 from pg_eventstream.channelmanager import DefaultChannelManager
 from pg_eventstream.demo.processes import HOST, Process, accepts, free_port
 from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.grip import hold
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .origin import Answer, Origin, behind_a_proxy, sequence

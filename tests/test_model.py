@@ -19,11 +19,16 @@ import pytest
 from django.test import override_settings
 from hypothesis import strategies as st
 
-from pg_eventstream import feed, grip, hold, once, recovery, sse, views
-from pg_eventstream.connection import Database as Connections
-from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE
-from pg_eventstream.publisher import Publisher
-from pg_eventstream.retention import Sweep
+from pg_eventstream import sse, views
+from pg_eventstream.grip import hold
+from pg_eventstream.grip import proxy as grip
+from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.publisher import drain as once
+from pg_eventstream.publisher import feed
+from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.streams import replay as recovery
 
 from .conftest import THOROUGH, Database
 from .model import DAY, Model, is_reliable

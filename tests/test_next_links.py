@@ -15,7 +15,9 @@ from django.http import HttpResponse
 from django.test import RequestFactory, override_settings
 from django_grip import GripMiddleware
 
-from pg_eventstream import grip, hold, send_events, views
+from pg_eventstream import send_events, views
+from pg_eventstream.grip import hold
+from pg_eventstream.grip import proxy as grip
 
 from .conftest import Database, PublisherProcess
 from .origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature
@@ -92,7 +94,7 @@ def test_different_sessions_never_share_a_link(origin: Origin) -> None:
 
 def test_link_stays_the_same_for_an_hour_and_works_for_a_day(origin: Origin) -> None:
     hour = time.time() // 3600 * 3600
-    with mock.patch("pg_eventstream.hold.time") as clock:
+    with mock.patch("pg_eventstream.grip.hold.time") as clock:
         clock.time.return_value = hour
         link = opened(origin, "c").next_link
         clock.time.return_value = hour + 3599

@@ -23,15 +23,15 @@ from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import channel_permission_changed, send_event, send_events
-from pg_eventstream import connection as connection_module
-from pg_eventstream import once as once_module
-from pg_eventstream import publisher as publisher_module
-from pg_eventstream.connection import Database as Connections
 from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 from pg_eventstream.errors import NotLeading
-from pg_eventstream.locks import LEADER_LOCK, LOCK_SPACE, SWEEP_LOCK
 from pg_eventstream.management.commands import eventstream_prune as prune_module
-from pg_eventstream.publisher import Publisher
+from pg_eventstream.postgres import connector as connection_module
+from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE, SWEEP_LOCK
+from pg_eventstream.publisher import daemon as publisher_module
+from pg_eventstream.publisher import drain as once_module
+from pg_eventstream.publisher.daemon import Publisher
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .control_port import ControlPort
@@ -574,7 +574,7 @@ def test_database_that_stops_answering_is_not_waited_for_for_ever(
     name: str,
     arguments: list[str],
 ) -> None:
-    monkeypatch.setattr("pg_eventstream.silence.PATIENCE", 0.5)
+    monkeypatch.setattr("pg_eventstream.postgres.watchdog.PATIENCE", 0.5)
     monkeypatch.setitem(connection_module._PARAMETERS, "connect_timeout", 2)
     send(3)
     with through(database) as network:
@@ -582,14 +582,14 @@ def test_database_that_stops_answering_is_not_waited_for_for_ever(
             monkeypatch.setattr(control, "take", lambda body: network.deaf())
         else:
             monkeypatch.setattr(
-                "pg_eventstream.retention.Sweep._forget", _deaf_first(network), raising=True
+                "pg_eventstream.publisher.pruner.Sweep._forget", _deaf_first(network), raising=True
             )
         said = command(name, *arguments)
     assert said.startswith("failed: Database: silent, and cannot be asked why"), said
 
 
 def _deaf_first(network: Network) -> Callable[..., None]:
-    from pg_eventstream.retention import Sweep
+    from pg_eventstream.publisher.pruner import Sweep
 
     forget = Sweep._forget
 

@@ -18,7 +18,12 @@ import pytest
 from django.db import connection as django_connection
 from django.test import override_settings
 
-from pg_eventstream import connection, feed, grip, hub, recovery, retention
+from pg_eventstream.grip import proxy as grip
+from pg_eventstream.postgres import connector as connection
+from pg_eventstream.publisher import feed
+from pg_eventstream.publisher import pruner as retention
+from pg_eventstream.streams import hub
+from pg_eventstream.streams import replay as recovery
 
 from .conftest import Database
 

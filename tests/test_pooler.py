@@ -13,9 +13,9 @@ from contextlib import ExitStack
 import psycopg
 import pytest
 
-import pg_eventstream.connection
-from pg_eventstream.connection import explained
+import pg_eventstream.postgres.connector
 from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
+from pg_eventstream.postgres.connector import explained
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .load import Load
@@ -120,7 +120,7 @@ def test_pooler_is_recognised_while_others_look_for_one(
     pooled: str, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A publisher's connections do so at the same time, each in sessions of the others."""
-    monkeypatch.setattr(pg_eventstream.connection, "_PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(pg_eventstream.postgres.connector, "_PROBE_SECONDS", 0.1)
     over = threading.Event()
 
     def look() -> None:
@@ -132,7 +132,9 @@ def test_pooler_is_recognised_while_others_look_for_one(
         looking = pool.submit(look)
         try:
             for _ in range(20):
-                with pg_eventstream.connection.Database("default", pooled).connect("test") as found:
+                with pg_eventstream.postgres.connector.Database("default", pooled).connect(
+                    "test"
+                ) as found:
                     assert found.shared
         finally:
             over.set()
@@ -144,7 +146,7 @@ def test_session_that_may_only_read_is_not_taken_for_a_standby(
 ) -> None:
     """What a direct connection turns off for itself, a pooler's session is set up with."""
     database.execute(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
-    with pg_eventstream.connection.Database("default", pooled).connect("test") as session:
+    with pg_eventstream.postgres.connector.Database("default", pooled).connect("test") as session:
         with pytest.raises(psycopg.errors.ReadOnlySqlTransaction) as raised:
             session.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', '')")
         assert "default_transaction_read_only is on" in explained(raised.value)

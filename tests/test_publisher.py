@@ -14,17 +14,18 @@ import jwt
 import pytest
 from django.test import override_settings
 
-from pg_eventstream import feed as feed_module
-from pg_eventstream import grip, send_event, send_events
-from pg_eventstream import publisher as publisher_module
+from pg_eventstream import send_event, send_events
 from pg_eventstream.conf import conf
-from pg_eventstream.connection import Database as Connections
 from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.demo.pushpin import Pushpin
-from pg_eventstream.feed import Feed
-from pg_eventstream.incarnation import UNKNOWN
-from pg_eventstream.publisher import Publisher, _register, sequence
+from pg_eventstream.grip import proxy as grip
+from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.postgres.incarnation import UNKNOWN
+from pg_eventstream.publisher import daemon as publisher_module
+from pg_eventstream.publisher import feed as feed_module
+from pg_eventstream.publisher.daemon import Publisher, _register, sequence
+from pg_eventstream.publisher.feed import Feed
 
 from .conftest import KEY, Database, PublisherProcess
 from .control_port import ControlPort

@@ -8,7 +8,7 @@ import pytest
 from django.db import ProgrammingError, connection
 
 from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.reading import in_other_thread
+from pg_eventstream.postgres.threads import in_other_thread
 
 from .conftest import Database
 

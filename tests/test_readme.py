@@ -311,7 +311,8 @@ def test_several_proxies_are_what_the_publisher_publishes_to(project: Project) -
     migrate(project)
     printed = project.manage(
         *("shell", "--no-imports", "-c"),
-        "from pg_eventstream.publisher import Publisher; from pg_eventstream.connection import *;"
+        "from pg_eventstream.publisher.daemon import Publisher;"
+        "from pg_eventstream.postgres.connector import Database;"
         "print([proxy.name for proxy in Publisher(Database('default'))._proxies])",
     )
     assert printed == "['http://localhost:5561', 'https://api.fanout.io/realm/REALM']\n"

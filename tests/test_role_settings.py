@@ -17,9 +17,9 @@ from django.db import InternalError, connections
 from django.test import override_settings
 
 from pg_eventstream import get_events, send_event, subscribe
-from pg_eventstream.connection import Database as Connections
-from pg_eventstream.importing import import_events
-from pg_eventstream.publisher import Publisher, sequence
+from pg_eventstream.management.importing import import_events
+from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.publisher.daemon import Publisher, sequence
 
 from .conftest import Database
 from .faults import locked

@@ -17,17 +17,18 @@ from django.db import connections
 from django.db.migrations.recorder import MigrationRecorder
 from django.test import override_settings
 
-from pg_eventstream import placement
+import pg_eventstream
 from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.models import Event
 from pg_eventstream.router import EventStreamRouter
+from pg_eventstream.tables import placement
 
 from .conftest import Database
 
 OURS = "pg_eventstream.router.EventStreamRouter"
 HERE = "tests.test_second_database"
 MIGRATIONS = sorted(
-    path.stem for path in Path(placement.__file__).parent.glob("migrations/[0-9]*.py")
+    path.stem for path in Path(pg_eventstream.__file__).parent.glob("migrations/[0-9]*.py")
 )
 
 

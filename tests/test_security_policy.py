@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pg_eventstream.locks import (
+from pg_eventstream.postgres.locks import (
     BELL_LOCK,
     LEADER_LOCK,
     LOCK_SPACE,

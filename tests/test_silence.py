@@ -19,11 +19,12 @@ import pytest
 from django.db import connections
 from django.test import override_settings
 
-from pg_eventstream import send_event, silence
-from pg_eventstream.connection import Database as Connections
+from pg_eventstream import send_event
 from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.publisher import Publisher
-from pg_eventstream.silence import WatchedConnection
+from pg_eventstream.postgres import watchdog as silence
+from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.postgres.watchdog import WatchedConnection
+from pg_eventstream.publisher.daemon import Publisher
 
 from .conftest import Database, PublisherProcess
 from .control_port import ControlPort
@@ -199,7 +200,7 @@ def test_silent_server_that_cannot_be_asked_is_waited_for(
 def test_connection_that_falls_silent_while_it_is_set_up_fails(
     database: Database, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pg_eventstream.connection._SET_UP_SECONDS", 0.5)
+    monkeypatch.setattr("pg_eventstream.postgres.connector._SET_UP_SECONDS", 0.5)
     connect = silence.WatchedConnection.connect
 
     def connect_then_forget(**params: Any) -> Any:

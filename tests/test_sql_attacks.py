@@ -11,13 +11,19 @@ import psycopg
 import pytest
 from django.test import override_settings
 
-from pg_eventstream.connection import Database as Where
 from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.doorbell import CHANNEL
-from pg_eventstream.hub import NEWS
-from pg_eventstream.locks import BELL_LOCK, LEADER_LOCK, LOCK_SPACE, SEQUENCE_LOCK, SWEEP_LOCK
-from pg_eventstream.publisher import Publisher
-from pg_eventstream.retention import Sweep
+from pg_eventstream.postgres.connector import Database as Where
+from pg_eventstream.postgres.locks import (
+    BELL_LOCK,
+    LEADER_LOCK,
+    LOCK_SPACE,
+    SEQUENCE_LOCK,
+    SWEEP_LOCK,
+)
+from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.publisher.doorbell import CHANNEL
+from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.streams.hub import NEWS
 
 from .conftest import Database
 from .faults import wait_for_waiting

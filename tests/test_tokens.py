@@ -21,11 +21,13 @@ from django.core import signing
 from django.test import Client, override_settings
 from django.utils.crypto import constant_time_compare
 
-from pg_eventstream import grip, hold, send_events
+from pg_eventstream import send_events
 from pg_eventstream.conf import conf
 from pg_eventstream.demo.processes import Process
 from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.errors import InvalidRequest
+from pg_eventstream.grip import hold
+from pg_eventstream.grip import proxy as grip
 
 from .conftest import KEY, Database
 from .origin import Origin, behind_a_proxy, sequence, signature
@@ -161,7 +163,7 @@ def test_link_works_for_as_long_as_the_proxy_needs_it(
 ) -> None:
     """Behind a page the proxy asks at once; and it needs to say nothing that only it can say."""
     hour = time.time() // 3600 * 3600
-    with mock.patch("pg_eventstream.hold.time") as clock:
+    with mock.patch("pg_eventstream.grip.hold.time") as clock:
         clock.time.return_value = hour
         token = hold.sign(hold.Session(("c",), "7", cursor))
         clock.time.return_value = hour + works

@@ -16,11 +16,11 @@ from pg_eventstream import (
     InvalidEvent,
     channel_permission_changed,
     get_events,
-    hold,
     send_event,
     users,
 )
 from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.grip import hold
 from pg_eventstream.testing import captured_events
 
 from .conftest import Database, PublisherProcess

@@ -14,12 +14,13 @@ import pytest
 from django.apps import apps
 from django.db import connections, transaction
 
-from pg_eventstream import grip, recovery
-from pg_eventstream.fixtures import forget_cursor
-from pg_eventstream.importing import import_events
-from pg_eventstream.publisher import _register
-from pg_eventstream.retention import Sweep
+from pg_eventstream.grip import proxy as grip
+from pg_eventstream.management.importing import import_events
+from pg_eventstream.publisher.daemon import _register
+from pg_eventstream.publisher.pruner import Sweep
 from pg_eventstream.send import send_event
+from pg_eventstream.streams import replay as recovery
+from pg_eventstream.tables.fixtures import forget_cursor
 
 from .conftest import Database
 from .faults import locked

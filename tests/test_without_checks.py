@@ -18,7 +18,9 @@ from django.http import HttpRequest, HttpResponseBase
 from django.test import AsyncClient, Client, override_settings
 from django.urls import include, path
 
-from pg_eventstream import checks, first_use, send_event, send_events, subscribe, views
+from pg_eventstream import send_event, send_events, subscribe, views
+from pg_eventstream.checks import first_use
+from pg_eventstream.checks import settings as checks
 from pg_eventstream.rarely import Rarely
 
 from .conftest import Database

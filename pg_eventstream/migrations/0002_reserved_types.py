@@ -4,7 +4,7 @@ from django.contrib.postgres.operations import AddConstraintNotValid
 from django.db import migrations, models
 
 import pg_eventstream.models
-from pg_eventstream import placement
+from pg_eventstream.tables import placement
 
 SQL = Path(pg_eventstream.models.__file__).with_name("sql")
 

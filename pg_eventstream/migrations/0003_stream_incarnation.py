@@ -1,6 +1,6 @@
 from django.db import migrations, models
 
-from pg_eventstream import placement
+from pg_eventstream.tables import placement
 
 
 class Migration(placement.Migration):

@@ -3,7 +3,7 @@ from pathlib import Path
 from django.db import migrations, models
 
 import pg_eventstream.models
-from pg_eventstream import placement
+from pg_eventstream.tables import placement
 
 SQL = Path(pg_eventstream.models.__file__).with_name("sql")
 

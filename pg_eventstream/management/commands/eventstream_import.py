@@ -9,8 +9,8 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import Error, connections
 
 from pg_eventstream.conf import conf
-from pg_eventstream.connection import COMMAND_PATIENCE, Database, explained
-from pg_eventstream.importing import Imported, import_events, missing_tables
+from pg_eventstream.management.importing import Imported, import_events, missing_tables
+from pg_eventstream.postgres.connector import COMMAND_PATIENCE, Database, explained
 
 
 class Command(BaseCommand):

@@ -9,8 +9,8 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from pg_eventstream.conf import conf
-from pg_eventstream.connection import COMMAND_PATIENCE, Database, explained
-from pg_eventstream.retention import Sweep
+from pg_eventstream.postgres.connector import COMMAND_PATIENCE, Database, explained
+from pg_eventstream.publisher.pruner import Sweep
 
 
 class Command(BaseCommand):

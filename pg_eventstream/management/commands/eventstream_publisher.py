@@ -10,9 +10,9 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from pg_eventstream.conf import conf
-from pg_eventstream.connection import Database, explained
 from pg_eventstream.errors import NotLeading, NotPublished
-from pg_eventstream.publisher import Publisher
+from pg_eventstream.postgres.connector import Database, explained
+from pg_eventstream.publisher.daemon import Publisher
 
 
 class Command(BaseCommand):

@@ -13,7 +13,7 @@ from django.http.request import validate_host
 from django.utils.autoreload import DJANGO_AUTORELOAD_ENV
 
 from pg_eventstream.conf import conf
-from pg_eventstream.grip import Proxy
+from pg_eventstream.grip.proxy import Proxy
 
 # The project's own: Django's, or that of staticfiles or of an ASGI server.
 _Runserver: Any = type(load_command_class(get_commands()["runserver"], "runserver"))

@@ -21,18 +21,19 @@ from typing import Any
 
 import psycopg
 
-from . import first_use, grip
-from .channelmanager import get_channelmanager
-from .conf import conf
-from .connection import COMMAND_PATIENCE, Database, explained
+from ..channelmanager import get_channelmanager
+from ..checks import first_use
+from ..conf import conf
+from ..errors import NotPublished
+from ..grip import proxy as grip
+from ..postgres.connector import COMMAND_PATIENCE, Database, explained
+from ..postgres.incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
+from ..postgres.watchdog import WatchedConnection
 from .doorbell import Doorbell
-from .errors import NotPublished
+from .drain import Drain
 from .feed import Feed
-from .incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
 from .lead import ONCE, lead, lead_once, leader_name, try_lead
-from .once import Drain
-from .retention import Sweep
-from .silence import WatchedConnection
+from .pruner import Sweep
 
 logger = logging.getLogger(__name__)
 

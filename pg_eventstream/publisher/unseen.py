@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 
-from .conf import conf
+from ..conf import conf
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
 from django.http import StreamingHttpResponse
 
-from . import sockets, sse
-from .conf import conf
-from .errors import EventPermissionError
+from .. import sse
+from ..conf import conf
+from ..errors import EventPermissionError
+from . import sockets
 from .hub import News
-from .recovery import RecoveredEvent
+from .replay import RecoveredEvent
 from .shutdown import Server, server_of
 from .subscription import Batch, Subscription
 

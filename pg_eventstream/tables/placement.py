@@ -16,8 +16,8 @@ from django.db import DEFAULT_DB_ALIAS, connections, migrations, router
 from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 from django.db.migrations.state import ProjectState
 
-from . import models
-from .conf import conf
+from .. import models
+from ..conf import conf
 
 _LABEL = "pg_eventstream"
 ROUTER = "pg_eventstream.router.EventStreamRouter"

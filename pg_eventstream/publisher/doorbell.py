@@ -28,8 +28,8 @@ from typing import Any
 import psycopg
 import psycopg.generators
 
-from .listener import Listener
-from .locks import BELL_LOCK, LOCK_SPACE
+from ..postgres.listener import Listener
+from ..postgres.locks import BELL_LOCK, LOCK_SPACE
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from django.db import connections, models
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from .locks import LOCK_SPACE, SEQUENCE_LOCK
+from ..postgres.locks import LOCK_SPACE, SEQUENCE_LOCK
 
 
 class Loadable(models.Model):

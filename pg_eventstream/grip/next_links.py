@@ -21,10 +21,10 @@ from django.core.handlers.wsgi import get_path_info, get_script_name
 from django.http import HttpRequest
 from django.urls import Resolver404, resolve
 
+from ..conf import conf
+from ..errors import InvalidRequest
+from ..rarely import Rarely
 from . import hold
-from .conf import conf
-from .errors import InvalidRequest
-from .rarely import Rarely
 from .signature import is_verified
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
 
-from . import models
-from .conf import conf
-from .placement import migrate_command, recorded_without_tables
-from .unseen import SEND_AGAIN
+from .. import models
+from ..conf import conf
+from ..publisher.unseen import SEND_AGAIN
+from ..tables.placement import migrate_command, recorded_without_tables
 
 _FUNCTIONS = ("pg_eventstream_enqueue()", "pg_eventstream_sequence()")
 # How many unseen events are counted.

@@ -15,8 +15,8 @@ from typing import Any
 import psycopg
 from django.db import connections
 
-from .conf import refuse_if_not_postgresql
-from .silence import OnStandby, WatchedConnection
+from ..conf import refuse_if_not_postgresql
+from .watchdog import OnStandby, WatchedConnection
 
 # A server that vanishes without a word (power, network) is noticed within some 15
 # seconds, on either side, so that a lock is not held by a leader that is gone. And text is

@@ -17,10 +17,10 @@ from django.apps.registry import Apps
 from django.db import connections, models
 from django.utils import timezone
 
-from .conf import conf
-from .errors import InvalidEvent
-from .locks import LOCK_SPACE, SEQUENCE_LOCK
-from .send import NewEvent, to_row
+from ..conf import conf
+from ..errors import InvalidEvent
+from ..postgres.locks import LOCK_SPACE, SEQUENCE_LOCK
+from ..send import NewEvent, to_row
 
 _PAGE_EVENTS = 1000
 _LINE_BREAK_OR_NUL = re.compile(r"[\r\n\0]")

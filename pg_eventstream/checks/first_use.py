@@ -12,8 +12,8 @@ from typing import Any
 
 from django.core.checks import ERROR
 
-from . import checks
-from .rarely import Rarely
+from ..rarely import Rarely
+from . import settings as checks
 
 logger = logging.getLogger(__name__)
 

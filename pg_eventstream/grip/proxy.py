@@ -24,8 +24,9 @@ from urllib.parse import urlsplit, urlunsplit
 import jwt
 from django.core.exceptions import ImproperlyConfigured
 
-from . import hold, permission, sse
-from .conf import conf, proxy_name
+from .. import permission, sse
+from ..conf import conf, proxy_name
+from . import hold
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from django.db import connections
 
-from . import sse
-from .conf import conf
-from .errors import InvalidRequest
-from .permission import check_permission, reliable
-from .users import user_id
+from .. import sse
+from ..conf import conf
+from ..errors import InvalidRequest
+from ..permission import check_permission, reliable
+from ..users import user_id
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import AbstractBaseUser, AnonymousUser

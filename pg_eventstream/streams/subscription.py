@@ -18,14 +18,14 @@ from typing import Protocol, TypeVar
 
 from django.db import Error
 
-from . import sse
-from .channelmanager import get_channelmanager
-from .conf import conf
-from .errors import EventsPruned
+from .. import sse
+from ..channelmanager import get_channelmanager
+from ..conf import conf
+from ..errors import EventsPruned
+from ..permission import reliable
+from ..postgres.threads import in_thread
 from .hub import News, PermissionChange, hub_of
-from .permission import reliable
-from .reading import in_thread
-from .recovery import ReceivedEvent, Recovered, RecoveredEvent, as_names, parse_start, recover
+from .replay import ReceivedEvent, Recovered, RecoveredEvent, as_names, parse_start, recover
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import psycopg
 
-from .connection import Database
+from ..grip.proxy import Proxy
+from ..postgres.connector import Database
 from .feed import Feed
-from .grip import Proxy
 
 # For a batch in flight when we are told to stop, or when its proxy takes nothing.
 _JOIN_SECONDS = 3.0

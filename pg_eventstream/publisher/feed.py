@@ -18,12 +18,12 @@ from typing import Any
 
 import psycopg
 
-from . import grip
-from .connection import Database, explained
-from .incarnation import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
-from .permission import CHANGES, is_reliable
-from .reading import give_back
-from .send import NAME_LENGTH
+from ..grip import proxy as grip
+from ..permission import CHANGES, is_reliable
+from ..postgres.connector import Database, explained
+from ..postgres.incarnation import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
+from ..postgres.threads import give_back
+from ..send import NAME_LENGTH
 
 logger = logging.getLogger(__name__)
 

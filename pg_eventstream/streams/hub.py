@@ -21,15 +21,15 @@ from typing import Any, NamedTuple, Protocol
 
 import psycopg
 
-from . import permission
-from .conf import conf
-from .connection import Database, explained
-from .doorbell import CHANNEL
-from .incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
-from .listener import Listener
-from .locks import LEADER_LOCK, LOCK_SPACE
-from .rarely import Rarely
-from .reading import give_back
+from .. import permission
+from ..conf import conf
+from ..postgres.connector import Database, explained
+from ..postgres.incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
+from ..postgres.listener import Listener
+from ..postgres.locks import LEADER_LOCK, LOCK_SPACE
+from ..postgres.threads import give_back
+from ..publisher.doorbell import CHANNEL
+from ..rarely import Rarely
 
 logger = logging.getLogger(__name__)
 

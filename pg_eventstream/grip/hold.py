@@ -21,9 +21,9 @@ from urllib.parse import quote
 from django.core import signing
 from gripcontrol import Channel
 
-from . import sse
-from .conf import conf
-from .errors import InvalidRequest
+from .. import sse
+from ..conf import conf
+from ..errors import InvalidRequest
 
 #: What a next link adds to the path of its stream, before the token. No segment of its own: a
 #: mount that ends in a path converter would swallow it.

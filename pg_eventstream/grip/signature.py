@@ -15,8 +15,8 @@ import jwt
 from django.http import HttpRequest
 from gripcontrol import validate_sig
 
-from .conf import conf, proxy_name
-from .rarely import Rarely
+from ..conf import conf, proxy_name
+from ..rarely import Rarely
 
 logger = logging.getLogger(__name__)
 

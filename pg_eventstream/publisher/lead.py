@@ -15,9 +15,9 @@ from typing import Any
 
 import psycopg
 
-from .errors import NotLeading
-from .locks import LEADER_LOCK, LOCK_SPACE
-from .silence import WatchedConnection
+from ..errors import NotLeading
+from ..postgres.locks import LEADER_LOCK, LOCK_SPACE
+from ..postgres.watchdog import WatchedConnection
 
 #: A session that leads to publish once.
 ONCE = "once"

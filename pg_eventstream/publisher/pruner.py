@@ -9,11 +9,11 @@ from typing import Any
 
 import psycopg
 
-from .conf import conf
-from .incarnation import CURSOR, UNKNOWN, Cursor
-from .locks import LOCK_SPACE, SWEEP_LOCK
-from .permission import CHANGES, is_reliable
-from .reading import give_back
+from ..conf import conf
+from ..permission import CHANGES, is_reliable
+from ..postgres.incarnation import CURSOR, UNKNOWN, Cursor
+from ..postgres.locks import LOCK_SPACE, SWEEP_LOCK
+from ..postgres.threads import give_back
 from .unseen import UnseenEvents
 
 _BATCH_EVENTS = 1000

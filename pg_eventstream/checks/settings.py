@@ -17,11 +17,11 @@ from django.core.management import get_commands
 from django.db import DEFAULT_DB_ALIAS, connections
 from jwt.algorithms import has_crypto
 
-from . import placement
-from .channelmanager import HINT, load_class
-from .conf import MOST_CHANNELS, conf
-from .next_links import EXEMPT
-from .placement import ROUTER
+from ..channelmanager import HINT, load_class
+from ..conf import MOST_CHANNELS, conf
+from ..grip.next_links import EXEMPT
+from ..tables import placement
+from ..tables.placement import ROUTER
 
 _MIDDLEWARE = "django_grip.GripMiddleware"
 _SECURITY_MIDDLEWARE = "django.middleware.security.SecurityMiddleware"

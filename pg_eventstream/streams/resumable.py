@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from django.http import HttpRequest
 
-from . import sse
-from .errors import InvalidRequest
+from .. import sse
+from ..errors import InvalidRequest
 
 # Pushpin takes as much (client_buffer_size); the servers beside, daphne and hypercorn for
 # instance, twice that or more.
