@@ -15,7 +15,7 @@ from typing import Any
 import django
 import psycopg
 
-from pg_eventstream.demo.processes import HOST
+from pg_eventstream.servers.processes import HOST
 
 from .streams import Streams
 

@@ -24,8 +24,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pg_eventstream.demo.processes import free_port, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import free_port, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from . import report
 from .backlog import Stomp, configure, empty, fill, post, receiver

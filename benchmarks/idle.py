@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pg_eventstream.demo.processes import Process, free_port
+from pg_eventstream.servers.processes import Process, free_port
 
 from . import report
 from .report import Comparison, Report, at_most, say

@@ -24,9 +24,9 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import accepts, free_port
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import accepts, free_port
+from pg_eventstream.servers.pushpin import Pushpin
 
 from . import floor, report
 from .report import Comparison, Report, at_most, say

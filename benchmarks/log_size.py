@@ -16,8 +16,8 @@ import itertools
 import time
 from functools import partial
 
-from pg_eventstream.demo.processes import free_port, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import free_port, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from . import report
 from .backlog import INSERT, fill, receiver

@@ -29,7 +29,7 @@ from urllib.parse import quote
 import jwt
 import psycopg
 
-from pg_eventstream.demo.processes import HOST, free_port
+from pg_eventstream.servers.processes import HOST, free_port
 
 from . import report
 from .report import Comparison, Report, at_least, say

@@ -27,8 +27,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.postgres.locks import BELL_LOCK, LOCK_SPACE
+from pg_eventstream.servers.postgres import Postgres
 
 from . import report
 from .report import Comparison, Options, Report, at_least, say

@@ -15,9 +15,9 @@ from typing import Any
 
 import psycopg
 
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import HOST, Process, accepts, free_port, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import HOST, Process, accepts, free_port, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 OURS, PEER, PUBSUB = "pg_eventstream", "django_eventstream", "pgpubsub"
 # No comma, which would make a list of it in pushpin.conf, and nothing to quote in a URL.

@@ -43,7 +43,7 @@ def main() -> None:
     import django
     from django.conf import settings
 
-    from pg_eventstream.demo.postgres import Postgres
+    from pg_eventstream.servers.postgres import Postgres
 
     with tempfile.TemporaryDirectory() as directory, Postgres(Path(directory)) as postgres:
         settings.configure(

@@ -22,9 +22,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .browser import browser, page
 from .sse_client import SSEClient

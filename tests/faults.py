@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import children, wait_until
 from pg_eventstream.postgres.locks import LOCK_SPACE, SEQUENCE_LOCK
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import children, wait_until
 
 from .conftest import KEY, Database, PublisherProcess
 from .http_service import HttpService, body_of, respond

@@ -21,12 +21,12 @@ from asgiref.sync import sync_to_async  # noqa: E402
 from django.db import connections  # noqa: E402
 
 from pg_eventstream import asend_event, get_events, send_event, subscribe  # noqa: E402
-from pg_eventstream.demo.processes import wait_until  # noqa: E402
 from pg_eventstream.errors import NotLeading  # noqa: E402
 from pg_eventstream.postgres import watchdog as silence  # noqa: E402
 from pg_eventstream.postgres.connector import Database  # noqa: E402
 from pg_eventstream.postgres.threads import in_other_thread  # noqa: E402
 from pg_eventstream.publisher.daemon import Publisher  # noqa: E402
+from pg_eventstream.servers.processes import wait_until  # noqa: E402
 
 from .asgi import application  # noqa: E402
 

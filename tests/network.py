@@ -11,7 +11,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Literal
 
-from pg_eventstream.demo.processes import HOST
+from pg_eventstream.servers.processes import HOST
 
 Side = Literal["client", "server"]
 

@@ -12,8 +12,8 @@ from types import TracebackType
 
 from django.conf import settings as settings_of_tests
 
-from pg_eventstream.demo.processes import Process, accepts
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process, accepts
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import KEY, Database, PublisherProcess
 

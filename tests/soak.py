@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.servers.processes import wait_until
 
 from . import soak_figures as figures
 from .roles import granted

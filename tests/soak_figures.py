@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pg_eventstream.demo.processes import children
+from pg_eventstream.servers.processes import children
 
 from .conftest import Database
 

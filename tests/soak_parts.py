@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import Process, accepts, free_port
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import Process, accepts, free_port
+from pg_eventstream.servers.pushpin import Pushpin
 
 from . import soak_figures as figures
 from .conftest import DIRECTORY, KEY, Database, PublisherProcess, child_environment

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import THOROUGH, Database, PublisherProcess
 from .faults import wait_for_waiting

@@ -18,8 +18,8 @@ from django.core.management import call_command
 from django.test import override_settings
 
 from pg_eventstream import send_events
-from pg_eventstream.demo.processes import Process, accepts, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process, accepts, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from . import pages
 from .browser import Page

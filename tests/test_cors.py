@@ -14,8 +14,8 @@ from django.conf import settings
 from django.test import Client, override_settings
 
 from pg_eventstream import send_event
-from pg_eventstream.demo.processes import Process
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .browser import Browser
 from .conftest import Database

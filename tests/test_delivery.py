@@ -11,7 +11,7 @@ import pytest
 from django.db import transaction
 
 from pg_eventstream import send_event, send_events
-from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import Database, PublisherProcess
 from .sse_client import SSEClient

@@ -14,8 +14,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import Process, ServerError, wait_until
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import Process, ServerError, wait_until
 
 from .browser import Page
 from .conftest import DIRECTORY

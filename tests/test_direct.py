@@ -23,8 +23,8 @@ from django.contrib.auth.models import User
 from django.db import transaction
 
 from pg_eventstream import channel_permission_changed, send_event, send_events
-from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 from pg_eventstream.postgres.listener import Listener
+from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
 
 from .app.models import Membership
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment

@@ -13,9 +13,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.publisher.daemon import sequence
 from pg_eventstream.publisher.doorbell import Doorbell, State
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import Database, PublisherProcess
 from .sse_client import SSEClient

@@ -17,8 +17,8 @@ from django.test.utils import override_script_prefix
 from django.urls import resolve
 
 from pg_eventstream import send_events
-from pg_eventstream.demo.processes import Process
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process
+from pg_eventstream.servers.pushpin import Pushpin
 
 from . import settings
 from .app.models import Membership

@@ -11,9 +11,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import DIRECTORY, THOROUGH, Database, PublisherProcess
 from .load import Load

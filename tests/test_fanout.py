@@ -30,11 +30,11 @@ from gripcontrol import parse_grip_uri
 
 from pg_eventstream import send_event
 from pg_eventstream.conf import conf
-from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.grip import proxy as grip
 from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import DIRECTORY, KEY, Database, PublisherProcess, child_environment
 from .http_service import HttpService, body_of, respond

@@ -17,10 +17,10 @@ from django.db import connections, transaction
 from django.test import override_settings
 
 from pg_eventstream import get_events
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.models import Channel, Cursor, Event, Outbox, Stream
 from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import Database, PublisherProcess, child_environment
 

@@ -12,11 +12,11 @@ from django.db import ProgrammingError, connections
 from django.test import override_settings
 
 from pg_eventstream import liveness
-from pg_eventstream.demo.processes import Process, accepts, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.postgres.connector import Database as Where
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.servers.processes import Process, accepts, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 from pg_eventstream.streams.hub import Hub, _Reader
 from pg_eventstream.streams.replay import recover
 

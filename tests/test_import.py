@@ -18,7 +18,7 @@ from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import send_event
-from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import Database
 from .control_port import ControlPort

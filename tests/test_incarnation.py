@@ -17,8 +17,8 @@ from django.core.management import call_command
 from django.db import connections
 
 from pg_eventstream import get_events
-from pg_eventstream.demo.processes import Process
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import Database, PublisherProcess
 from .sse_client import Received, SSEClient

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.pushpin import Pushpin
 
 from . import faults
 from .conftest import THOROUGH, Database, PublisherProcess

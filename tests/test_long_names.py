@@ -15,9 +15,9 @@ from django.test import override_settings
 
 from pg_eventstream import get_current_event_id, get_events, send_event, sse
 from pg_eventstream.channelmanager import DefaultChannelManager
-from pg_eventstream.demo.processes import HOST, Process, accepts, free_port
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.grip import hold
+from pg_eventstream.servers.processes import HOST, Process, accepts, free_port
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .origin import Answer, Origin, behind_a_proxy, sequence

@@ -9,8 +9,8 @@ import pytest
 from django.test import override_settings
 
 from pg_eventstream import send_events
-from pg_eventstream.demo.processes import Process
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import Database, PublisherProcess
 from .origin import Origin, behind_a_proxy, signature

@@ -14,7 +14,7 @@ import pytest
 from django.contrib.auth.models import User
 from django.test import Client
 
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .browser import Browser, Page
 from .conftest import Database

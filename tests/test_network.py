@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from pg_eventstream.demo.processes import HOST, wait_until
+from pg_eventstream.servers.processes import HOST, wait_until
 
 from .http_service import HttpService, body_of, respond
 from .network import Network, Side

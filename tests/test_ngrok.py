@@ -22,8 +22,8 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.test import override_settings
 
-from pg_eventstream.demo.processes import Process, free_port, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process, free_port, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import KEY, Database
 from .http_service import HttpService, body_of, respond

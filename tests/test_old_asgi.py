@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pg_eventstream import send_event
-from pg_eventstream.demo.processes import Process, accepts
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process, accepts
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import Database, PublisherProcess
 from .origin import log_in, signature

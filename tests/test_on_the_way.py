@@ -14,8 +14,8 @@ import pytest
 from django.test import override_settings
 
 from pg_eventstream import send_events
-from pg_eventstream.demo.processes import Process, accepts
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process, accepts
+from pg_eventstream.servers.pushpin import Pushpin
 
 from . import settings
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment

@@ -23,7 +23,6 @@ from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import channel_permission_changed, send_event, send_events
-from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 from pg_eventstream.errors import NotLeading
 from pg_eventstream.management.commands import eventstream_prune as prune_module
 from pg_eventstream.postgres import connector as connection_module
@@ -32,6 +31,7 @@ from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE, SWEEP_LOCK
 from pg_eventstream.publisher import daemon as publisher_module
 from pg_eventstream.publisher import drain as once_module
 from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .control_port import ControlPort

@@ -18,8 +18,8 @@ from pg_eventstream import (
     permission,
     send_event,
 )
-from pg_eventstream.demo.processes import Process, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import Process, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .app.models import Membership
 from .channelmanagers import Racing, SlowMembers

@@ -14,8 +14,8 @@ import psycopg
 import pytest
 
 import pg_eventstream.postgres.connector
-from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 from pg_eventstream.postgres.connector import explained
+from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .load import Load

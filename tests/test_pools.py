@@ -18,10 +18,10 @@ from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import send_event
-from pg_eventstream.demo.processes import Process, accepts, free_port, wait_until
 from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.postgres.threads import in_other_thread
 from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
 
 from .conftest import DIRECTORY, Database, child_environment
 from .http_service import HttpService, body_of, respond

@@ -17,8 +17,8 @@ from http.client import HTTPConnection
 
 import pytest
 
-from pg_eventstream.demo.processes import HOST, children, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import HOST, children, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import THOROUGH, Database, PublisherProcess, publishes_to
 from .control_port import ControlPort

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import pytest
 from django.test import override_settings
 
-from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.grip import proxy as grip
 from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.servers.processes import wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import THOROUGH, Database, PublisherProcess, publishes_to
 from .load import Load, two_clients

@@ -16,9 +16,6 @@ from django.test import override_settings
 
 from pg_eventstream import send_event, send_events
 from pg_eventstream.conf import conf
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.grip import proxy as grip
 from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.postgres.incarnation import UNKNOWN
@@ -26,6 +23,9 @@ from pg_eventstream.publisher import daemon as publisher_module
 from pg_eventstream.publisher import feed as feed_module
 from pg_eventstream.publisher.daemon import Publisher, _register, sequence
 from pg_eventstream.publisher.feed import Feed
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import KEY, Database, PublisherProcess
 from .control_port import ControlPort

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from django.db import ProgrammingError, connection
 
-from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.postgres.threads import in_other_thread
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import Database
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from django.contrib.auth.models import Group, User
 
-from pg_eventstream.demo.processes import accepts
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import accepts
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .browser import Page
 from .conftest import Database

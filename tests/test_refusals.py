@@ -12,9 +12,9 @@ import pytest
 from django.test import Client, override_settings
 
 from pg_eventstream import send_events, sse
-from pg_eventstream.demo.processes import Process
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.errors import InvalidRequest
+from pg_eventstream.servers.processes import Process
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import Database
 from .origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature

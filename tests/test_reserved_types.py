@@ -15,8 +15,8 @@ from django.db import connections
 from httpx_sse import connect_sse
 
 from pg_eventstream import InvalidEvent, asend_event, get_events, send_event, send_events, subscribe
-from pg_eventstream.demo.processes import HOST, Process, accepts, free_port, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.processes import HOST, Process, accepts, free_port, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import DIRECTORY, Database, PublisherProcess, child_environment
 from .origin import Origin, behind_a_proxy, sequence

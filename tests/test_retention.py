@@ -14,11 +14,11 @@ from django.core.management import CommandError, call_command
 from django.test import AsyncClient, override_settings
 
 from pg_eventstream import get_events, send_event, send_events, subscribe
-from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.postgres.connector import Database as Where
 from pg_eventstream.postgres.locks import LOCK_SPACE, SWEEP_LOCK
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import Database, PublisherProcess
 from .control_port import ControlPort

@@ -18,9 +18,9 @@ from django.db.migrations.recorder import MigrationRecorder
 from django.test import override_settings
 
 import pg_eventstream
-from pg_eventstream.demo.postgres import Postgres
 from pg_eventstream.models import Event
 from pg_eventstream.router import EventStreamRouter
+from pg_eventstream.servers.postgres import Postgres
 from pg_eventstream.tables import placement
 
 from .conftest import Database

@@ -26,7 +26,7 @@ import uvicorn
 from httpx_sse import connect_sse
 
 from pg_eventstream import send_event, send_events
-from pg_eventstream.demo.processes import HOST, Process, accepts, free_port, wait_until
+from pg_eventstream.servers.processes import HOST, Process, accepts, free_port, wait_until
 
 from . import settings as tests_settings
 from .asgi import application

@@ -20,11 +20,11 @@ from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import send_event
-from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.postgres import watchdog as silence
 from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.postgres.watchdog import WatchedConnection
 from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import Database, PublisherProcess
 from .control_port import ControlPort

@@ -15,10 +15,10 @@ from django.core.management import call_command
 from django.test import override_settings
 
 from pg_eventstream import subscribe
-from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.postgres.connector import Database as Where
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import THOROUGH, Database
 

@@ -11,7 +11,6 @@ import psycopg
 import pytest
 from django.test import override_settings
 
-from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.postgres.connector import Database as Where
 from pg_eventstream.postgres.locks import (
     BELL_LOCK,
@@ -23,6 +22,7 @@ from pg_eventstream.postgres.locks import (
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.doorbell import CHANNEL
 from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.streams.hub import NEWS
 
 from .conftest import Database

@@ -18,7 +18,7 @@ from django.test import override_settings
 from psycopg import sql
 
 from migrations import generate
-from pg_eventstream.demo.postgres import Postgres
+from pg_eventstream.servers.postgres import Postgres
 
 from .conftest import Database, child_environment
 from .roles import MIGRATIONS, granted, psql, run_file

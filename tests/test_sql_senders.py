@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pg_eventstream.demo.processes import wait_until
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import Database, PublisherProcess
 from .roles import granted, psql

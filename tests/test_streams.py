@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from pg_eventstream import send_events, sse
-from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.grip import proxy as grip
+from pg_eventstream.servers.processes import wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .channelmanagers import SlowMembers
 from .conftest import Database, PublisherProcess

@@ -14,8 +14,8 @@ import pytest
 from django.db import connections
 
 from pg_eventstream import EventsPruned, InvalidRequest, ReceivedEvent, send_event, subscribe
-from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.postgres.threads import in_thread
+from pg_eventstream.servers.processes import wait_until
 
 from .conftest import Database, child_environment
 from .load import Load

@@ -23,11 +23,11 @@ from django.utils.crypto import constant_time_compare
 
 from pg_eventstream import send_events
 from pg_eventstream.conf import conf
-from pg_eventstream.demo.processes import Process
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.errors import InvalidRequest
 from pg_eventstream.grip import hold
 from pg_eventstream.grip import proxy as grip
+from pg_eventstream.servers.processes import Process
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import KEY, Database
 from .origin import Origin, behind_a_proxy, sequence, signature

@@ -14,12 +14,12 @@ from django.db import transaction
 from django.test import override_settings
 
 from pg_eventstream import get_current_event_id, get_events, permission, send_event
-from pg_eventstream.demo.processes import wait_until
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.postgres.connector import Database as Where
 from pg_eventstream.publisher import daemon as publisher_module
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.servers.processes import wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .channelmanagers import Volatile
 from .conftest import KEY, Database, PublisherProcess

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import psycopg
 import pytest
 
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import Process, accepts, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import Process, accepts, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from .conftest import DIRECTORY, THOROUGH, Database, PublisherProcess, child_environment
 from .sse_client import SSEClient

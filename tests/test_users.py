@@ -19,8 +19,8 @@ from pg_eventstream import (
     send_event,
     users,
 )
-from pg_eventstream.demo.processes import wait_until
 from pg_eventstream.grip import hold
+from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.testing import captured_events
 
 from .conftest import Database, PublisherProcess

@@ -16,13 +16,13 @@ from django.test import Client, override_settings
 from django.test.utils import setup_test_environment, teardown_test_environment
 
 from pg_eventstream import liveness, send_event, send_events
-from pg_eventstream.demo.processes import Process, accepts, wait_until
-from pg_eventstream.demo.pushpin import Pushpin
 from pg_eventstream.grip import hold, next_links
 from pg_eventstream.grip import signature as signatures
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.publisher import daemon as publisher
 from pg_eventstream.rarely import Rarely
+from pg_eventstream.servers.processes import Process, accepts, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 
 from . import settings
 from .conftest import DIRECTORY, KEY, Database, PublisherProcess, child_environment

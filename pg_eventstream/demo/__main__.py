@@ -21,9 +21,9 @@ from pathlib import Path
 
 import psycopg
 
-from pg_eventstream.demo.postgres import Postgres
-from pg_eventstream.demo.processes import HOST, Process, ServerError, accepts, free_port, is_free
-from pg_eventstream.demo.pushpin import Pushpin, PushpinNotInstalled
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import HOST, Process, ServerError, accepts, free_port, is_free
+from pg_eventstream.servers.pushpin import Pushpin, PushpinNotInstalled
 
 _DATABASE = "demo"
 # Browsers use "http" either way; the other two are for a proxy.

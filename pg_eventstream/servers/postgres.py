@@ -1,4 +1,4 @@
-"""A real PostgreSQL on the loopback interface, for the demo and for tests."""
+"""A real PostgreSQL on the loopback interface, for the demo, the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from pg_eventstream.demo.processes import (
+from pg_eventstream.servers.processes import (
     HOST,
     Process,
     Server,
@@ -21,7 +21,7 @@ from pg_eventstream.demo.processes import (
     children,
     free_port,
 )
-from pg_eventstream.demo.reach import reachable, runnable
+from pg_eventstream.servers.reach import reachable, runnable
 
 StopMode = Literal["fast", "immediate", "smart"]
 

@@ -1,4 +1,4 @@
-"""A real Pushpin on the loopback interface, for the demo and for tests."""
+"""A real Pushpin on the loopback interface, for the demo, the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from pg_eventstream.demo.processes import (
+from pg_eventstream.servers.processes import (
     HOST,
     Process,
     Server,

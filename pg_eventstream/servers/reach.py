@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pg_eventstream.demo.processes import ServerError
+from pg_eventstream.servers.processes import ServerError
 
 # Where everybody may have directories of their own, and keeps them over a restart.
 _SHARED = Path("/var/tmp")
