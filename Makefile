@@ -44,7 +44,7 @@ sql: .venv/.installed-test ## write the migrations as plain SQL, into migrations
 	@.venv/bin/python -m migrations.generate
 
 js: .venv/.installed-test ## write the browser client's classic script from the module
-	@.venv/bin/python -m tests.classic_script
+	@.venv/bin/python -m tests.support.classic_script
 
 clean: ## remove everything that is not source
 	@if [ -d .demo/postgres/elsewhere ]; then rm -rf "$$(readlink .demo/postgres/elsewhere)"; fi

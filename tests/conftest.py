@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,21 +21,18 @@ import psycopg
 import pytest
 
 from pg_eventstream.servers.postgres import Postgres
-from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
+from pg_eventstream.servers.processes import Process, accepts, free_port
 from pg_eventstream.servers.pushpin import Pushpin
-
-from .browser import browser, page
-from .sse_client import SSEClient
+from tests.support.browser import browser, page
+from tests.support.database import Database
+from tests.support.environment import DIRECTORY, KEY, THOROUGH, child_environment, directory
+from tests.support.publisher import PublisherProcess
+from tests.support.sse_client import SSEClient
 
 __all__ = ["browser", "page"]  # fixtures
 
-KEY = secrets.token_hex(24)
-#: Whether to repeat faults often enough to find what is rare (`make test-faults`).
-THOROUGH = bool(os.environ.get("PG_EVENTSTREAM_TEST_THOROUGH"))
 _TEMPLATE = "template_migrated"
 
-_directory = tempfile.TemporaryDirectory(prefix="pg_eventstream-", dir="/tmp")
-DIRECTORY = Path(_directory.name)
 # The programs of another version, for instance /usr/lib/postgresql/15/bin.
 _bin_dir = os.environ.get("PG_EVENTSTREAM_TEST_POSTGRES")
 _postgres = Postgres(
@@ -60,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     with psycopg.connect(_postgres.dsn(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {_TEMPLATE}")
     os.environ["PG_EVENTSTREAM_TEST_DSN"] = _postgres.dsn(_TEMPLATE)
-    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.project.settings"
 
     import django
     from django.core.management import call_command
@@ -74,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not _only_hands_out_tests(config):
         _postgres.stop("immediate")
-    _directory.cleanup()
+    directory.cleanup()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # so that nobody's time limit runs meanwhile
@@ -87,6 +82,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
     if not THOROUGH:
         long = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if item not in long]
@@ -96,35 +93,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def postgres() -> Postgres:
     return _postgres
-
-
-class Database:
-    """A test's own database."""
-
-    def __init__(self, postgres: Postgres, name: str) -> None:
-        self.name = name
-        self.dsn = postgres.dsn(name)
-        self.postgres = postgres
-
-    def connect(self, **kwargs: Any) -> psycopg.Connection[Any]:
-        return psycopg.connect(self.dsn, **{"autocommit": True, **kwargs})
-
-    def fetch(self, query: str, params: Any = None) -> list[tuple[Any, ...]]:
-        with self.connect() as connection:
-            return connection.execute(query, params).fetchall()
-
-    def value(self, query: str, params: Any = None) -> Any:
-        return self.fetch(query, params)[0][0]
-
-    def execute(self, query: str, params: Any = None) -> None:
-        with self.connect() as connection:
-            connection.execute(query, params)
-
-    def send(self, channel: str, data: str = "{}") -> None:
-        """As a service that is not Python does."""
-        self.execute(
-            "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)", [channel, data]
-        )
 
 
 @pytest.fixture
@@ -189,7 +157,7 @@ def node_directory() -> Path:
     if shutil.which("npm") is None and "CI" not in os.environ:
         pytest.skip("needs Node.js and npm")
     directory = DIRECTORY / "node"
-    source = Path(__file__).parent / "node"
+    source = Path(__file__).parent / "support" / "node"
     shutil.copytree(source, directory, ignore=shutil.ignore_patterns("node_modules"))
     installed = subprocess.run(
         ["npm", "ci", "--prefer-offline", "--ignore-scripts", "--no-audit", "--no-fund"],
@@ -208,26 +176,19 @@ def channel() -> str:
     return f"c{uuid.uuid4().hex[:8]}"
 
 
-def child_environment(pushpin: Pushpin | None = None, **more: str) -> dict[str, str]:
-    environment = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:pg_eventstream"}
-    if pushpin is not None:
-        environment |= publishes_to(pushpin.control_url)
-    return {**environment, **more}
-
-
-def publishes_to(*control_urls: str) -> dict[str, str]:
-    """The environment of a publisher to the proxies with these control ports."""
-    return {"PG_EVENTSTREAM_TEST_GRIP_URL": " ".join(f"{url}?key={KEY}" for url in control_urls)}
-
-
 @pytest.fixture(params=["asgi"])
 def app(
     request: pytest.FixtureRequest, database: Database, pushpin: Pushpin, app_port: int
 ) -> Iterator[Process]:
     """The application server behind the proxy; parametrize indirectly with "wsgi"."""
     arguments = {
-        "asgi": ["uvicorn", "tests.asgi:application", f"--port={app_port}", "--log-level=warning"],
-        "wsgi": ["gunicorn", "tests.wsgi", f"--bind=127.0.0.1:{app_port}", "--threads=8"],
+        "asgi": [
+            "uvicorn",
+            "tests.project.asgi:application",
+            f"--port={app_port}",
+            "--log-level=warning",
+        ],
+        "wsgi": ["gunicorn", "tests.project.wsgi", f"--bind=127.0.0.1:{app_port}", "--threads=8"],
     }[request.param]
     process = Process(
         f"the application server ({request.param})",
@@ -238,36 +199,6 @@ def app(
     process.start(ready=lambda: accepts(app_port))
     yield process
     process.stop(timeout=5)
-
-
-class PublisherProcess(Process):
-    """``manage.py eventstream_publisher`` in a process of its own."""
-
-    def __init__(self, log_path: Path, environment: dict[str, str], *arguments: str) -> None:
-        super().__init__(
-            "the publisher",
-            [sys.executable, "-m", "django", "eventstream_publisher", *arguments],
-            log_path=log_path,
-            environment=environment,
-        )
-        self.log_file = log_path
-
-    @property
-    def log(self) -> str:
-        return self.log_file.read_text() if self.log_file.exists() else ""
-
-    def wait_for_log(self, text: str, timeout: float = 20) -> None:
-        try:
-            wait_until(lambda: text in self.log or not self.running, timeout=timeout)
-        except TimeoutError:
-            raise self.error(f"did not say {text!r}") from None
-        assert text in self.log, self.error(f"did not say {text!r}")
-
-    def lead(self) -> PublisherProcess:
-        """Start, and wait until it leads."""
-        self.start()
-        self.wait_for_log(": leading")
-        return self
 
 
 @pytest.fixture

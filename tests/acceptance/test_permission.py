@@ -1,0 +1,420 @@
+"""Who may read, and what becomes of open streams when that changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from django.contrib.auth.models import AnonymousUser, User
+from django.db import transaction
+from django.test import override_settings
+
+from pg_eventstream import (
+    InvalidEvent,
+    channel_permission_changed,
+    get_events,
+    permission,
+    send_event,
+)
+from pg_eventstream.servers.processes import Process, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
+from tests.project.app.models import Membership
+from tests.project.channelmanagers import Racing, SlowMembers
+from tests.support.database import Database
+from tests.support.environment import KEY
+from tests.support.origin import Origin, behind_a_proxy, log_in, sequence
+from tests.support.publisher import PublisherProcess
+from tests.support.sse_client import SSEClient
+
+Stream = Callable[..., SSEClient]
+
+
+@pytest.fixture(autouse=True, params=["Members"])
+def manager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The channel manager of the test's servers; parametrize indirectly with another."""
+    settings = {
+        "EVENTSTREAM_CHANNELMANAGER_CLASS": f"tests.project.channelmanagers.{request.param}",
+        "EVENTSTREAM_CHANNEL_LIMIT": 19,
+    }
+    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(settings))
+
+
+def pk(user: User | None) -> int | None:
+    return None if user is None else user.pk
+
+
+def join(user: User | None, *channels: str) -> None:
+    Membership.objects.bulk_create(Membership(user_id=pk(user), channel=name) for name in channels)
+
+
+def leave(user: User | None, channel: str) -> None:
+    """What an application does."""
+    with transaction.atomic():
+        Membership.objects.filter(user_id=pk(user), channel=channel).delete()
+        channel_permission_changed(user, channel)
+
+
+def assert_ended(client: SSEClient, channel: str) -> None:
+    assert client.ended.wait(10)
+    error = client.control[-1]
+    assert (error.type, error.id) == ("stream-error", "error")
+    assert json.loads(error.data) == {
+        "condition": "forbidden",
+        "text": f"Permission denied to channels: {channel}",
+        "channels": [channel],
+    }
+
+
+ODD_NAMES = ["a b", "a,b;c:d", "ключ 🔑", '100% "%41" <x>', "line\ttab", "a/b?c#d"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_revoked_user_loses_that_stream_at_once_and_no_other(
+    publisher: PublisherProcess, stream: Stream, channel: str, name: str
+) -> None:
+    room, other_room = f"{channel}{name}", f"{channel}other{name}"
+    ann, ann_cookie = log_in("ann")
+    bob, bob_cookie = log_in("bob")
+    join(ann, room, other_room)
+    join(bob, room)
+    join(None, room)
+    ended = stream(room, headers={"Cookie": ann_cookie}).wait_open()
+    with_another = stream(room, other_room, headers={"Cookie": ann_cookie}).wait_open()
+    others = [
+        stream(other_room, headers={"Cookie": ann_cookie}).wait_open(),
+        stream(room, headers={"Cookie": bob_cookie}).wait_open(),
+        stream(room).wait_open(),
+    ]
+    leave(ann, room)
+    assert_ended(ended, room)
+    assert_ended(with_another, room)
+    for where in (room, other_room):
+        send_event(where, "message", "after")
+    for client in others:
+        assert client.wait_count(1)[0].data == '"after"'
+        assert client.connections == 1
+
+
+def test_stream_of_as_many_channels_as_there_can_be_ends_at_once_and_more_are_refused(
+    publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    rooms = [f"{channel}{n:02}" for n in range(20)]
+    join(ann, *rooms)
+    refused = stream(*rooms, headers={"Cookie": cookie})
+    assert refused.ended.wait(20)
+    [error] = refused.control
+    assert json.loads(error.data)["text"] == ("Invalid request: Channel limit exceeded (20 > 19).")
+    for revoked in (rooms[0], rooms[18]):
+        client = stream(*rooms[:19], headers={"Cookie": cookie}).wait_open()
+        for room in rooms[:19]:
+            send_event(room, "message", room)
+        assert {json.loads(event.data) for event in client.wait_count(19)} == set(rooms[:19])
+        leave(ann, revoked)
+        for room in rooms:
+            send_event(room, "message", "secret")
+        assert_ended(client, revoked)
+        assert "secret" not in {json.loads(event.data) for event in client.events}
+        join(ann, revoked)
+
+
+@behind_a_proxy
+def test_channel_by_which_a_user_is_told_is_the_last_that_a_proxy_would_cut_off(
+    database: Database,
+) -> None:
+    opened = Origin().open("public-a", "public-b")
+    names = [part.partition(";")[0] for part in opened.response["Grip-Channel"].split(", ")]
+    assert names == ["user-anonymous", "events-public-a", "events-public-b"]
+
+
+def test_second_revocation_within_a_minute_ends_the_stream_too(
+    publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    for _ in range(3):
+        join(ann, channel)
+        client = stream(channel, headers={"Cookie": cookie}).wait_open()
+        leave(ann, channel)
+        assert_ended(client, channel)
+
+
+def test_visitors_who_are_not_logged_in_can_be_revoked(
+    publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    for user in (None, ann):
+        join(user, channel)
+    anonymous = stream(channel).wait_open()
+    client = stream(channel, headers={"Cookie": cookie}).wait_open()
+    leave(None, channel)
+    assert_ended(anonymous, channel)
+    send_event(channel, "message", "for ann")
+    client.wait_count(1)
+
+
+def test_nothing_that_commits_after_the_revocation_reaches_the_user(
+    publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    bob, bob_cookie = log_in("bob")
+    join(bob, channel)
+    witness = stream(channel, headers={"Cookie": bob_cookie}).wait_open()
+    for n in range(10):
+        join(ann, channel)
+        client = stream(channel, headers={"Cookie": cookie}).wait_open()
+        send_event(channel, "message", f"before {n}")
+        leave(ann, channel)
+        for _ in range(20):
+            send_event(channel, "message", f"secret {n}")
+        assert_ended(client, channel)
+        # What came before it is there, unless the end was faster; what came after it is not.
+        assert [event.data for event in client.events] in ([], [f'"before {n}"'])
+        # What is published by then is no news for a stream that is opened later.
+        witness.wait_count(21 * (n + 1))
+
+
+def test_revocation_that_is_rolled_back_does_nothing(
+    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    join(ann, channel)
+    client = stream(channel, headers={"Cookie": cookie}).wait_open()
+    with pytest.raises(ZeroDivisionError), transaction.atomic():
+        Membership.objects.filter(user_id=ann.pk).delete()
+        channel_permission_changed(ann, channel)
+        _ = 1 / 0
+    assert database.value("SELECT count(*) FROM pg_eventstream_event") == 0
+    send_event(channel, "message", "still here")
+    client.wait_count(1)
+    assert not client.ended.is_set()
+
+
+def test_user_who_may_still_read_keeps_the_stream_and_misses_nothing(
+    publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    join(ann, channel)
+    client = stream(channel, headers={"Cookie": cookie}).wait_open()
+    for n in range(20):
+        channel_permission_changed(ann, channel)
+        send_event(channel, "message", n)
+    assert [event.data for event in client.wait_count(20)] == [str(n) for n in range(20)]
+    assert client.connections == 1
+
+
+def test_revocation_that_is_published_late_does_not_end_what_is_granted_again(
+    new_publisher: Callable[..., PublisherProcess], stream: Stream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    join(ann, channel)
+    client = stream(channel, headers={"Cookie": cookie}).wait_open()
+    leave(ann, channel)
+    join(ann, channel)
+    new_publisher().lead()
+    send_event(channel, "message", "again")
+    client.wait_count(1)
+    assert not client.ended.is_set()
+
+
+@pytest.mark.parametrize("manager", ["SlowMembers"], indirect=True)
+@pytest.mark.parametrize("by_whom", ["this publisher", "the next one"])
+def test_stream_that_was_allowed_before_the_revocation_and_held_after_it_ends_soon(
+    database: Database, publisher: PublisherProcess, stream: Stream, channel: str, by_whom: str
+) -> None:
+    """The hint is repeated: the first may find a stream that is still being opened."""
+    ann, cookie = log_in("ann")
+    join(ann, channel)
+    # A second after its first stream the proxy asks once more for all streams of a channel
+    # (Pushpin: src/handler/engine.cpp, SUBSCRIBED_DELAY); that would end this one too.
+    with database.connect() as listener:
+        listener.execute(f"LISTEN {SlowMembers.DECIDED}")
+        witness = stream(channel, f"public{channel}", headers={"Cookie": cookie}).wait_open()
+        # Of its two channels: when it was opened, and when the proxy asked once more.
+        assert len(list(listener.notifies(timeout=20, stop_after=4))) >= 4
+    send_event(channel, "message", "seen")
+    witness.wait_count(1)
+    wait_until(lambda: database.value(_ACKNOWLEDGED, [1]), timeout=10)
+    with database.connect() as gate:
+        gate.execute("SELECT pg_advisory_lock(%s)", [SlowMembers.GATE])
+        client = stream(channel, headers={"Cookie": cookie})
+        wait_until(lambda: database.value(_DECIDED), timeout=10)
+        leave(ann, channel)
+        wait_until(lambda: database.value(_ACKNOWLEDGED, [2]), timeout=10)
+        if by_whom == "the next one":
+            publisher.kill()
+            publisher.lead()
+    client.wait_open()
+    assert_ended(client, channel)
+
+
+_DECIDED = """SELECT EXISTS (SELECT FROM pg_stat_activity
+               WHERE datname = current_database() AND wait_event = 'advisory')"""
+_ACKNOWLEDGED = "SELECT coalesce(min(position), 0) >= %s FROM pg_eventstream_proxy"
+
+
+@pytest.mark.parametrize("manager", ["Volatile"], indirect=True)
+def test_only_streams_of_the_channel_ask_again_and_not_all_of_the_user(
+    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    """For visitors who are not logged in, these would be all streams there are."""
+    for changed, other in ((f"a{channel}", f"b{channel}"), (f"volatile{channel}", f"d{channel}")):
+        here, there = stream(changed, f"of {changed}").wait_open(), stream(other).wait_open()
+        publisher.kill()
+        # What nobody published is what a stream gets that asks.
+        for name in (f"of {changed}", other):
+            send_event(name, "message", "asked")
+        sequence(database)
+        publisher.kill()
+        database.execute(
+            "UPDATE pg_eventstream_proxy"
+            " SET position = (SELECT max(position) FROM pg_eventstream_stream)"
+        )
+        publisher.lead()
+        channel_permission_changed(None, changed)
+        here.wait_count(1)
+        assert there.events == []
+
+
+@behind_a_proxy
+@override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.Racing")
+@pytest.mark.parametrize("how", ["open", "go on", "get_events"])
+def test_nothing_is_read_before_permission_is_asked_for(
+    database: Database, channel: str, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    origin = Origin()
+    monkeypatch.setattr(Racing, "allowed", True)
+    first = origin.open(channel)
+
+    def revoke() -> None:
+        Racing.allowed = False
+        channel_permission_changed(None, channel)
+        send_event(channel, "message", "secret")
+        sequence(database)
+
+    Racing.meanwhile.append(revoke)
+    if how == "open":
+        answer = origin.open(channel, last_event_id="earliest").body
+    elif how == "go on":
+        answer = origin.follow(first).body
+    else:
+        answer = str(get_events([channel], "earliest", user=None))
+    assert not Racing.allowed
+    assert "secret" not in answer
+
+
+FORGED = [
+    *("x", "{}", "[]", "", "9" * 5000, "[" * 100_000, '{"user": 1, "channel": "c"}'),
+    *(json.dumps({"user": "%" * 190_000, "channel": "c"}),),
+    *(json.dumps({"user": "u", "channel": "%" * 190_000}),),
+    *('{"user": ""}', r'{"user": "\ud800", "channel": ""}', '{"user": "", "channel": "\\udcff"}'),
+]
+
+
+@pytest.mark.parametrize("data", FORGED, ids=range(len(FORGED)))
+def test_forged_change_of_permission_stops_nothing(
+    database: Database,
+    publisher: PublisherProcess,
+    stream: Stream,
+    channel: str,
+    data: str,
+) -> None:
+    client = stream(f"public{channel}").wait_open()
+    database.execute(
+        "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
+        [permission.CHANGES, data],
+    )
+    database.send(f"public{channel}", "after")
+    client.wait_count(1)
+    publisher.wait_for_log("no change of permission")
+
+
+def test_revocation_counts_at_every_proxy(
+    app: Process,
+    pushpin: Pushpin,
+    app_port: int,
+    new_publisher: Callable[..., PublisherProcess],
+    stream: Stream,
+    tmp_path: Path,
+    channel: str,
+) -> None:
+    ann, cookie = log_in("ann")
+    join(ann, channel)
+    with Pushpin(tmp_path / "second", origin=f"127.0.0.1:{app_port}", sig_key=KEY) as second:
+        both = " ".join(f"{proxy.control_url}?key={KEY}" for proxy in (pushpin, second))
+        new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=both).lead()
+        there = SSEClient(f"{second.url}/events/", [channel], headers={"Cookie": cookie})
+        with there:
+            here = stream(channel, headers={"Cookie": cookie}).wait_open()
+            there.wait_open()
+            send_event(channel, "message", 1)
+            for client in (here, there):
+                client.wait_count(1)
+            leave(ann, channel)
+            for client in (here, there):
+                assert_ended(client, channel)
+
+
+def test_user_without_a_primary_key_is_no_one_whose_streams_could_end(database: Database) -> None:
+    ann = User.objects.create_user("ann")
+    ann.delete()
+    with pytest.raises(InvalidEvent, match="call this before"):
+        channel_permission_changed(ann, "c")
+    for name in ("", "a\nb", "x" * 300, 5):
+        with pytest.raises(InvalidEvent, match="channel"):
+            channel_permission_changed(None, name)  # type: ignore[arg-type]
+    channel_permission_changed(AnonymousUser(), "c")
+    assert database.fetch("SELECT data FROM pg_eventstream_event") == [
+        ('{"user": "anonymous", "channel": "c"}',)
+    ]
+
+
+# Channels of our own
+
+
+@behind_a_proxy
+def test_nobody_reads_or_sends_on_a_channel_of_our_own(database: Database) -> None:
+    channel_permission_changed(None, "secret room")
+    sequence(database)
+    answer = Origin().open(permission.CHANGES, last_event_id="earliest")
+    assert json.loads(answer.control["stream-error"].data)["condition"] == "bad-request"
+    assert "secret" not in answer.body
+    with pytest.raises(InvalidEvent, match="reserved"):
+        send_event(permission.CHANGES, "message", "x")
+
+
+# Who the user is
+
+
+@behind_a_proxy
+@override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.Tokens")
+def test_manager_sees_the_request_and_says_who_the_user_is(database: Database) -> None:
+    User.objects.create_user("ann")
+    origin = Origin()
+    ask = {"Authorization": "Bearer user-ann"}
+    stream = origin.ask("/events/?channel=of%20ann", ask)
+    assert stream.held
+    # The proxy's own requests have no token, and go on as the same user.
+    assert origin.follow(stream).held
+    assert origin.ask("/events/?channel=of%20bob", ask).control["stream-error"]
+    assert origin.open("of ann").control["stream-error"]
+    assert origin.ask("/events/?channel=of%20ann", {"Authorization": "Basic x"}).status == 403
+
+
+@pytest.mark.parametrize("manager", ["Tokens"], indirect=True)
+def test_stream_of_a_token_goes_on_behind_the_proxy(
+    publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann = User.objects.create_user(channel)
+    room = f"of {channel}"
+    client = stream(room, headers={"Authorization": f"Bearer user-{channel}"}).wait_open()
+    large = "x" * 500_000  # too large to be published, so the proxy fetches it
+    for n in range(3):
+        send_event(room, "message", f"{n}{large}")
+        client.wait_count(n + 1)
+    assert client.connections == 1
+    with transaction.atomic():
+        channel_permission_changed(ann, room)
+        ann.delete()
+    assert_ended(client, room)

@@ -1,0 +1,173 @@
+"""PgBouncer in transaction mode: senders need not care, a publisher is told what is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import psycopg
+import pytest
+
+import pg_eventstream.postgres.connector
+from pg_eventstream.postgres.connector import explained
+from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
+from tests.support.database import Database
+from tests.support.environment import DIRECTORY, child_environment
+from tests.support.load import Load
+from tests.support.publisher import PublisherProcess
+from tests.support.sse_client import SSEClient
+
+pytestmark = pytest.mark.faults
+
+NewPublisher = Callable[..., PublisherProcess]
+Stream = Callable[..., SSEClient]
+
+
+@pytest.fixture
+def pooled(database: Database) -> Iterator[str]:
+    """The database by way of PgBouncer, whose sessions are anybody's after each transaction."""
+    port = free_port()
+    directory = DIRECTORY / f"pgbouncer-{database.name}"
+    directory.mkdir()
+    directory.chmod(0o777)
+    configuration = directory / "pgbouncer.ini"
+    configuration.write_text(
+        f"[databases]\n* = host=127.0.0.1 port={database.postgres.port} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        "auth_type = any\npool_mode = transaction\nignore_startup_parameters = extra_float_digits\n"
+    )
+    process = Process(
+        "PgBouncer",
+        ["pgbouncer", configuration],
+        log_path=directory / "log",
+        user="nobody" if os.geteuid() == 0 else None,
+    )
+    process.start(ready=lambda: accepts(port))
+    yield f"postgresql://postgres@127.0.0.1:{port}/{database.name}"
+    process.stop()
+
+
+PYTHON_SENDER = """
+import sys
+import django
+django.setup()
+from django.db import transaction
+from pg_eventstream import send_event
+for n in range(20):
+    with transaction.atomic():
+        send_event(sys.argv[1], "message", n)
+"""
+
+
+def test_events_of_senders_behind_a_pooler_are_delivered_promptly(
+    pooled: str, database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+) -> None:
+    client = stream(channel).wait_open()
+    # Nothing but the doorbell helps an event along.
+    new_publisher(PG_EVENTSTREAM_TEST_SAFETY_POLL="off").lead()
+    subprocess.run(
+        [sys.executable, "-c", PYTHON_SENDER, channel],
+        env=child_environment(PG_EVENTSTREAM_TEST_DSN=pooled),
+        check=True,
+        timeout=60,
+    )
+    client.wait_count(20, timeout=5)
+    with psycopg.connect(pooled) as connection:
+        for n in range(20, 30):
+            connection.execute(
+                "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
+                [channel, str(n)],
+                prepare=False,
+            )
+            connection.commit()
+            client.wait_count(n + 1, timeout=5)
+    assert [event.data for event in client.events] == [str(n) for n in range(30)]
+
+
+WITHOUT_LISTEN = "so that two publishers may lead at once: give it a direct connection"
+
+
+def test_publisher_behind_a_pooler_says_what_is_wrong_and_delivers_by_polling(
+    pooled: str, database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+) -> None:
+    client = stream(channel).wait_open()
+    publisher = new_publisher(f"--dsn={pooled}").lead()
+    publisher.wait_for_log(WITHOUT_LISTEN)
+    load = Load(database, channel)
+    with load.running():
+        client.wait_count(100)
+        # It leaves nothing behind in sessions that are the application's, too.
+        with ExitStack() as stack:
+            for _ in range(10):  # all that there are, and some more
+                session = stack.enter_context(psycopg.connect(pooled))
+                assert not session.execute(
+                    "SELECT name FROM pg_settings WHERE source = 'session' AND name = ANY(%s)",
+                    [["synchronous_commit", "enable_hashjoin", "statement_timeout"]],
+                ).fetchall()
+        bell = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'"
+        assert not database.fetch(f"{bell} AND objid = 1")
+    load.check(client)
+    # Nor anything that would keep another from leading.
+    publisher.kill()
+    new_publisher().lead()
+
+
+def test_pooler_is_recognised_while_others_look_for_one(
+    pooled: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publisher's connections do so at the same time, each in sessions of the others."""
+    monkeypatch.setattr(pg_eventstream.postgres.connector, "_PROBE_SECONDS", 0.1)
+    over = threading.Event()
+
+    def look() -> None:
+        with database.connect() as other:
+            while not over.is_set():
+                other.execute("NOTIFY pg_eventstream_probe")
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            for _ in range(20):
+                with pg_eventstream.postgres.connector.Database("default", pooled).connect(
+                    "test"
+                ) as found:
+                    assert found.shared
+        finally:
+            over.set()
+        looking.result()
+
+
+def test_session_that_may_only_read_is_not_taken_for_a_standby(
+    pooled: str, database: Database
+) -> None:
+    """What a direct connection turns off for itself, a pooler's session is set up with."""
+    database.execute(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
+    with pg_eventstream.postgres.connector.Database("default", pooled).connect("test") as session:
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction) as raised:
+            session.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', '')")
+        assert "default_transaction_read_only is on" in explained(raised.value)
+        assert "standby" not in explained(raised.value)
+
+
+@pytest.mark.thorough
+def test_two_publishers_behind_a_pooler_both_lead_repeat_nothing_and_give_way_to_a_direct_one(
+    pooled: str, database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+) -> None:
+    client = stream(channel).wait_open()
+    load = Load(database, channel, pause=0.02)
+    with load.running():
+        publishers = [new_publisher(f"--dsn={pooled}").lead() for _ in range(2)]
+        client.wait_count(len(client.events) + 100)
+        direct = new_publisher().lead()
+        client.wait_count(len(client.events) + 100)
+        for publisher in publishers:
+            wait_until(lambda p=publisher: "standing by" in p.log, timeout=30)  # type: ignore[misc]
+        client.wait_count(len(client.events) + 100)
+        direct.kill()
+        wait_until(lambda: any(p.log.count(": leading") > 1 for p in publishers), timeout=20)
+    load.check(client)

@@ -1,0 +1,304 @@
+"""Pages of other origins: who may read, who may not, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+import pytest
+from django.conf import settings
+from django.test import Client, override_settings
+
+from pg_eventstream import send_event
+from pg_eventstream.servers.processes import Process
+from pg_eventstream.servers.pushpin import Pushpin
+from tests.support.browser import Browser
+from tests.support.database import Database
+from tests.support.http_service import HttpService, respond
+from tests.support.origin import Origin, behind_a_proxy, sequence, signature
+
+PAGE = "https://app.example"
+NAMED = {"EVENTSTREAM_ALLOW_ORIGINS": [PAGE, "http://localhost:3000"]}
+STREAM = "/events/?channel=c"
+
+
+@pytest.fixture(autouse=True)
+def proxied() -> Iterator[None]:
+    with behind_a_proxy:
+        yield
+
+
+def ask(origin: str | None, path: str = STREAM, method: str = "GET", **headers: str) -> Any:
+    """The endpoint's answer to a request that a page of this origin makes."""
+    headers["Grip-Sig"] = signature()
+    if origin is not None:
+        headers["Origin"] = origin
+    return Client().generic(method, path, headers=headers)
+
+
+def ask_first(origin: str, **headers: str) -> Any:
+    """What a browser asks before it lets a page send headers of its own."""
+    headers["Access-Control-Request-Method"] = "GET"
+    return ask(origin, method="OPTIONS", **headers)
+
+
+def allowed(response: Any) -> dict[str, str]:
+    """The answer's CORS headers, without the beginning that they all have."""
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    prefix = "access-control-"
+    return {n.removeprefix(prefix): v for n, v in headers.items() if n.startswith(prefix)}
+
+
+def depends_on_origin(response: Any) -> bool:
+    """Whether a cache must keep the answers to different origins apart."""
+    return "origin" in response.headers.get("Vary", "").lower().split(", ")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"EVENTSTREAM_ALLOW_ORIGIN": PAGE},
+        {"EVENTSTREAM_ALLOW_ORIGIN": [PAGE]},
+        {"EVENTSTREAM_ALLOW_ORIGINS": PAGE},
+        {"EVENTSTREAM_ALLOW_ORIGINS": ("https://other.example", PAGE)},
+        {"EVENTSTREAM_ALLOW_ORIGINS": ["https://APP.example"]},
+        {"EVENTSTREAM_ALLOW_ORIGIN": "https://a.example", "EVENTSTREAM_ALLOW_ORIGINS": [PAGE]},
+        {"EVENTSTREAM_ALLOW_ORIGIN": PAGE, "EVENTSTREAM_ALLOW_ORIGINS": ["https://a.example"]},
+    ],
+)
+def test_page_of_a_named_origin_may_read(database: Database, setting: dict[str, Any]) -> None:
+    with override_settings(**setting):
+        response = ask(PAGE)
+        assert allowed(response) == {"allow-origin": PAGE}
+        assert response["Grip-Hold"] == "stream"
+        assert allowed(ask("https://evil.example")) == {}
+
+
+@override_settings(**NAMED, EVENTSTREAM_ALLOW_CREDENTIALS=True)
+def test_page_of_an_origin_that_only_looks_alike_may_not_read(database: Database) -> None:
+    for origin in (
+        *("http://app.example", "https://app.example:8443", "https://app.example:443"),
+        *("https://app.example.evil.example", "https://evilapp.example", "https://x.app.example"),
+        *("https://app.example@evil.example", "https://app.example/", f"{PAGE}, {PAGE}"),
+        *("http://localhost", "http://localhost:30001", "null", "*", "app.example", "", "\u00fc"),
+    ):
+        response = ask(origin)
+        assert allowed(response) == {}
+        assert depends_on_origin(response)
+        assert allowed(ask_first(origin)) == {}
+
+
+@override_settings(**NAMED)
+def test_address_of_the_server_and_the_referer_do_not_count(database: Database) -> None:
+    for origin in (None, "https://evil.example"):
+        response = ask(origin, Host="app.example", Referer=f"{PAGE}/page")
+        assert allowed(response) == {}
+    response = ask(PAGE, Host="streams.example", Referer="https://evil.example/")
+    assert allowed(response) == {"allow-origin": PAGE}
+
+
+@override_settings(EVENTSTREAM_ALLOW_ORIGIN="*")
+def test_any_page_may_read_what_is_open_to_all(database: Database) -> None:
+    for origin in (PAGE, "null", None):
+        response = ask(origin)
+        assert allowed(response) == {"allow-origin": "*"}
+        assert not depends_on_origin(response)
+
+
+@pytest.mark.parametrize("origins", ["*", [PAGE, "*"]])
+def test_credentials_are_never_allowed_to_any_page(database: Database, origins: object) -> None:
+    with override_settings(EVENTSTREAM_ALLOW_ORIGINS=origins, EVENTSTREAM_ALLOW_CREDENTIALS=True):
+        for origin in (PAGE, "https://evil.example"):
+            assert allowed(ask(origin)) == {"allow-origin": "*"}
+            assert "allow-credentials" not in allowed(ask_first(origin))
+
+
+@override_settings(**NAMED, EVENTSTREAM_ALLOW_CREDENTIALS=True)
+def test_credentials_are_allowed_to_pages_of_named_origins(database: Database) -> None:
+    assert allowed(ask(PAGE)) == {"allow-origin": PAGE, "allow-credentials": "true"}
+    assert allowed(ask_first(PAGE))["allow-credentials"] == "true"
+    assert allowed(ask("https://evil.example")) == {}
+    with override_settings(EVENTSTREAM_ALLOW_CREDENTIALS=False):
+        assert allowed(ask(PAGE)) == {"allow-origin": PAGE}
+
+
+@override_settings(**NAMED)
+def test_every_answer_says_who_may_read_it(database: Database) -> None:
+    send_event("c", "message", 1)
+    sequence(database)
+    link = Origin().open("c").next_link
+    for path, status in (
+        ("/events/", 200),  # bad-request
+        ("/events/?channel=c&lastEventId=c:0", 200),
+        ("/events/?channel=c&lastEventId=error", 400),
+        (link, 403),
+        (f"{link}x", 403),
+    ):
+        response = ask(PAGE, path)
+        assert response.status_code == status
+        assert allowed(response) == {"allow-origin": PAGE}
+        # A cache must not keep it for another page, nor this page's for lack of an Origin.
+        for other in (PAGE, "https://evil.example", None):
+            assert depends_on_origin(ask(other, path))
+    assert allowed(Client().get(STREAM, headers={"Origin": PAGE})) == {"allow-origin": PAGE}  # 501
+    assert allowed(ask(PAGE, method="HEAD")) == {"allow-origin": PAGE}
+
+
+@override_settings(**NAMED)
+def test_preflight_allows_what_clients_send() -> None:
+    response = ask_first(PAGE)
+    assert (response.status_code, response.content) == (204, b"")
+    assert response["Allow"] == "GET, HEAD, OPTIONS"
+    assert depends_on_origin(response)
+    assert not any(name.startswith("Grip-") for name in response.headers)
+    assert (
+        allowed(response).items()
+        >= {
+            "allow-origin": PAGE,
+            "allow-methods": "GET, HEAD",
+            "allow-headers": "Last-Event-ID, Cache-Control",
+        }.items()
+    )
+    for more in ("Authorization, X-Tenant", ["Authorization", "X-Tenant"]):
+        with override_settings(EVENTSTREAM_ALLOW_HEADERS=more):
+            headers = allowed(ask_first(PAGE))["allow-headers"]
+        assert headers == "Last-Event-ID, Cache-Control, Authorization, X-Tenant"
+
+
+@override_settings(**NAMED)
+def test_preflight_is_answered_without_a_proxy() -> None:
+    headers = {"Origin": PAGE, "Access-Control-Request-Method": "GET"}
+    response = Client().options(STREAM, headers=headers)
+    assert response.status_code == 204
+    assert allowed(response)["allow-origin"] == PAGE
+
+
+def test_without_settings_nothing_is_added(database: Database) -> None:
+    nothing: list[dict[str, Any]] = [
+        {},
+        {"EVENTSTREAM_ALLOW_ORIGIN": ""},
+        {"EVENTSTREAM_ALLOW_ORIGINS": []},
+        {"EVENTSTREAM_ALLOW_CREDENTIALS": True, "EVENTSTREAM_ALLOW_HEADERS": "X-Tenant"},
+    ]
+    for setting in nothing:
+        with override_settings(**setting):
+            for response in (ask(PAGE), ask(None), ask_first(PAGE)):
+                assert allowed(response) == {}
+                assert not depends_on_origin(response)
+            response = ask(None, method="OPTIONS")
+            assert (response.status_code, response["Allow"]) == (204, "GET, HEAD, OPTIONS")
+
+
+@override_settings(
+    INSTALLED_APPS=[*settings.INSTALLED_APPS, "corsheaders"],
+    MIDDLEWARE=["corsheaders.middleware.CorsMiddleware", *settings.MIDDLEWARE],
+    CORS_ALLOWED_ORIGINS=[PAGE],
+    CORS_ALLOW_CREDENTIALS=True,
+    CORS_ALLOW_HEADERS=["last-event-id"],
+    CORS_EXPOSE_HEADERS=["x-shown"],
+)
+def test_django_cors_headers_does_it_instead(database: Database) -> None:
+    for path in (STREAM, "/events/"):
+        assert allowed(ask(PAGE, path)) == {
+            "allow-origin": PAGE,
+            "allow-credentials": "true",
+            "expose-headers": "x-shown",
+        }
+    assert allowed(ask_first(PAGE))["allow-headers"] == "last-event-id"
+    refused = ask("https://evil.example")
+    assert allowed(refused) == {}
+    assert depends_on_origin(refused)
+
+
+# Through a real proxy
+
+
+class EmptyPages(HttpService):
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        respond(request, 200, content_type="text/html")
+
+
+@pytest.fixture
+def pages() -> Iterator[int]:
+    """The port of a server whose every page is empty; localhost is another origin."""
+    with EmptyPages() as server:
+        yield server.port
+
+
+@pytest.fixture
+def cross_origin(pages: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The origin that the application allows; to be requested before the application."""
+    origin = f"http://127.0.0.1:{pages}"
+    chosen = {"EVENTSTREAM_ALLOW_ORIGINS": [origin], "EVENTSTREAM_ALLOW_CREDENTIALS": True}
+    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(chosen))
+    return origin
+
+
+@contextmanager
+def answer_of(
+    pushpin: Pushpin, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
+) -> Iterator[http.client.HTTPResponse]:
+    connection = http.client.HTTPConnection(pushpin.url.removeprefix("http://"), timeout=20)
+    try:
+        connection.request(method, path, headers=headers or {})
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+def test_proxy_passes_on_what_is_allowed(
+    cross_origin: str, app: Process, pushpin: Pushpin, channel: str
+) -> None:
+    path = f"/events/?channel={channel}"
+    headers = {"Origin": cross_origin}
+    with answer_of(pushpin, path, headers=headers) as held:
+        assert held.getheader("Content-Type") == "text/event-stream; charset=utf-8"
+        assert held.getheader("Access-Control-Allow-Origin") == cross_origin
+        assert held.getheader("Access-Control-Allow-Credentials") == "true"
+        assert "Origin" in held.getheader("Vary", "")
+    with answer_of(pushpin, path, headers={"Origin": "https://evil.example"}) as held:
+        assert held.getheader("Access-Control-Allow-Origin") is None
+        assert "Origin" in held.getheader("Vary", "")
+    with answer_of(
+        pushpin, path, "OPTIONS", {**headers, "Access-Control-Request-Method": "GET"}
+    ) as preflight:
+        assert (preflight.status, preflight.read()) == (204, b"")
+        assert preflight.getheader("Access-Control-Allow-Methods") == "GET, HEAD"
+        assert preflight.getheader("Access-Control-Allow-Origin") == cross_origin
+
+
+READ_WITH_EVENTSOURCE = """([url]) => new Promise((resolve) => {
+    const events = new EventSource(url, { withCredentials: true });
+    events.addEventListener("stream-open", () => { events.close(); resolve("open"); });
+    events.onerror = () => { events.close(); resolve("refused"); };
+})"""
+# Headers that a browser asks about first.
+READ_WITH_FETCH = """async ([url, lastEventId]) => {
+    const headers = { "Last-Event-ID": lastEventId, "Cache-Control": "no-store" };
+    try {
+        const response = await fetch(url, { headers, credentials: "include" });
+        const { value } = await response.body.getReader().read();
+        return new TextDecoder().decode(value).includes("event: stream-open") ? "open" : "odd";
+    } catch (e) {
+        return "refused";
+    }
+}"""
+
+
+def test_browser_lets_pages_of_the_allowed_origin_read_and_no_others(
+    cross_origin: str, app: Process, pages: int, pushpin: Pushpin, browser: Browser, channel: str
+) -> None:
+    url = f"{pushpin.url}/events/?channel={channel}"
+    for origin, outcome in (
+        (cross_origin, "open"),
+        (f"http://localhost:{pages}", "refused"),
+    ):
+        page = browser.new_page()
+        page.goto(origin)
+        for script in (READ_WITH_EVENTSOURCE, READ_WITH_FETCH):
+            assert page.evaluate(script, [url, f"{channel}:0"]) == outcome
+        page.close()

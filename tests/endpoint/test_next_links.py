@@ -1,0 +1,308 @@
+"""Next links, by which a stream goes on: what they are worth, and to whom."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+from django.contrib.auth.models import User
+from django.core import signing
+from django.http import HttpResponse
+from django.test import RequestFactory, override_settings
+from django_grip import GripMiddleware
+
+from pg_eventstream import send_events, views
+from pg_eventstream.grip import hold
+from pg_eventstream.grip import proxy as grip
+from tests.support.database import Database
+from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature
+from tests.support.publisher import PublisherProcess
+from tests.support.sse_client import SSEClient
+
+Stream = Callable[..., SSEClient]
+
+
+@pytest.fixture(autouse=True)
+def proxied(database: Database) -> Iterator[None]:
+    with behind_a_proxy:
+        yield
+
+
+@pytest.fixture
+def server_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(request.param))
+
+
+# Ask after a second whether a quiet stream may go on, and let staff read more than others.
+asks_at_once = pytest.mark.parametrize(
+    "server_settings",
+    [
+        {
+            "EVENTSTREAM_NEXT_LINK_TIMEOUT": 1,
+            "EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.StaffOnly",
+        }
+    ],
+    indirect=True,
+)
+staff_only = override_settings(
+    EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.StaffOnly"
+)
+
+
+@pytest.fixture
+def origin() -> Origin:
+    return Origin()
+
+
+def opened(origin: Origin, *channels: str, cookie: str = "") -> Answer:
+    query = "&".join(f"channel={channel}" for channel in channels)
+    return origin.ask(f"/events/?{query}", {"Cookie": cookie} if cookie else {})
+
+
+def is_refused(origin: Origin, link: str) -> bool:
+    answer = origin.ask(link, {"Grip-Last": "events-c; last-id=0"})
+    assert answer.status in (200, 403)
+    assert (answer.status == 200) == answer.held
+    return answer.status == 403
+
+
+# What a link is
+
+
+def test_equal_sessions_get_equal_links_so_that_the_proxy_fetches_them_once(
+    origin: Origin,
+) -> None:
+    _, ann = log_in("ann")
+    assert opened(origin, "a", "b").next_link == opened(origin, "b", "a", "b").next_link
+    first, second = (opened(origin, *order, cookie=ann) for order in ("ab", "ba"))
+    assert first.next_link == second.next_link == origin.follow(first).next_link
+
+
+def test_different_sessions_never_share_a_link(origin: Origin) -> None:
+    _, ann = log_in("ann")
+    _, bob = log_in("bob")
+    links = [
+        opened(origin, *channels, cookie=cookie).next_link
+        for cookie in ("", ann, bob)
+        for channels in (["a"], ["b"], ["a", "b"], ["a,b"])
+    ]
+    # What differs stands in the path: the proxy ignores the query when it shares.
+    assert len({link.partition("?")[0] for link in links}) == 12
+
+
+def test_link_stays_the_same_for_an_hour_and_works_for_a_day(origin: Origin) -> None:
+    hour = time.time() // 3600 * 3600
+    with mock.patch("pg_eventstream.grip.hold.time") as clock:
+        clock.time.return_value = hour
+        link = opened(origin, "c").next_link
+        clock.time.return_value = hour + 3599
+        assert opened(origin, "c").next_link == link
+        clock.time.return_value = hour + 3600
+        assert opened(origin, "c").next_link != link
+        for age, refused in ((0, False), (24 * 3600, False), (25 * 3600, True), (10**9, True)):
+            clock.time.return_value = hour + age
+            assert is_refused(origin, link) == refused
+
+
+def test_tampered_and_foreign_links_are_refused(origin: Origin) -> None:
+    link = opened(origin, "c").next_link
+    base, _, token = link.partition(hold.NEXT)
+    value, _, seal = token.rpartition(":")
+    assert not is_refused(origin, link)
+    for n in range(len(token)):
+        other = "A" if token[n] != "A" else "B"
+        assert is_refused(origin, f"{base}{hold.NEXT}{token[:n]}{other}{token[n + 1 :]}")
+    for n in range(1, len(token)):
+        assert is_refused(origin, f"{base}{hold.NEXT}{token[:n]}")
+    for wrong in (f"{value}:", f":{seal}", "x", "%00", "%ED%A0%80", "%F0%9F%8E%89", f".{token}"):
+        assert is_refused(origin, f"{base}{hold.NEXT}{wrong}")
+
+    session = hold.Session(("c",), "anonymous")
+    with override_settings(SECRET_KEY="another key, just as long as the right one"):
+        foreign = hold.sign(session)
+    assert is_refused(origin, f"{base}{hold.NEXT}{foreign}")
+    with override_settings(SECRET_KEY_FALLBACKS=["another key, just as long as the right one"]):
+        assert not is_refused(origin, f"{base}{hold.NEXT}{foreign}")
+    content = {"c": ["c"], "u": None, "x": 10**9}
+    for salt in ("django.core.signing.Signer", "django.contrib.sessions", ""):
+        other_token = signing.Signer(salt=salt).sign_object(content, compress=True)
+        assert is_refused(origin, f"{base}{hold.NEXT}{other_token}")
+        assert is_refused(origin, f"{base}{hold.NEXT}{signing.dumps(content, salt=salt)}")
+
+
+def test_link_tells_no_more_than_the_proxy_signed_for(origin: Origin) -> None:
+    link = opened(origin, "c").next_link
+    answer = origin.ask(f"{link}?channel=other", {"Grip-Last": "events-c; last-id=0"})
+    assert "events-other" not in answer.response["Grip-Channel"]
+    assert "next-" in answer.next_link
+    assert "?" not in answer.next_link
+
+
+def test_last_id_of_another_channel_does_not_stand_in_for_one_that_is_missing(
+    origin: Origin,
+) -> None:
+    link = opened(origin, "c").next_link
+    assert origin.ask(link, {"Grip-Last": "events-d; last-id=0"}).status == 403
+    assert origin.ask(link, {"Grip-Last": "events-c; last-id=0, events-d; last-id=0"}).held
+
+
+def test_held_stream_goes_on_from_what_the_proxy_sent_and_not_from_where_it_opened(
+    database: Database, origin: Origin
+) -> None:
+    link = opened(origin, "c").next_link
+    send_events([("c", "message", n) for n in range(2)])
+    sequence(database)
+    assert origin.ask(link, {"Grip-Last": "events-c; last-id=1"}).data == ["1"]
+
+
+# Whose stream it is
+
+
+def test_stream_of_a_user_who_is_gone_ends(origin: Origin) -> None:
+    for name, end in (
+        ("deleted", lambda user: user.delete()),
+        ("inactive", lambda user: User.objects.filter(pk=user.pk).update(is_active=False)),
+    ):
+        user, cookie = log_in(name)
+        stream = opened(origin, "c", cookie=cookie)
+        assert origin.follow(stream).held
+        end(user)
+        answer = origin.follow(stream)
+        assert json.loads(answer.control["stream-error"].data)["channels"] == ["c"]
+        assert not answer.held
+        assert "Grip-Link" not in answer.response
+
+
+@staff_only
+def test_stream_ends_when_the_permission_for_one_of_its_channels_does(origin: Origin) -> None:
+    user, cookie = log_in("ann", is_staff=True)
+    stream = opened(origin, "open", "staff%2525", cookie=cookie)
+    assert origin.follow(stream).held
+    User.objects.filter(pk=user.pk).update(is_staff=False)
+    answer = origin.follow(stream)
+    error = answer.control["stream-error"]
+    assert error.id == "error"
+    assert json.loads(error.data) == {
+        "condition": "forbidden",
+        "text": "Permission denied to channels: staff%25",
+        "channels": ["staff%25"],
+    }
+    assert not answer.held
+    assert "Grip-Link" not in answer.response
+
+
+@asks_at_once
+def test_open_stream_ends_with_an_error_soon_after_the_permission_does(
+    server_settings: None, stream: Stream, channel: str
+) -> None:
+    staff = f"staff{channel} 100%"
+    user, cookie = log_in("ann", is_staff=True)
+    other, other_cookie = log_in("bob", is_staff=True)
+    client = stream(staff, channel, headers={"Cookie": cookie}).wait_open()
+    second = stream(staff, headers={"Cookie": other_cookie}).wait_open()
+    bystander = stream(channel).wait_open()
+    User.objects.filter(pk=user.pk).update(is_staff=False)
+    other.delete()
+    for ended in (client, second):
+        assert ended.ended.wait(20)
+        error = ended.control[-1]
+        assert (error.type, error.id) == ("stream-error", "error")
+        assert json.loads(error.data)["channels"] == [staff]
+    assert not bystander.ended.is_set()
+
+
+def test_users_on_one_path_get_their_own_events_when_both_are_fetched_at_once(
+    publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann, ann_cookie = log_in("ann")
+    bob, bob_cookie = log_in("bob")
+    clients = {
+        ann.pk: stream(channel, headers={"Cookie": ann_cookie}).wait_open(),
+        bob.pk: stream(channel, headers={"Cookie": bob_cookie}).wait_open(),
+        "anonymous": stream(channel).wait_open(),
+    }
+    padding = "x" * 500_000  # too large to be published: all of them fetch it
+    sent = []
+    for n in range(3):
+        for skip in clients:
+            sent.append((f"{n} not for {skip}" + padding, skip))
+            send_events([(channel, "message", sent[-1][0], [skip], False)])
+        sent.append((f"{n} for all", None))
+        send_events([(channel, "message", sent[-1][0], None, False)])
+        for who, client in clients.items():
+            expected = [text for text, skip in sent if skip != who]
+            got = [event.data for event in client.wait_count(len(expected))]
+            assert [text[:30] for text in got] == [text[:30] for text in expected]
+
+
+# skip_user_ids
+
+
+def test_skipped_user_gets_the_event_neither_live_nor_replayed_and_the_ids_advance(
+    publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    headers = {"Cookie": cookie}
+    quiet = f"{channel}quiet"
+
+    def send(text: str, *skipped: object) -> None:
+        send_events([(channel, "message", text, skipped, False)])
+
+    live, others = stream(channel, headers=headers).wait_open(), stream(channel).wait_open()
+    several = stream(channel, quiet, headers=headers).wait_open()
+    send("1")
+    send("2 without ann", ann.pk)
+    send("3 without others", ann.pk + 1, "x")
+    send("4 without ann", "x", ann.pk)
+    send("5")
+    send("6 without ann", ann.pk)
+    others.wait_count(6)
+    expected = [("1", 1), ("3 without others", 3), ("5", 5)]
+    for client in (live, several):
+        client.wait_count(3)
+        assert [(event.data, event.eids[channel]) for event in client.events] == expected
+
+    # What came after the last event that ann saw is filtered again when she comes back.
+    live.close()
+    again = stream(channel, headers=headers, last_event_id=live.last_event_id).wait_open()
+    replayed = stream(channel, headers=headers, last_event_id=f"{channel}:0").wait_open()
+    send("7 without ann", ann.pk)
+    send("8")
+    assert [event.data for event in again.wait_count(1)] == ["8"]
+    replayed.wait_count(4)
+    assert [(event.data, event.eids[channel]) for event in replayed.events] == [*expected, ("8", 8)]
+    assert len(others.wait_count(8)) == 8
+
+
+def test_visitors_who_are_not_logged_in_can_be_skipped_as_anonymous(
+    database: Database, origin: Origin
+) -> None:
+    _, cookie = log_in("ann")
+    send_events([("c", "message", "x", ["anonymous"], False)])
+    sequence(database)
+    assert origin.open("c", last_event_id="c:0").events == []
+    answer = origin.ask("/events/?channel=c&lastEventId=c:0", {"Cookie": cookie})
+    assert answer.data == ["x"]
+
+
+def test_user_ids_with_commas_quotes_or_line_breaks_are_skipped_too(database: Database) -> None:
+    class Visitor:
+        is_authenticated = True
+        pk = 'a,b "c"\r\nX: y; é'
+
+    def view(request: Any) -> Any:
+        request.user = Visitor()
+        return views.events(request)
+
+    request = RequestFactory().get("/events/?channel=c", headers={"Grip-Sig": signature()})
+    response = GripMiddleware(view)(request)
+    assert isinstance(response, HttpResponse)
+    assert "X" not in response.headers
+    meta = response["Grip-Set-Meta"].partition('user="')[2].partition('"')[0]
+    event = grip.StreamEvent(1, "c", 1, "message", "x", ["b", Visitor.pk, "7", ""])
+    skipped = json.loads(grip.item(event))["meta"]["skip_users"]
+    assert [part for part in skipped.split(",") if part] == ["b", meta, "7"]

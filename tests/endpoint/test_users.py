@@ -1,0 +1,167 @@
+r"""Visitors are nobody's user: not even of one whose primary key is the text "anonymous"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import AnonymousUser, User
+from django.core import signing
+from django.test import override_settings
+
+from pg_eventstream import (
+    EventPermissionError,
+    InvalidEvent,
+    channel_permission_changed,
+    get_events,
+    send_event,
+    users,
+)
+from pg_eventstream.grip import hold
+from pg_eventstream.servers.processes import wait_until
+from pg_eventstream.testing import captured_events
+from tests.support.database import Database
+from tests.support.origin import Origin, behind_a_proxy, sequence
+from tests.support.publisher import PublisherProcess
+from tests.support.sse_client import SSEClient
+
+Stream = Callable[..., SSEClient]
+
+MANAGER = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.TextKeys"}
+#: Users whose names look alike; None is a visitor.
+KEYS = [None, "anonymous", r"\anonymous", r"\\anonymous", "Anonymous", "anonymous ", "None", "1"]
+
+
+@pytest.fixture(autouse=True)
+def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(MANAGER))
+    with override_settings(**MANAGER):
+        yield
+
+
+def user(key: str | None) -> Any:
+    return None if key is None else User(pk=key, username=key)
+
+
+def headers(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"X-User": key}
+
+
+def test_no_two_have_the_same_name_and_each_name_leads_back_to_its_user() -> None:
+    names = [users.user_id(user(key)) for key in KEYS]
+    assert len(set(names)) == len(KEYS)
+    assert [users.primary_key(name) for name in names] == KEYS
+
+
+@pytest.mark.parametrize("how", ["users", "keys"])
+@pytest.mark.parametrize("key", KEYS)
+def test_who_is_skipped_misses_the_event_and_nobody_else_does(
+    database: Database, key: str | None, how: str
+) -> None:
+    send_event("public", "message", 1, skip_user_ids=[user(key) if how == "users" else key])
+    sequence(database)
+    skipped = {k for k in KEYS if not get_events(["public"], "earliest", user=user(k)).events}
+    # The bare text says both: so that nobody gets what was not for him.
+    assert skipped == ({key, None} if (how, key) == ("keys", "anonymous") else {key})
+
+
+def test_visitors_are_skipped_as_none_and_as_the_user_that_a_request_has(
+    database: Database,
+) -> None:
+    for visitor in (None, AnonymousUser()):
+        send_event("public", "message", 1, skip_user_ids=[visitor, "7"])
+    rows = database.fetch("SELECT DISTINCT skip_user_ids FROM pg_eventstream_event")
+    assert rows == [(["anonymous", "7"],)]
+
+
+def test_user_that_is_not_saved_yet_cannot_be_skipped(database: Database) -> None:
+    with pytest.raises(InvalidEvent, match="no primary key"):
+        send_event("public", "message", 1, skip_user_ids=[User(username="ann")])
+    assert database.value("SELECT count(*) FROM pg_eventstream_event") == 0
+
+
+@behind_a_proxy
+@pytest.mark.parametrize("key", KEYS)
+def test_stream_goes_on_as_the_user_that_opened_it(database: Database, key: str | None) -> None:
+    origin = Origin()
+    mine = "visitors" if key is None else f"of {key}"
+    opened = origin.ask(f"/events/?channel={mine}", headers(key))
+    assert opened.held
+    assert origin.follow(opened).held
+    for other in KEYS:
+        if other != key:
+            assert not origin.ask(f"/events/?channel={mine}", headers(other)).held
+
+
+@behind_a_proxy
+def test_visitors_of_the_version_before_keep_their_streams(database: Database) -> None:
+    content = {"c": ["visitors"], "u": "anonymous", "x": 10**9}
+    token = signing.Signer(salt="pg_eventstream.next-link").sign_object(content, compress=True)
+    grip_last = {"Grip-Last": "events-visitors; last-id=0"}
+    assert Origin().ask(f"/events/{hold.NEXT}{token}", grip_last).held
+
+
+def test_captured_changes_of_permission_tell_them_apart(database: Database) -> None:
+    with captured_events() as sent:
+        for key in KEYS:
+            channel_permission_changed(user(key), "room")
+        channel_permission_changed(AnonymousUser(), "room")
+    names = [name for name, _ in sent.permission_changes]
+    assert len(set(names)) == len(KEYS)
+    assert names[0] == names[-1] == "anonymous"
+
+
+def test_get_events_asks_for_the_permission_of_the_user_that_it_is_given(
+    database: Database,
+) -> None:
+    get_events(["visitors"], user=None)
+    get_events(["of anonymous"], user=user("anonymous"))
+    for wrong in ((["visitors"], user("anonymous")), (["of anonymous"], None)):
+        with pytest.raises(EventPermissionError):
+            get_events(wrong[0], user=wrong[1])
+
+
+def test_proxy_tells_them_apart(
+    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    public = f"public{channel}"
+    clients = {key: stream(public, headers=headers(key)).wait_open() for key in KEYS[:4]}
+    for key in clients:
+        send_event(public, "message", key, skip_user_ids=[user(key)])
+    send_event(public, "message", "last")
+    for key, client in clients.items():
+        assert json.loads(client.wait_count(len(clients))[-1].data) == "last"
+        got = [json.loads(event.data) for event in client.events]
+        assert got == [*(other for other in clients if other != key), "last"]
+        assert client.connections == 1
+
+
+def test_change_of_permission_asks_the_streams_of_that_user_alone(
+    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+) -> None:
+    """A stream that asks gets what nobody has published."""
+    public = f"public{channel}"
+    clients = {key: stream(public, headers=headers(key)).wait_open() for key in KEYS[:3]}
+    send_event(public, "message", 1)
+    for client in clients.values():
+        client.wait_count(1)
+    wait_until(lambda: database.value(_ACKNOWLEDGED), timeout=20)
+    publisher.kill()
+    send_event(public, "message", 2)
+    sequence(database)
+    database.execute(
+        "UPDATE pg_eventstream_proxy"
+        " SET position = (SELECT max(position) FROM pg_eventstream_stream)"
+    )
+    publisher.lead()
+    channel_permission_changed(user("anonymous"), public)
+    clients["anonymous"].wait_count(2)
+    channel_permission_changed(user(r"\anonymous"), public)
+    clients[r"\anonymous"].wait_count(2)
+    assert len(clients[None].events) == 1
+
+
+_ACKNOWLEDGED = """SELECT (SELECT max(position) FROM pg_eventstream_stream)
+                        = (SELECT min(position) FROM pg_eventstream_proxy)"""

@@ -1,0 +1,237 @@
+"""The proxy dies, hangs and refuses, under load: clients end up with everything, once, in order.
+
+Pushpin and the publisher are real. Where Pushpin cannot be made to misbehave, a control port that
+does stands in front of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.client import HTTPConnection
+
+import pytest
+
+from pg_eventstream.servers.processes import HOST, children, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
+from tests.faults.test_crash import seeded
+from tests.support.control_port import ControlPort
+from tests.support.database import Database
+from tests.support.environment import THOROUGH, publishes_to
+from tests.support.load import Load, two_clients
+from tests.support.publisher import PublisherProcess
+from tests.support.sse_client import SSEClient
+
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("app")]
+
+NewPublisher = Callable[..., PublisherProcess]
+
+KILLS = 30 if THOROUGH else 2
+PAUSES = 20 if THOROUGH else 2
+#: A proxy that is starting loses requests without a trace; clients have to give up on those.
+PATIENCE = 3.0
+BACK = "takes events again"
+UNREACHABLE = "cannot be reached: "
+#: The publisher waits for an answer for so many seconds.
+ANSWER_SECONDS = 10.0
+
+
+@pytest.fixture
+def proxy(second_pushpin: Pushpin) -> Pushpin:
+    """A proxy of the test's own, which it may break."""
+    second_pushpin.start()
+    return second_pushpin
+
+
+def goes_on(load: Load, *clients: SSEClient) -> None:
+    """Until the clients have all that is committed by now."""
+    count = len(load.committed)
+    for client in clients:
+        client.wait_count(count + 1, timeout=60)
+
+
+def lines(publisher: PublisherProcess, text: str) -> int:
+    return sum(text in line for line in publisher.log.splitlines())
+
+
+# Pushpin itself
+
+
+def test_proxy_killed_at_any_moment_costs_clients_nothing_but_a_pause(
+    database: Database, new_publisher: NewPublisher, proxy: Pushpin, channel: str
+) -> None:
+    chance = seeded()
+    publisher = new_publisher(**publishes_to(proxy.control_url)).lead()
+    load = Load(database, channel, seed=chance.randrange(1000))
+    with two_clients(proxy.url, channel, patience=PATIENCE) as (steady, restless):
+        with load.running():
+            for n in range(KILLS):
+                time.sleep(chance.uniform(0, 0.4))  # the random moment
+                if n % 2:
+                    _kill_one_service(proxy, chance)
+                proxy.kill()
+                wait_until(lambda k=n: lines(publisher, UNREACHABLE) > k, timeout=20)  # type: ignore[misc]
+                proxy.start()
+                restless.drop()
+                goes_on(load, steady, restless)
+        load.check(steady)
+        load.check(restless)
+    # Clients can have everything, by the endpoint too, before the publisher has its answer.
+    wait_until(lambda: lines(publisher, BACK) >= KILLS, timeout=60)
+    assert "events wait, trying again" in publisher.log
+
+
+def _kill_one_service(proxy: Pushpin, chance: random.Random) -> None:
+    """One of those that Pushpin consists of; the others follow."""
+    with suppress(ProcessLookupError):
+        os.kill(chance.choice(children(proxy.pid)), signal.SIGKILL)
+    proxy.process.wait(timeout=20)
+
+
+@pytest.mark.thorough
+def test_proxy_that_was_away_gets_what_has_been_waiting(
+    database: Database, new_publisher: NewPublisher, proxy: Pushpin, channel: str
+) -> None:
+    load = Load(database, channel)
+    publisher = new_publisher(**publishes_to(proxy.control_url)).lead()
+    with two_clients(proxy.url, channel, patience=PATIENCE) as clients:
+        with load.running():
+            for waiting in (1500, 10_000):
+                goes_on(load, *clients)
+                proxy.stop()
+                count = len(load.committed) + waiting
+                wait_until(lambda n=count: len(load.committed) >= n, timeout=60)  # type: ignore[misc]
+                proxy.start()
+                goes_on(load, *clients)
+        for client in clients:
+            load.check(client)
+    publisher.wait_for_log(BACK, timeout=60)
+    # At the first failure and the tenth, not with each.
+    assert lines(publisher, "trying again") <= 8
+
+
+def test_proxy_that_hangs_and_goes_on_repeats_nothing(
+    database: Database, new_publisher: NewPublisher, proxy: Pushpin, channel: str
+) -> None:
+    chance = seeded()
+    new_publisher(**publishes_to(proxy.control_url)).lead()
+    load = Load(database, channel, seed=chance.randrange(1000))
+    with two_clients(proxy.url, channel) as (steady, restless):
+        with load.running():
+            for _ in range(PAUSES):
+                services = children(proxy.pid)
+                for pid in chance.sample(services, chance.randrange(1, len(services) + 1)):
+                    os.kill(pid, signal.SIGSTOP)
+                restless.drop()
+                time.sleep(chance.uniform(0.1, 0.8))
+                for pid in services:
+                    os.kill(pid, signal.SIGCONT)
+                goes_on(load, steady, restless)
+        load.check(steady)
+        load.check(restless)
+    assert steady.connections == 1
+
+
+@pytest.mark.thorough
+def test_batch_that_a_hanging_proxy_gets_again_and_again_is_delivered_once(
+    database: Database, new_publisher: NewPublisher, proxy: Pushpin, channel: str
+) -> None:
+    """The requests of a publisher that has lost patience are waiting there when it goes on."""
+    publisher = new_publisher(**publishes_to(proxy.control_url)).lead()
+    load = Load(database, channel, pause=0.02)
+    with two_clients(proxy.url, channel) as clients:
+        with load.running():
+            goes_on(load, *clients)
+            for pid in children(proxy.pid):
+                os.kill(pid, signal.SIGSTOP)
+            publisher.wait_for_log("cannot be reached: timed out", timeout=3 * ANSWER_SECONDS)
+            time.sleep(2.5 * ANSWER_SECONDS)  # so that it is repeated some more times
+            for pid in children(proxy.pid):
+                os.kill(pid, signal.SIGCONT)
+            goes_on(load, *clients)
+        for client in clients:
+            load.check(client)
+    publisher.wait_for_log(BACK, timeout=60)
+
+
+# A control port that answers what Pushpin's would only if something were wrong with it
+
+
+class FrontPort(ControlPort):
+    """Hands on to a proxy's own control port what it takes."""
+
+    def __init__(self, proxy: Pushpin) -> None:
+        super().__init__()
+        self._proxy = proxy
+
+    def take(self, body: bytes) -> None:
+        super().take(body)
+        connection = HTTPConnection(HOST, self._proxy.control_port, timeout=20)
+        connection.request("POST", "/publish/", body)
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+@pytest.fixture
+def front(pushpin: Pushpin) -> Iterator[FrontPort]:
+    with FrontPort(pushpin) as port:
+        yield port
+
+
+def test_proxy_that_is_unavailable_for_a_while_gets_everything_in_order(
+    database: Database,
+    new_publisher: NewPublisher,
+    pushpin: Pushpin,
+    front: FrontPort,
+    channel: str,
+) -> None:
+    publisher = new_publisher(**publishes_to(front.url)).lead()
+    load = Load(database, channel, pause=0.01)
+    rounds = [(n, lies) for n in ((1, 5, 9) if THOROUGH else (1, 3)) for lies in (False, True)]
+    with two_clients(pushpin.url, channel) as clients:
+        with load.running():
+            for n, (failures, lies) in enumerate(rounds):
+                goes_on(load, *clients)
+                front.takes_all = lies
+                front.answers = [503, 500, 502, 504, 401, 429, 302, 404, 500][:failures]
+                wait_until(lambda k=n: lines(publisher, BACK) > k, timeout=60)  # type: ignore[misc]
+                clients[1].drop()
+        for client in clients:
+            load.check(client)
+            assert client.connections == (1 if client is clients[0] else len(rounds) + 1)
+    assert "answered 503: no; " in publisher.log
+    assert "events wait, trying again" in publisher.log
+
+
+def test_event_that_the_proxy_refuses_reaches_clients_by_the_endpoint_and_delays_no_other(
+    database: Database,
+    new_publisher: NewPublisher,
+    pushpin: Pushpin,
+    front: FrontPort,
+    channel: str,
+) -> None:
+    front.refused = "poison"
+    publisher = new_publisher(**publishes_to(front.url)).lead()
+    load = Load(database, channel, senders=2, pause=0.1)  # no burst, which has hints of its own
+    poisoned = 30 if THOROUGH else 3
+    with two_clients(pushpin.url, channel) as clients:
+        with load.running():
+            for n in range(poisoned):
+                goes_on(load, *clients)
+                database.send(channel, f"poison {n}")
+                load.committed.append(f"poison {n}")
+        for client in clients:
+            client.wait_count(len(load.committed))
+        # Nothing follows this one, which would show the gap.
+        database.send(channel, "poison at last")
+        load.committed.append("poison at last")
+        for client in clients:
+            load.check(client)
+            assert client.connections == 1
+    assert publisher.log.count("published a hint instead") == poisoned + 1
+    assert re.search(rf"refused event \d+ of channel '{channel}' \(", publisher.log)

@@ -1,0 +1,158 @@
+"""What is pruned costs nothing any more, also while a held snapshot keeps vacuum from it."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from django.db import connection as django_connection
+from django.test import override_settings
+
+from pg_eventstream import get_current_event_id
+from pg_eventstream.grip import proxy as grip
+from pg_eventstream.liveness import _look_at_publisher
+from pg_eventstream.postgres import connector as connection
+from pg_eventstream.publisher import feed
+from pg_eventstream.publisher.daemon import _register
+from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.streams import hub
+from pg_eventstream.streams import replay as recovery
+from tests.support.database import Database
+
+#: So many are dead in one channel, which is pruned wholly; and in all of a table.
+PRUNED = 20_000
+PROXY = grip.Proxy({"control_uri": "http://127.0.0.1:1"})
+
+
+class PagesRead:
+    """By all statements of a session from now on."""
+
+    def __init__(self, session: psycopg.Connection[Any]) -> None:
+        self._plans: list[str] = []
+        session.add_notice_handler(lambda notice: self._plans.append(notice.message_primary or ""))
+        session.execute(
+            "LOAD 'auto_explain'; SET auto_explain.log_min_duration = 0;"
+            " SET auto_explain.log_analyze = on; SET auto_explain.log_buffers = on;"
+            " SET auto_explain.log_timing = off; SET auto_explain.log_level = notice"
+        )
+        self._plans.clear()
+
+    @property
+    def count(self) -> int:
+        assert self._plans
+        pages = 0
+        for plan in self._plans:
+            # The uppermost node counts what those below it have read.
+            found = re.search(r"Buffers: shared(?: hit=(\d+))?(?: read=(\d+))?", plan)
+            pages += sum(int(number or 0) for number in found.groups()) if found else 0
+        return pages
+
+
+def in_django(work: Callable[[], object]) -> int:
+    django_connection.ensure_connection()
+    pages = PagesRead(django_connection.connection)
+    try:
+        work()
+    finally:
+        django_connection.close()
+    return pages.count
+
+
+def sequence(database: Database) -> int:
+    with database.connect() as session:
+        session.execute("SELECT pg_eventstream_sequence()")  # plans its statements
+        database.send("pruned")
+        pages = PagesRead(session)
+        assert session.execute("SELECT pg_eventstream_sequence()").fetchone() == (1,)
+        return pages.count
+
+
+def resume(database: Database) -> int:
+    return in_django(lambda: recovery.recover({"pruned": PRUNED}))
+
+
+def resume_from_what_is_pruned(database: Database) -> int:
+    return in_django(lambda: recovery.recover({"pruned": 5}))
+
+
+def read_from_the_earliest(database: Database) -> int:
+    return in_django(lambda: recovery.recover({"pruned": recovery.EARLIEST}))
+
+
+def find_the_current_id(database: Database) -> int:
+    return in_django(lambda: get_current_event_id(["pruned"]))
+
+
+def follow(database: Database) -> int:
+    reader = hub._Reader(hub.Hub("default"))
+    with database.connect() as session:
+        pages = PagesRead(session)
+        reader._begin(session)
+        assert reader.position == PRUNED
+        reader._read_page(session)
+        return pages.count
+
+
+def publish(database: Database) -> int:
+    work = feed.Feed(PROXY, connection.Database("default"), threading.Event())
+    work._connect()
+    assert work._connection is not None
+    pages = PagesRead(work._connection)
+    work._read_page()
+    work.close()
+    return pages.count
+
+
+def register(database: Database) -> int:
+    with database.connect() as session:
+        pages = PagesRead(session)
+        _register(session, "me", [PROXY])
+        return pages.count
+
+
+def look_whether_a_publisher_runs(database: Database) -> int:
+    with override_settings(GRIP_URL="http://127.0.0.1:1"):
+        return in_django(_look_at_publisher)
+
+
+WORK = [
+    sequence,
+    resume,
+    resume_from_what_is_pruned,
+    read_from_the_earliest,
+    find_the_current_id,
+    follow,
+    publish,
+    register,
+    look_whether_a_publisher_runs,
+]
+
+
+@pytest.fixture
+def pruned(database: Database) -> Iterator[Database]:
+    """All that a proxy has got is pruned, and none of it can be vacuumed."""
+    database.execute(
+        "INSERT INTO pg_eventstream_event (channel, data)"
+        " SELECT 'pruned', '' FROM generate_series(1, %s)",
+        [PRUNED],
+    )
+    with database.connect(autocommit=False) as old, database.connect() as session:
+        session.execute("SELECT pg_eventstream_sequence()")
+        _register(session, "me", [PROXY])
+        session.execute("UPDATE pg_eventstream_proxy SET position = %s", [PRUNED])
+        session.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '2 days'")
+        old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        old.execute("SELECT count(*) FROM pg_eventstream_event")
+        assert Sweep(session).run_once() == PRUNED
+        yield database
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_what_is_pruned_and_not_vacuumed_is_not_walked_over(
+    pruned: Database, work: Callable[[Database], int]
+) -> None:
+    assert work(pruned) < 300

@@ -1,0 +1,298 @@
+"""``migrations/grants.sql``: with it each role can do its work, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from django.db import ProgrammingError, connections
+from django.test import override_settings
+
+from pg_eventstream import liveness
+from pg_eventstream.postgres.connector import Database as Where
+from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.servers.processes import Process, accepts, wait_until
+from pg_eventstream.servers.pushpin import Pushpin
+from pg_eventstream.streams.hub import Hub, _Reader
+from pg_eventstream.streams.replay import recover
+from tests.support.database import Database
+from tests.support.environment import DIRECTORY, child_environment
+from tests.support.publisher import PublisherProcess
+from tests.support.roles import MIGRATIONS, granted, run_file
+from tests.support.sse_client import SSEClient
+
+
+def as_role(database: Database, role: str) -> str:
+    return database.postgres.dsn(database.name, role)
+
+
+def make_old(database: Database) -> None:
+    """Everything in the stream is past the retention now."""
+    database.execute(
+        "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - interval '2 days'"
+    )
+
+
+@pytest.fixture
+def app(database: Database, pushpin: Pushpin, app_port: int) -> Iterator[Process]:
+    """The application server, connected as a role that is an endpoint and nothing else."""
+    process = Process(
+        "the application server",
+        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={app_port}"],
+        log_path=DIRECTORY / "app.log",
+        environment=child_environment(
+            pushpin, PG_EVENTSTREAM_TEST_DSN=as_role(database, granted(database, "endpoint"))
+        ),
+    )
+    process.start(ready=lambda: accepts(app_port))
+    yield process
+    process.stop(timeout=5)
+
+
+def test_events_arrive_when_every_role_has_its_grants_only(
+    database: Database,
+    new_publisher: Callable[..., PublisherProcess],
+    stream: Callable[..., SSEClient],
+    channel: str,
+) -> None:
+    publisher = new_publisher(
+        PG_EVENTSTREAM_TEST_DSN=as_role(database, granted(database, "publisher"))
+    ).lead()
+    client = stream(channel).wait_open()
+    with psycopg.connect(as_role(database, granted(database, "sender"))) as sender:
+        for n in range(3):
+            sender.execute(
+                "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
+                [channel, str(n)],
+            )
+            sender.commit()
+    events = client.wait_count(3)
+    assert [event.data for event in events] == ["0", "1", "2"]
+    late = stream(channel, last_event_id=events[0].id)  # reads what it missed
+    assert [event.data for event in late.wait_count(2)] == ["1", "2"]
+    assert "permission denied" not in publisher.log
+
+
+def test_server_alone_streams_with_its_grants_only(
+    database: Database, app_port: int, channel: str
+) -> None:
+    role = granted(database, "endpoint", "sequencer")
+    server = Process(
+        "the application server",
+        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={app_port}"],
+        log_path=DIRECTORY / "app.log",
+        environment=child_environment(PG_EVENTSTREAM_TEST_DSN=as_role(database, role)),
+    )
+    server.start(ready=lambda: accepts(app_port))
+    try:
+        with SSEClient(f"http://127.0.0.1:{app_port}/events/", [channel]) as client:
+            client.wait_open()
+            database.send(channel, "1")
+            assert [event.data for event in client.wait_count(1)] == ["1"]
+    finally:
+        server.kill()
+
+
+def test_publisher_prunes_with_its_grants_only(
+    database: Database, new_publisher: Callable[..., PublisherProcess], channel: str
+) -> None:
+    role = granted(database, "publisher")
+    for _ in range(3):
+        database.send(channel)
+    new_publisher("--once").start()
+    wait_until(
+        lambda: database.value("SELECT count(*) FROM pg_eventstream_stream") == 3, timeout=20
+    )
+    make_old(database)
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_DSN=as_role(database, role)).lead()
+    wait_until(lambda: database.value("SELECT count(*) FROM pg_eventstream_event") == 0, timeout=20)
+    assert "permission denied" not in publisher.log
+
+
+# The work of each role, all of it, against a database with a bit of everything in it.
+
+
+def publish(dsn: str) -> None:
+    Publisher(Where("default", dsn)).run_once()
+
+
+def prune_only(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        Sweep(connection).run_once()
+
+
+def serve(dsn: str) -> None:
+    wrapper = connections["default"]
+    owner = wrapper.settings_dict["USER"]
+    try:
+        connections.close_all()
+        wrapper.settings_dict["USER"] = psycopg.conninfo.conninfo_to_dict(dsn)["user"]
+        recover({"old": 0, "new": 0})
+        liveness._look_at_publisher()
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            reader = _Reader(Hub("default"))
+            reader.position = 0
+            reader._read_page(connection)
+    finally:
+        connections.close_all()
+        wrapper.settings_dict["USER"] = owner
+
+
+def sequence(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("SELECT pg_eventstream_sequence()")
+
+
+def send(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)"
+            " VALUES ('new', 'type', '{}', '{}')"
+        )
+
+
+@pytest.fixture
+def work_to_do(database: Database, pushpin: Pushpin) -> Iterator[Callable[[], None]]:
+    """Makes work: something to sequence, publish, acknowledge, forget and prune."""
+
+    def make() -> None:
+        database.execute("TRUNCATE pg_eventstream_proxy")
+        database.send("old")
+        database.execute("SELECT pg_eventstream_sequence()")
+        make_old(database)
+        for n in range(2):
+            database.send("new", str(n))
+        database.execute(
+            "INSERT INTO pg_eventstream_proxy"
+            " SELECT 'http://gone.example', max(position) FROM pg_eventstream_stream"
+        )
+        database.execute(
+            "INSERT INTO pg_eventstream_publisher VALUES (1, 'host:1', now(), now())"
+            " ON CONFLICT (id) DO UPDATE SET heartbeat = now()"
+        )
+
+    with override_settings(GRIP_URL=pushpin.control_url):
+        yield make
+
+
+def privileges(database: Database, role: str) -> list[tuple[str, str]]:
+    """What a role was granted on the app's objects, as the text between GRANT and TO."""
+    return database.fetch(
+        """
+        SELECT privilege_type, table_name FROM information_schema.role_table_grants
+         WHERE grantee = %(role)s
+        UNION ALL
+        SELECT format('%%s (%%s)', privilege_type,
+                      string_agg(column_name, ', ' ORDER BY column_name)), table_name
+          FROM information_schema.role_column_grants AS c
+         WHERE grantee = %(role)s AND NOT EXISTS (
+               SELECT FROM information_schema.role_table_grants AS t
+                WHERE t.grantee = c.grantee AND t.table_name = c.table_name
+                  AND t.privilege_type = c.privilege_type)
+         GROUP BY privilege_type, table_name
+        UNION ALL
+        SELECT privilege_type, format('FUNCTION %%I', routine_name)
+          FROM information_schema.role_routine_grants
+         WHERE grantee = %(role)s
+         ORDER BY 2, 1
+        """,
+        {"role": role},
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "work", "expected"),
+    [
+        (
+            "sender",
+            send,
+            {"event": "INSERT (channel, data, skip_user_ids, type)"},
+        ),
+        (
+            "endpoint",
+            serve,
+            {
+                "event": "SELECT",
+                "stream": "SELECT",
+                "channel": "SELECT",
+                "cursor": "SELECT",
+                "publisher": "SELECT",
+                "proxy": "SELECT",
+            },
+        ),
+        ("sequencer", sequence, {"sequence": "EXECUTE"}),
+        (
+            "publisher",
+            publish,
+            {
+                "event": "DELETE SELECT",
+                "stream": "DELETE SELECT",
+                "outbox": "DELETE SELECT",
+                "cursor": "SELECT",
+                "channel": "INSERT SELECT UPDATE",
+                "publisher": "INSERT SELECT UPDATE",
+                "proxy": "DELETE INSERT SELECT UPDATE",
+                "sequence": "EXECUTE",
+            },
+        ),
+        (
+            "pruner",
+            prune_only,
+            {
+                "event": "DELETE SELECT (created, id)",
+                "stream": "DELETE SELECT",
+                "outbox": "DELETE SELECT",
+                "cursor": "SELECT",
+                "channel": "INSERT SELECT UPDATE",
+                "proxy": "SELECT",
+            },
+        ),
+    ],
+)
+def test_role_can_do_its_work_and_needs_each_of_its_grants(
+    database: Database,
+    work_to_do: Callable[[], None],
+    kind: str,
+    work: Callable[[str], Any],
+    expected: dict[str, str],
+) -> None:
+    role = granted(database, kind)
+    dsn = as_role(database, role)
+    work_to_do()
+    work(dsn)
+    held = privileges(database, role)
+    found: dict[str, str] = {}
+    for privilege, thing in held:
+        name = thing.removeprefix("FUNCTION ").removeprefix("pg_eventstream_")
+        found[name] = f"{found[name]} {privilege}" if name in found else privilege
+    assert found == expected
+    needless = []
+    for privilege, thing in held:
+        work_to_do()
+        database.execute(f"REVOKE {privilege} ON {thing} FROM {role}")
+        try:
+            work(dsn)
+        except (psycopg.errors.InsufficientPrivilege, ProgrammingError):
+            pass  # the second is what Django makes of the first
+        else:
+            needless.append(f"{privilege} ON {thing}")
+        database.execute(f"GRANT {privilege} ON {thing} TO {role}")
+    assert needless == []
+
+
+def test_grants_may_be_repeated_and_a_role_may_be_several(database: Database) -> None:
+    for _ in range(2):
+        role = granted(database, "sender", "endpoint")
+    send(as_role(database, role))
+    serve(as_role(database, role))
+
+
+def test_grants_without_a_role_grant_nothing(database: Database) -> None:
+    query = "SELECT count(*) FROM information_schema.table_privileges"
+    before = database.value(query)
+    run_file(database, MIGRATIONS / "grants.sql")
+    assert database.value(query) == before

@@ -1,0 +1,205 @@
+"""The order that clients see is the order of commits, whatever order the INSERTs ran in."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+
+import psycopg
+import pytest
+
+from tests.support.database import Database
+from tests.support.publisher import PublisherProcess
+from tests.support.sse_client import SSEClient
+
+WRITERS = 8
+
+
+class Contention:
+    """Writers that insert their event first and then wait for one row, which counts them."""
+
+    def __init__(self, database: Database, channel: str) -> None:
+        self.database = database
+        self.channel = channel
+        self.order: dict[str, int] = {}
+        """The value of the locked counter, for each event's data."""
+        database.execute("INSERT INTO app_counter (name, value) VALUES ('contended', 0)")
+
+    def run(self, transactions: int) -> None:
+        threads = [
+            threading.Thread(target=self._write, args=[n, transactions // WRITERS])
+            for n in range(WRITERS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(self.order) == transactions // WRITERS * WRITERS
+
+    def _write(self, writer: int, transactions: int) -> None:
+        with self.database.connect(autocommit=False) as connection:
+            for n in range(transactions):
+                data = f"{writer}-{n}"
+                connection.execute(
+                    "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
+                    [self.channel, data],
+                )
+                row = connection.execute(
+                    "UPDATE app_counter SET value = value + 1 RETURNING value"
+                ).fetchone()
+                connection.commit()
+                assert row
+                self.order[data] = row[0]
+
+
+def inversions(values: list[int]) -> int:
+    return sum(1 for before, after in itertools.pairwise(values) if before > after)
+
+
+def test_clients_see_commit_order(
+    database: Database,
+    publisher: PublisherProcess,
+    stream: Callable[..., SSEClient],
+    channel: str,
+) -> None:
+    client = stream(channel).wait_open()
+    contention = Contention(database, channel)
+    contention.run(4000)
+    received = client.wait_count(4000, timeout=60)
+    assert inversions([contention.order[event.data] for event in received]) == 0
+    assert [event.eids[channel] for event in received] == list(range(1, 4001))
+
+
+def test_order_by_id_would_not_do(
+    database: Database,
+    publisher: PublisherProcess,
+    stream: Callable[..., SSEClient],
+    channel: str,
+) -> None:
+    """The same with the sequence ordered by the events' ids: it shows what this guards against."""
+    definition = database.value(
+        "SELECT pg_get_functiondef('pg_eventstream_sequence()'::regprocedure)"
+    )
+    assert definition.count("ORDER BY seq") == 2
+    database.execute(definition.replace("ORDER BY seq", "ORDER BY event_id"))
+    client = stream(channel).wait_open()
+    contention = Contention(database, channel)
+    contention.run(800)
+    received = client.wait_count(800, timeout=60)
+    assert inversions([contention.order[event.data] for event in received]) > 0
+
+
+def test_events_of_a_transaction_keep_their_order(
+    database: Database,
+    publisher: PublisherProcess,
+    stream: Callable[..., SSEClient],
+    channel: str,
+) -> None:
+    client = stream(channel).wait_open()
+    with database.connect(autocommit=False) as connection:
+        for n in range(100):
+            connection.execute(
+                "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s), (%s, %s)",
+                [channel, f"{n}a", channel, f"{n}b"],
+            )
+            database.send(channel, f"other {n}")  # committed in between, by somebody else
+        connection.commit()
+    received = [event.data for event in client.wait_count(300)]
+    assert [data for data in received if not data.startswith("other")] == [
+        f"{n}{half}" for n in range(100) for half in "ab"
+    ]
+    assert [data for data in received if data.startswith("other")] == [
+        f"other {n}" for n in range(100)
+    ]
+    assert received.index("99b") == 299  # the transaction committed last
+
+
+def send_and_stay_open(connection: psycopg.Connection[object], channel: str) -> None:
+    connection.execute(
+        "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, 'late')", [channel]
+    )
+
+
+def only_hold_a_snapshot(connection: psycopg.Connection[object], channel: str) -> None:
+    """As pg_dump does for hours."""
+    connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+    connection.execute("SELECT count(*) FROM pg_eventstream_event")
+
+
+@pytest.mark.parametrize(
+    ("begin", "late"), [(send_and_stay_open, ["late"]), (only_hold_a_snapshot, [])]
+)
+def test_open_transaction_delays_nobody(
+    database: Database,
+    new_publisher: Callable[..., PublisherProcess],
+    stream: Callable[..., SSEClient],
+    channel: str,
+    begin: Callable[[psycopg.Connection[object], str], None],
+    late: list[str],
+) -> None:
+    client = stream(channel).wait_open()
+    with database.connect(autocommit=False) as connection:
+        # It is there before the publisher is, and no poll helps the others along.
+        begin(connection, channel)
+        new_publisher(PG_EVENTSTREAM_TEST_SAFETY_POLL="off").lead()
+        for n in range(200):
+            database.send(channel, str(n))
+        on_time = [str(n) for n in range(200)]
+        assert [event.data for event in client.wait_count(200)] == on_time
+        connection.commit()
+        database.send(channel, "last")
+    expected = {*on_time, *late, "last"}
+    assert {event.data for event in client.wait_count(len(expected))} == expected
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+def test_transaction_that_sequences_before_its_commit_loses_nothing(
+    database: Database, immediate: bool
+) -> None:
+    """Its own events come after those that were committed when it called."""
+    database.value("SELECT pg_eventstream_sequence()")
+    with database.connect(autocommit=False) as connection:
+        if immediate:
+            connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        for own in ("own", "own too"):
+            connection.execute(
+                "INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', %s)", [own]
+            )
+            database.send("a", f"before {own}")
+            assert connection.execute("SELECT pg_eventstream_sequence()").fetchone() == (1,)
+        connection.commit()
+    database.send("a", "after")
+    assert database.value("SELECT pg_eventstream_sequence()") == 3
+    assert database.value("SELECT pg_eventstream_sequence()") == 0
+    rows = database.fetch(
+        "SELECT eid, data FROM pg_eventstream_stream AS s"
+        " JOIN pg_eventstream_event AS e ON e.id = s.event_id ORDER BY position"
+    )
+    assert rows == list(enumerate(["before own", "before own too", "own", "own too", "after"], 1))
+
+
+def test_held_snapshot_makes_no_call_walk_over_what_is_dead(database: Database) -> None:
+    """Vacuum can remove nothing meanwhile, yet a call reads no more than it did."""
+    with database.connect(autocommit=False) as held, database.connect() as connection:
+
+        def pages_read(events: int) -> int:
+            connection.execute(
+                "INSERT INTO pg_eventstream_event (channel, data)"
+                " SELECT 'a', n FROM generate_series(1, %s) AS n",
+                [events],
+            )
+            row = connection.execute(
+                "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT pg_eventstream_sequence()"
+            ).fetchone()
+            assert row
+            plan = row[0][0]["Plan"]
+            return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"])
+
+        only_hold_a_snapshot(held, "")
+        pages_read(1)
+        before = pages_read(1)
+        for _ in range(3):
+            pages_read(10_000)
+            connection.execute("DELETE FROM pg_eventstream_outbox")  # as the sweep does
+        assert pages_read(1) < before + 50

@@ -1,0 +1,206 @@
+"""Statements that run all day read what they need by an index, whatever the statistics say.
+
+Each is explained while it runs (auto_explain), on tables of 100,000 rows of which the planner
+knows nothing yet, as after a burst; and once more without its index, to show that the test
+would notice.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import psycopg
+import pytest
+from django.db import connection as django_connection
+from django.test import override_settings
+
+from pg_eventstream.grip import proxy as grip
+from pg_eventstream.postgres import connector as connection
+from pg_eventstream.publisher import feed
+from pg_eventstream.publisher import pruner as retention
+from pg_eventstream.streams import hub
+from pg_eventstream.streams import replay as recovery
+from tests.support.database import Database
+
+EVENTS, CHANNELS = 100_000, 100
+NEWEST = EVENTS // CHANNELS
+
+
+class Explained:
+    """The plans of all that a session runs from now on."""
+
+    def __init__(self, session: psycopg.Connection[Any]) -> None:
+        self.plans: list[str] = []
+        session.add_notice_handler(lambda notice: self.plans.append(notice.message_primary or ""))
+        session.execute(
+            """
+            LOAD 'auto_explain';
+            SET auto_explain.log_min_duration = 0;
+            SET auto_explain.log_analyze = on;
+            SET auto_explain.log_timing = off;
+            SET auto_explain.log_nested_statements = on;
+            SET auto_explain.log_level = notice;
+            """
+        )
+        self.plans.clear()
+
+    def check(self, *, index: str, rows: int) -> None:
+        """All plans together use the index; none reads a whole table, or many rows at once.
+
+        Nor is any compiled.
+        """
+        lines = "\n".join(plan for plan in self.plans if "plan:" in plan).split("\n")
+        text = "\n".join(line for line in lines if "(never executed)" not in line)
+        assert re.search(rf"using {index}\b|Scan on {index}\b", text), text
+        for table in ("event", "stream", "outbox"):
+            assert f"Seq Scan on pg_eventstream_{table}" not in text, text
+        for found in re.finditer(r"actual rows=([\d.]+) loops=(\d+)", text):
+            assert float(found[1]) * int(found[2]) <= rows, text
+        for found in re.finditer(r"Rows Removed by (?:Filter|Index Recheck): (\d+)", text):
+            assert int(found[1]) <= rows, text
+        # To compile a statement takes longer than to run it. (Where PostgreSQL can.)
+        assert "JIT:" not in text, text
+
+
+def recover(database: Database) -> Explained:
+    django_connection.ensure_connection()
+    explained = Explained(django_connection.connection)
+    missed = recovery.recover({f"c{n}": NEWEST - 5 for n in range(10)})
+    assert len(missed.events) == 50
+    return explained
+
+
+def read_for_proxy(database: Database) -> Explained:
+    proxy = grip.Proxy({"control_uri": "http://127.0.0.1:1"})
+    reader = feed.Feed(proxy, connection.Database("default"), threading.Event())
+    reader._connect()
+    assert reader._connection is not None
+    explained = Explained(reader._connection)
+    reader._position = EVENTS // 2
+    reader._read_page()
+    assert sum(len(batch.events) for batch in reader._ready) == grip.BATCH_ITEMS
+    reader.close()
+    return explained
+
+
+def read_for_streams(database: Database) -> Explained:
+    followed = hub.Hub("default")
+    followed._followed.update(f"c{n}" for n in range(CHANNELS))
+    reader = hub._Reader(followed)
+    reader.position = EVENTS // 2
+    with database.connect() as session:
+        explained = Explained(session)
+        assert reader._read_page(session) > 0
+    return explained
+
+
+def prune_old(database: Database) -> Explained:
+    with database.connect() as session, override_settings(EVENTSTREAM_RETENTION=1e-6):
+        sweep = retention.Sweep(session)
+        assert sweep._prune_old(datetime.now(timezone.utc)) == 1000
+        explained = Explained(session)
+        assert sweep._prune_old(datetime.now(timezone.utc)) == 1000
+    return explained
+
+
+def find_channels(database: Database) -> Explained:
+    with database.connect() as session:
+        sweep = retention.Sweep(session)
+        explained = Explained(session)
+        assert len(sweep._channels_after("")) == CHANNELS
+    return explained
+
+
+def prune_outbox(database: Database) -> Explained:
+    with database.connect() as session:
+        explained = Explained(session)
+        sweep = retention.Sweep(session)
+        assert sweep._prune_outbox() == 1000
+        assert sweep._prune_outbox() == 1000
+    return explained
+
+
+def look_for_unseen(database: Database) -> Explained:
+    with database.connect() as session:
+        explained = Explained(session)
+        sweep = retention.Sweep(session)
+        assert sweep._unseen.prune(datetime.now(timezone.utc)) is None
+    return explained
+
+
+def sequence(database: Database) -> Explained:
+    database.send("c1")
+    with database.connect() as session:
+        explained = Explained(session)
+        assert session.execute("SELECT pg_eventstream_sequence()").fetchone() == (1,)
+    return explained
+
+
+@pytest.fixture
+def full(database: Database) -> Database:
+    """All sequenced; in the outbox as well, where the sweep has not been yet."""
+    with database.connect() as admin:
+        for table in ("event", "stream", "outbox"):
+            admin.execute(f"ALTER TABLE pg_eventstream_{table} SET (autovacuum_enabled = off)")
+        admin.execute("SET session_replication_role = replica")
+        numbers = f"generate_series(1, {EVENTS}) AS n"
+        admin.execute(
+            "INSERT INTO pg_eventstream_event (id, channel, data)"
+            f" SELECT n, 'c' || n % {CHANNELS}, 'data' FROM {numbers}"
+        )
+        admin.execute("SELECT setval('pg_eventstream_event_id_seq', %s)", [EVENTS])
+        admin.execute(
+            "INSERT INTO pg_eventstream_stream"
+            " (position, channel, eid, event_id, sequenced_at)"
+            f" SELECT n, 'c' || n % {CHANNELS}, (n - 1) / {CHANNELS} + 1, n,"
+            f" now() - interval '2 minutes' FROM {numbers}"
+        )
+        admin.execute(
+            "INSERT INTO pg_eventstream_outbox (xid, event_id, channel)"
+            f" SELECT pg_current_xact_id(), n, 'c' || n % {CHANNELS} FROM {numbers}"
+        )
+        admin.execute(
+            "INSERT INTO pg_eventstream_cursor (position, snapshot, cluster)"
+            f" SELECT {EVENTS}, pg_current_snapshot(), system_identifier FROM pg_control_system()"
+        )
+    return database
+
+
+STREAM, EVENT, OUTBOX = (f"pg_eventstream_{t}_pkey" for t in ("stream", "event", "outbox"))
+EID = "pg_eventstream_stream_eid"
+CASES = [
+    (recover, EID, 600),
+    (recover, EVENT, 600),
+    (read_for_proxy, STREAM, 500),
+    (read_for_proxy, EVENT, 500),
+    (read_for_streams, STREAM, 1000),
+    (read_for_streams, EVENT, 1000),
+    (prune_old, STREAM, 1000),
+    (prune_old, EVENT, 1000),
+    (find_channels, EID, CHANNELS + 1),
+    (prune_outbox, OUTBOX, 1000),
+    (look_for_unseen, EVENT, 100),
+    (sequence, OUTBOX, 10),
+    (sequence, EID, 10),
+]
+
+
+@pytest.mark.parametrize(("work", "index", "rows"), CASES)
+def test_statement_reads_by_its_index(
+    full: Database, work: Callable[[Database], Explained], index: str, rows: int
+) -> None:
+    work(full).check(index=index, rows=rows)
+
+
+@pytest.mark.parametrize(("work", "index", "rows"), CASES)
+def test_missing_index_is_noticed(
+    full: Database, work: Callable[[Database], Explained], index: str, rows: int
+) -> None:
+    table = re.sub("_(pkey|eid)$", "", index)
+    full.execute(f"ALTER TABLE {table} DROP CONSTRAINT {index} CASCADE")
+    with pytest.raises(AssertionError):
+        work(full).check(index=index, rows=rows)

@@ -1,0 +1,404 @@
+"""The publisher and its proxies: each gets everything in order, whatever the others do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jwt
+import pytest
+from django.test import override_settings
+
+from pg_eventstream import send_event, send_events
+from pg_eventstream.conf import conf
+from pg_eventstream.grip import proxy as grip
+from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.postgres.incarnation import UNKNOWN
+from pg_eventstream.publisher import daemon as publisher_module
+from pg_eventstream.publisher import feed as feed_module
+from pg_eventstream.publisher.daemon import Publisher, _register, sequence
+from pg_eventstream.publisher.feed import Feed
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import wait_until
+from pg_eventstream.servers.pushpin import Pushpin
+from tests.support.control_port import ControlPort
+from tests.support.database import Database
+from tests.support.environment import KEY
+from tests.support.publisher import PublisherProcess
+from tests.support.sse_client import SSEClient
+
+NewPublisher = Callable[..., PublisherProcess]
+Stream = Callable[..., SSEClient]
+
+
+def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
+    database: Database,
+    new_publisher: NewPublisher,
+    pushpin: Pushpin,
+    second_pushpin: Pushpin,
+    stream: Stream,
+    channel: str,
+) -> None:
+    urls = " ".join(f"{p.control_url}?key={KEY}" for p in (second_pushpin, pushpin))
+    first = stream(channel).wait_open()
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=urls).lead()
+    for n in range(50):
+        send_event(channel, "message", n)
+    assert [event.data for event in first.wait_count(50, timeout=5)] == list(map(str, range(50)))
+    publisher.wait_for_log("cannot be reached")
+
+    second_pushpin.start()
+    with SSEClient(f"{second_pushpin.url}/events/", [channel]) as second:
+        second.wait_open()
+        publisher.wait_for_log("takes events again")
+        send_event(channel, "message", "both")
+        assert first.wait_count(51)[-1].data == '"both"'
+        assert second.wait_count(1)[-1].data == '"both"'
+        assert second.events[-1].eids == {channel: 51}
+    wait_until(
+        lambda: database.fetch("SELECT DISTINCT position FROM pg_eventstream_proxy") == [(51,)],
+        timeout=5,
+    )
+
+
+def publish_once() -> int:
+    return Publisher(Connections("default")).run_once()
+
+
+@pytest.fixture
+def control() -> Iterator[ControlPort]:
+    with ControlPort() as port, override_settings(GRIP_URL=port.url):
+        yield port
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, [4, 5]),
+        # Known ones wait for what they have not taken, however old it is.
+        ({"the same": 2}, [3, 4, 5]),
+        # A new one may be a known one under a new address.
+        ({"another": 4}, [5]),
+        ({"another": 1}, [4, 5]),
+        ({"another": 1, "a third": 4}, [4, 5]),
+        # From a stream that was longer.
+        ({"another": 1000}, [4, 5]),
+    ],
+)
+def test_proxy_that_nobody_knows_begins_where_streams_have_not_asked_yet(
+    database: Database, control: ControlPort, known: dict[str, int], expected: list[int]
+) -> None:
+    """Not with all that is kept: that may be millions of events, before the first that is new."""
+    for n in range(1, 6):
+        database.send("c", str(n))
+    database.execute("SELECT pg_eventstream_sequence()")
+    database.execute(
+        "UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '601 s'"
+        " WHERE position <= 3"
+    )
+    for name, position in known.items():
+        url = control.url if name == "the same" else f"http://{name}"
+        database.execute(
+            "INSERT INTO pg_eventstream_proxy (name, position) VALUES (%s, %s)", [url, position]
+        )
+    publish_once()
+    assert control.ids == [str(n) for n in expected]
+
+
+def test_start_without_proxies_forgets_none(database: Database, control: ControlPort) -> None:
+    """A setting may be missing in one shell, and there in the next."""
+    database.send("c", "1")
+    publish_once()
+    database.send("c", "2")
+    with override_settings(GRIP_URL=None):
+        publish_once()
+    publish_once()
+    assert control.ids == ["1", "2"]
+
+
+def test_what_the_proxy_has_not_taken_is_published_by_the_next_publisher(
+    database: Database, control: ControlPort, new_publisher: NewPublisher
+) -> None:
+    """Not even if the channel has no other event, which would show clients the gap."""
+    control.silent.set()
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
+    send_events(("a", "message", n) for n in range(250))
+    wait_until(lambda: len(control.bodies) == 1, timeout=20)
+    publisher.kill()
+    control.silent.clear()
+    publisher.lead()
+    wait_until(lambda: len(control.ids) >= 250, timeout=20)
+    assert control.ids[:250] == [str(n) for n in range(1, 251)]
+
+
+def test_hints_that_a_killed_publisher_owed_come_from_the_next_one(
+    database: Database, control: ControlPort, new_publisher: NewPublisher
+) -> None:
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
+    send_events(("burst", "message", n) for n in range(60))
+    send_events(("quiet", "message", n) for n in range(40))
+    send_event("large", "message", "x" * grip.EVENT_BYTES)
+    acknowledged = "SELECT position FROM pg_eventstream_proxy"
+    wait_until(lambda: database.value(acknowledged) == 101, timeout=20)
+    publisher.kill()
+    del control.items[:]
+    publisher.lead()
+    for _ in ("soon", "later"):
+        wait_until(lambda: len(control.items) == 2, timeout=20)
+        assert hinted(control) == ["events-burst", "events-large"]
+        del control.items[:]
+    send_event("quiet", "message", "next")
+    wait_until(lambda: control.ids == ["41"], timeout=20)
+
+
+def hinted(control: ControlPort) -> list[str]:
+    """The channels of which there was a hint."""
+    hint = {"action": "hint"}
+    return sorted(i["channel"] for i in control.items if i["formats"]["http-stream"] == hint)
+
+
+def test_batches_keep_order_and_stay_below_the_limits(
+    database: Database, control: ControlPort
+) -> None:
+    send_events([("big", "message", "x" * 200_000) for _ in range(12)])
+    send_events([("small", "message", n) for n in range(250)])
+    assert publish_once() == 262
+    events = [item for item in control.items if "id" in item]
+    assert [(item["channel"], item["id"], item["prev-id"]) for item in events] == [
+        *[("events-big", str(n), str(n - 1)) for n in range(1, 13)],
+        *[("events-small", str(n), str(n - 1)) for n in range(1, 251)],
+    ]
+    assert max(len(body) for body in control.bodies) <= 900_100
+    assert max(len(json.loads(body)["items"]) for body in control.bodies) <= 100
+
+
+def test_unavailable_proxy_gets_the_same_batch_again(
+    database: Database, control: ControlPort
+) -> None:
+    control.answers = [503, 500, 502]
+    send_events([("a", "message", n) for n in range(10)])
+    assert publish_once() == 10
+    assert len(control.bodies) == 4
+    assert len(set(control.bodies)) == 1
+    assert control.ids == [str(n) for n in range(1, 11)]
+
+
+def test_sigterm_ends_a_publisher_whose_proxy_is_silent(
+    database: Database, control: ControlPort, new_publisher: NewPublisher
+) -> None:
+    control.silent.set()
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
+    send_event("a", "message", 1)
+    wait_until(lambda: len(control.bodies) == 1, timeout=20)
+    os.kill(publisher.pid, signal.SIGTERM)
+    wait_until(lambda: not publisher.running, timeout=5)
+    assert publisher.returncode == 0
+
+
+def test_second_signal_ends_the_publisher_at_once(
+    database: Database, control: ControlPort, new_publisher: NewPublisher
+) -> None:
+    control.silent.set()
+    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
+    send_event("a", "message", 1)
+    wait_until(lambda: len(control.bodies) == 1, timeout=20)
+    os.kill(publisher.pid, signal.SIGINT)
+    publisher.wait_for_log("stopping")
+    os.kill(publisher.pid, signal.SIGINT)
+    wait_until(lambda: not publisher.running, timeout=1)
+    assert publisher.returncode == 128 + signal.SIGINT
+
+
+def test_refused_event_is_replaced_by_a_hint_and_the_others_go_out(
+    database: Database, control: ControlPort, caplog: pytest.LogCaptureFixture
+) -> None:
+    control.refused = "poison"
+    send_events([("a", "message", "poison" if n == 33 else n) for n in range(1, 101)])
+    assert publish_once() == 100
+    expected: list[str | None] = [None if n == 33 else str(n) for n in range(1, 101)]
+    # The burst's hint, for those that could not follow it, comes last.
+    assert control.ids == [*expected, None]
+    assert control.items[32]["formats"] == {"http-stream": {"action": "hint"}}
+    assert "refused event 33 of channel 'a'" in caplog.text
+
+
+def test_event_over_the_proxys_limit_becomes_a_hint(
+    database: Database, control: ControlPort
+) -> None:
+    send_events([("a", "message", "small"), ("a", "message", "x" * 5_000_000)])
+    send_event("a", "message", "\x01" * 300_000, json_encode=False)  # six-fold in JSON
+    send_event("a", "message", "small again")
+    publish_once()
+    # And one more, for a stream that was just being opened when the others came.
+    assert control.ids == ["1", None, None, "4", None]
+    for hint in (control.items[1], control.items[4]):
+        assert hint == {"channel": "events-a", "formats": {"http-stream": {"action": "hint"}}}
+
+
+def test_hint_in_place_of_a_refused_event_is_repeated(
+    database: Database, control: ControlPort
+) -> None:
+    control.refused = "poison"
+    send_event("a", "message", "poison")
+    publish_once()
+    assert control.ids == [None, None]
+    assert control.items[0] == control.items[1]
+
+
+def test_page_that_is_cut_because_of_its_size_is_followed_by_the_next_at_once(
+    database: Database, control: ControlPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has to say that there is news."""
+    monkeypatch.setattr(feed_module, "_ACKNOWLEDGE_SECONDS", 60)
+    text = "x" * 390_000
+    send_events([("big", "message", text)] * 30)
+    over = threading.Event()
+    with database.connect() as connection:
+        sequence(connection)
+        _register(connection, "a test", [grip.Proxy(config) for config in conf.grip_proxies])
+    feed = Feed(grip.Proxy(conf.grip_proxies[0]), Connections("default"), over)
+    thread = threading.Thread(target=feed.run)
+    thread.start()
+    try:
+        wait_until(lambda: len(control.ids) >= 30, timeout=10)
+    finally:
+        over.set()
+        feed.wake()
+        thread.join()
+    assert control.ids[:30] == [str(n) for n in range(1, 31)]
+
+
+def test_publishing_is_authenticated_as_gripcontrol_does(
+    database: Database, control: ControlPort
+) -> None:
+    key = "secret key, thirty-two bytes long"
+    send_event("a", "message", 1)
+    with override_settings(GRIP_URL=f"{control.url}/realm?iss=realm&key={key.replace(' ', '%20')}"):
+        publish_once()
+    scheme, token = control.headers[-1]["Authorization"].split()
+    assert scheme == "Bearer"
+    assert jwt.decode(token, key, algorithms=["HS256"])["iss"] == "realm"
+
+
+def test_new_proxy_starts_where_the_one_furthest_behind_is(
+    database: Database, control: ControlPort
+) -> None:
+    send_events([("a", "message", n) for n in range(3)])
+    publish_once()
+    send_event("a", "message", "waits")
+    with ControlPort() as renamed, override_settings(GRIP_URL=renamed.url):
+        publish_once()
+        assert renamed.ids == ["4"]
+    assert database.fetch("SELECT name, position FROM pg_eventstream_proxy") == [(renamed.url, 4)]
+
+
+def test_grip_url_beside_grip_proxies_is_one_proxy_each(
+    database: Database, control: ControlPort
+) -> None:
+    """django-grip appends GRIP_URL to the GRIP_PROXIES list with every request."""
+    entry = {"control_uri": control.url}
+    send_event("a", "message", 1)
+    with override_settings(GRIP_PROXIES=[entry, dict(entry), dict(entry)]):
+        publish_once()
+    assert control.ids == ["1"]
+
+
+def test_publisher_waits_for_the_database(
+    new_publisher: NewPublisher, database: Database, tmp_path: Path
+) -> None:
+    publisher = new_publisher("--dsn=host=127.0.0.1 port=1 connect_timeout=2")
+    publisher.start()
+    publisher.wait_for_log("connecting again")
+    assert publisher.running
+    publisher.stop()
+    assert publisher.returncode == 0
+
+
+def test_missing_tables_are_explained_and_waited_for(
+    new_publisher: NewPublisher, database: Database, postgres: Postgres
+) -> None:
+    publisher = new_publisher(f"--dsn={postgres.dsn()}")  # a database without our tables
+    publisher.start()
+    publisher.wait_for_log("are the migrations applied here?")
+    assert publisher.running
+
+
+def test_notification_queue_that_fills_up_is_reported(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publisher_module, "_QUEUE_USAGE_WARNING", 0.0)  # of 8 GB, by default
+    with database.connect() as leader, database.connect() as listener:
+        publisher_module._register(leader, "test", [])
+        publisher_module._sequence_and_beat(leader, UNKNOWN)
+        assert "notification queue" not in caplog.text
+        listener.execute("LISTEN elsewhere")
+        listener.execute("BEGIN")
+        leader.execute(
+            "SELECT pg_notify('elsewhere', repeat('x', 7000) || n) FROM "
+            "generate_series(1, 100) AS n"
+        )
+        publisher_module._sequence_and_beat(leader, UNKNOWN)
+    assert "notification queue" in caplog.text
+
+
+def test_heartbeat_is_part_of_a_round(database: Database) -> None:
+    with database.connect() as leader:
+        publisher_module._register(leader, "test", [])
+        leader.execute("UPDATE pg_eventstream_publisher SET heartbeat = now() - interval '1 hour'")
+        send_event("a", "message", 1)
+        sequenced, before = publisher_module._sequence_and_beat(leader, UNKNOWN)
+        assert (sequenced, before.position) == (1, 0)
+    assert database.fetch(
+        "SELECT count(*) FROM pg_eventstream_publisher"
+        " WHERE heartbeat > now() - interval '1 minute'"
+    ) == [(1,)]
+
+
+def test_sweeps_are_rare_when_nothing_happens_and_soon_when_something_did(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_SWEEP_SECONDS", 0.01)
+    publisher = Publisher(Connections("default"))
+
+    def seconds_to_the_next_sweep() -> float:
+        start = time.monotonic()
+        publisher._wait_for_sweep(threading.Event())
+        return time.monotonic() - start
+
+    with override_settings(EVENTSTREAM_RETENTION=10):
+        publisher._busy_at = time.monotonic() - 2 * publisher_module._QUIET_SECONDS
+        assert seconds_to_the_next_sweep() >= 1
+        publisher._busy_at = time.monotonic()
+        assert seconds_to_the_next_sweep() < 1
+
+
+def test_publisher_takes_a_dsn(
+    new_publisher: NewPublisher, database: Database, stream: Stream, channel: str
+) -> None:
+    client = stream(channel).wait_open()
+    environment = {"PG_EVENTSTREAM_TEST_DSN": "host=127.0.0.1 port=1 dbname=nowhere"}
+    new_publisher(f"--dsn={database.dsn}", **environment).lead()
+    send_event(channel, "message", 1)
+    client.wait_count(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--database=nowhere"], "There is no database 'nowhere' in DATABASES"),
+        (["--database=default", "--dsn=x"], "not allowed with argument"),
+    ],
+)
+def test_wrong_arguments_are_explained(
+    new_publisher: NewPublisher, database: Database, arguments: list[str], message: str
+) -> None:
+    publisher = new_publisher(*arguments)
+    publisher.start()
+    wait_until(lambda: not publisher.running, timeout=20)
+    assert publisher.returncode != 0
+    assert message in publisher.log

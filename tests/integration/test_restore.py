@@ -1,0 +1,290 @@
+"""A database that moves to another cluster by pg_dump and pg_restore, publisher and all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import Process, accepts
+from pg_eventstream.servers.pushpin import Pushpin
+from tests.support.database import Database
+from tests.support.environment import DIRECTORY, child_environment
+from tests.support.publisher import PublisherProcess
+from tests.support.sse_client import SSEClient
+
+NewPublisher = Callable[..., PublisherProcess]
+
+
+@pytest.fixture(scope="module")
+def other_cluster() -> Iterator[Postgres]:
+    with Postgres(DIRECTORY / "other-postgres") as server:
+        yield server
+
+
+def next_xid(database: Database) -> int:
+    return int(database.value("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
+
+
+def advance_xid(database: Database, at_least: int) -> None:
+    """Use transaction ids up, one transaction each."""
+    database.execute(
+        f"""
+        DO $$ BEGIN
+            WHILE pg_snapshot_xmax(pg_current_snapshot()) < '{at_least}' LOOP
+                PERFORM pg_current_xact_id();
+                COMMIT;
+            END LOOP;
+        END $$
+        """
+    )
+    assert next_xid(database) >= at_least
+
+
+def dump(database: Database, path: Path, *arguments: str) -> None:
+    subprocess.run(
+        [
+            *(str(database.postgres.program("pg_dump")), "--format=custom", f"--file={path}"),
+            *(*arguments, database.dsn),
+        ],
+        check=True,
+        timeout=60,
+    )
+
+
+def restore(path: Path, cluster: Postgres, name: str, *arguments: str) -> Database:
+    with psycopg.connect(cluster.dsn(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+    database = Database(cluster, name)
+    subprocess.run(
+        [
+            *(str(cluster.program("pg_restore")), "--exit-on-error", "--jobs=2"),
+            *(*arguments, f"--dbname={database.dsn}", str(path)),
+        ],
+        check=True,
+        timeout=60,
+    )
+    return database
+
+
+def in_order(database: Database, channel: str) -> list[tuple[int, str]]:
+    """What clients get of a channel: eid and data, in the order of the stream."""
+    return database.fetch(
+        """
+        SELECT s.eid, e.data FROM pg_eventstream_stream s
+          JOIN pg_eventstream_event e ON e.id = s.event_id
+         WHERE s.channel = %s ORDER BY s.position
+        """,
+        [channel],
+    )
+
+
+def application(database: Database, pushpin: Pushpin, port: int) -> Process:
+    process = Process(
+        "the application server",
+        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={port}"],
+        log_path=DIRECTORY / "app.log",
+        environment=child_environment(pushpin, PG_EVENTSTREAM_TEST_DSN=database.dsn),
+    )
+    process.start(ready=lambda: accepts(port))
+    return process
+
+
+def test_clients_and_publisher_go_on_in_the_new_cluster(
+    database: Database,
+    other_cluster: Postgres,
+    new_publisher: NewPublisher,
+    pushpin: Pushpin,
+    app_port: int,
+    channel: str,
+    tmp_path: Path,
+) -> None:
+    app = application(database, pushpin, app_port)
+    try:
+        events_url = f"{pushpin.url}/events/"
+        with (
+            SSEClient(events_url, [channel]) as leaver,
+            SSEClient(events_url, [channel], reconnect=True) as stayer,
+        ):
+            leaver.wait_open()
+            stayer.wait_open()
+            publisher = new_publisher().lead()
+            for n in range(1, 6):
+                database.send(channel, f"published {n}")
+            leaver.wait_count(5)
+            stayer.wait_count(5)
+            leaver.close()
+            publisher.stop()
+
+            for n in range(6, 8):
+                database.send(channel, f"sequenced {n}")
+            assert database.value("SELECT pg_eventstream_sequence()") == 2
+            with database.connect(autocommit=False) as unfinished:
+                unfinished.execute(
+                    "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, 'unfinished')",
+                    [channel],
+                )
+                for n in range(8, 11):
+                    database.send(channel, f"committed {n}")
+                dump(database, tmp_path / "dump")
+                unfinished.rollback()
+            app.stop()
+
+            new = restore(tmp_path / "dump", other_cluster, database.name)
+            app = application(new, pushpin, app_port)
+            moved = new_publisher(PG_EVENTSTREAM_TEST_DSN=new.dsn).lead()
+            for n in range(11, 14):
+                new.send(channel, f"new {n}")
+
+            expected = [
+                *(f"published {n}" for n in range(1, 6)),
+                *(f"sequenced {n}" for n in range(6, 8)),
+                *(f"committed {n}" for n in range(8, 11)),
+                *(f"new {n}" for n in range(11, 14)),
+            ]
+            with SSEClient(events_url, [channel], last_event_id=leaver.events[2].id) as back:
+                assert [event.data for event in back.wait_count(10)] == expected[3:]
+                stayer.wait_count(13)
+                new.send(channel, "last")
+                # Whatever came twice or too much came before this one.
+                for client, first in ((back, 4), (stayer, 1)):
+                    client.wait_for(lambda c=client: c.events[-1].data == "last")  # type: ignore[misc]
+                    assert [event.data for event in client.events] == [
+                        *expected[first - 1 :], "last",
+                    ]  # fmt: skip
+                    assert [event.eids[channel] for event in client.events] == list(
+                        range(first, 15)
+                    )
+                    assert not [e for e in client.control if e.type != "stream-open"]
+            moved.stop()
+    finally:
+        app.stop()
+
+
+@pytest.mark.parametrize(
+    ("counter", "clone"),
+    [("behind", False), ("behind", True), ("between", False), ("ahead", False)],
+)
+def test_nothing_is_lost_or_repeated_wherever_the_transaction_counter_stands(
+    database: Database, other_cluster: Postgres, tmp_path: Path, counter: str, clone: bool
+) -> None:
+    """Transaction ids of the old cluster mean nothing in the new one.
+
+    Those of events that are committed, but not sequenced, lie on either side of the new
+    cluster's counter or around it. A clone, made as a copy of the files, cannot be told from
+    the old cluster by its identifier.
+    """
+    scratch = Database(other_cluster, "postgres")
+    sequenced_at = next_xid(scratch) + (-5000 if counter == "ahead" else 5000)
+    if counter == "ahead":
+        advance_xid(scratch, next_xid(database) + 10_000)
+    else:
+        advance_xid(database, sequenced_at)
+
+    for n in range(1, 4):
+        database.send("a", f"sequenced {n}")
+    with database.connect(autocommit=False) as unfinished:
+        unfinished.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', 'no')")
+        unfinished.execute("SET CONSTRAINTS ALL IMMEDIATE")  # it is in the outbox by now
+        assert database.value("SELECT pg_eventstream_sequence()") == 3
+        for n in range(4, 7):
+            advance_xid(database, next_xid(database) + 2000)
+            database.send("a", f"committed {n}")
+            database.send("b", f"committed {n}")
+        dump(database, tmp_path / "dump")
+    if counter == "between":
+        advance_xid(scratch, next_xid(database) - 3000)
+
+    new = restore(tmp_path / "dump", other_cluster, database.name)
+    if clone:
+        new.execute(
+            "UPDATE pg_eventstream_cursor"
+            "   SET cluster = (SELECT system_identifier FROM pg_control_system())"
+        )
+    snapshot, committed = new.fetch(
+        "SELECT pg_snapshot_xmax(snapshot)::text::bigint, (SELECT max(xid)::text::bigint"
+        " FROM pg_eventstream_outbox) FROM pg_eventstream_cursor"
+    )[0]
+    now = next_xid(new)
+    assert {
+        "behind": now < snapshot,
+        "between": snapshot < now < committed,
+        "ahead": committed < now,
+    }[counter]
+
+    # A transaction that is open during the first look at the new cluster's outbox.
+    with new.connect(autocommit=False) as late:
+        late.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('b', 'late')")
+        late.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        assert new.value("SELECT pg_eventstream_sequence()") == 6
+        new.send("b", "new")
+        assert new.value("SELECT pg_eventstream_sequence()") == 1
+        late.commit()
+    assert new.value("SELECT pg_eventstream_sequence()") == 1
+    new.send("a", "new")
+    assert new.value("SELECT pg_eventstream_sequence()") == 1
+    # The old cluster's ids pass by, one by one: none of them may mean anything any more.
+    advance_xid(new, max(now, committed) + 100)
+    assert new.value("SELECT pg_eventstream_sequence()") == 0
+
+    assert in_order(new, "a") == [
+        *((n, f"sequenced {n}") for n in range(1, 4)),
+        *((n, f"committed {n}") for n in range(4, 7)),
+        (7, "new"),
+    ]
+    assert in_order(new, "b") == [
+        *((n - 3, f"committed {n}") for n in range(4, 7)),
+        (4, "new"),
+        (5, "late"),
+    ]
+    positions = [position for (position,) in new.fetch(
+        "SELECT position FROM pg_eventstream_stream ORDER BY position"
+    )]  # fmt: skip
+    assert positions == list(range(1, 13))
+
+
+def test_copy_in_the_same_cluster_goes_on_by_itself(database: Database, tmp_path: Path) -> None:
+    """The transaction ids are still those of this cluster, and mean what they did."""
+    database.send("a", "sequenced")
+    database.execute("SELECT pg_eventstream_sequence()")
+    with database.connect(autocommit=False) as unfinished:
+        unfinished.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', 'no')")
+        unfinished.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        database.send("a", "committed")
+        dump(database, tmp_path / "dump")
+    copy = restore(tmp_path / "dump", database.postgres, f"{database.name}_copy")
+    copy.send("a", "new")
+    assert copy.value("SELECT pg_eventstream_sequence()") == 2
+    assert in_order(copy, "a") == [(1, "sequenced"), (2, "committed"), (3, "new")]
+    assert database.value("SELECT pg_eventstream_sequence()") == 2
+    assert in_order(database, "a") == [(1, "sequenced"), (2, "no"), (3, "committed")]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--disable-triggers",)])
+def test_rows_alone_can_be_restored_into_a_migrated_database(
+    database: Database, other_cluster: Postgres, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    """The trigger is there already, and fires for every event that is restored."""
+    database.send("a", "sequenced")
+    database.execute("SELECT pg_eventstream_sequence()")
+    database.send("a", "committed")
+    dump(database, tmp_path / "schema", "--schema-only")
+    dump(database, tmp_path / "rows", "--data-only", "--table=pg_eventstream_*")
+
+    new = restore(tmp_path / "schema", other_cluster, database.name)
+    subprocess.run(
+        [
+            *(str(other_cluster.program("pg_restore")), "--exit-on-error", *arguments),
+            *(f"--dbname={new.dsn}", str(tmp_path / "rows")),
+        ],
+        check=True,
+        timeout=60,
+    )
+    new.send("a", "new")
+    new.execute("SELECT pg_eventstream_sequence()")
+    assert in_order(new, "a") == [(1, "sequenced"), (2, "committed"), (3, "new")]

@@ -1,0 +1,278 @@
+"""Whatever happens in whatever order, each client gets exactly what a simple model says.
+
+Hypothesis chooses what happens next: senders, callers of sequence(), publishers that are killed
+and proxies that fail, sweeps and jumps of time, clients that come, go and resume, and how much of
+what is under way between a proxy and the application is done. Nothing runs beside it, so each
+run can be repeated. The database, the publisher and the endpoint are real; what lies between
+them is `grip_proxy`, and what must come of it says `model`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import hypothesis
+import pytest
+from django.test import override_settings
+from hypothesis import strategies as st
+
+from pg_eventstream import sse, views
+from pg_eventstream.grip import hold
+from pg_eventstream.grip import proxy as grip
+from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.publisher import drain as once
+from pg_eventstream.publisher import feed
+from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.streams import replay as recovery
+from tests.faults.test_crash import seeded
+from tests.model.model import DAY, Model, is_reliable
+from tests.model.reader import Reader, is_published
+from tests.model.senders import Permit, Send, Senders
+from tests.model.steps import steps
+from tests.model.world import CHANNELS, SENDERS, Killed, World
+from tests.support.database import Database
+from tests.support.environment import THOROUGH
+
+# To shrink what fails may take five minutes.
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if THOROUGH else 900)]
+
+SEQUENCE = "SELECT pg_eventstream_sequence()"
+AS_THE_HUB = (
+    f"SELECT CASE WHEN pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
+    " THEN pg_eventstream_sequence() END"
+)
+EXAMPLES, STEPS = (300, 60) if THOROUGH else (12, 40)
+MOST_CLIENTS = 5
+
+
+class Run:
+    """One order of events, and what follows each step of it."""
+
+    def __init__(self, world: World) -> None:
+        world.begin_anew()
+        self.world = world
+        self.model = Model()
+        self.senders = Senders(self.world, self.model)
+        self.clients: list[Reader] = []
+        for user, channel in itertools.product(["ann", "bob"], CHANNELS):
+            self.senders.act(SENDERS[0], Permit(user, channel, True))
+        self.senders.end(SENDERS[0], "COMMIT")
+
+    def connect(self, user: str, where: list[str], proxy: int, after: str = "") -> None:
+        client = Reader(self.world, self.model, user, where)
+        client.connect(self.world.proxies[proxy], after)
+        self.clients.append(client)
+
+    # Senders
+
+    def transact(self, sender: str, acts: list[Send | Permit | str], end: str) -> None:
+        for act in acts:
+            self.senders.act(sender, act)
+        if end and sender in self.senders.open:
+            self.senders.end(sender, end)
+
+    def end_prepared(self, number: int, how: str) -> None:
+        if self.senders.prepared:
+            self.senders.end_prepared(number, how)
+
+    # What the publisher does, and others in its place
+
+    def sequence(self, caller: str, how: str) -> None:
+        if caller == "a sender":
+            for sender in list(self.senders.open)[:1]:
+                self.senders.sequence_and_end(sender, how)
+        elif caller.startswith("nobody"):
+            self.world.connection.execute("UPDATE pg_eventstream_cursor SET cluster = 1")
+        else:
+            connection = self.world.sequencer if caller == "a role" else self.world.connection
+            row = connection.execute(AS_THE_HUB if caller == "the hub" else SEQUENCE).fetchone()
+            assert row == (self.model.sequence(),)
+        self.check_stream()
+
+    def publish(self, faults: tuple[list[str], list[str]], between: list[str]) -> None:
+        self.world.prepare_faults(faults, between)
+        self.model.sequence()
+        try:
+            Publisher(Connections("default")).run_once()
+        except Killed:
+            self.world.pass_items_on()
+            for session in self.world.sessions:
+                session.may_lack |= session.missed_hint
+        else:
+            self.model.sweep(len(self.model.log))
+            self.world.come_to_rest()
+            for client in self.clients:
+                if client.connected and not client.session.may_lack:
+                    client.check()
+        self.world.publisher_is_gone()
+        self.check_stream()
+        self.check_acknowledged()
+
+    def sweep(self, time: timedelta, lasting: bool) -> None:
+        if time > DAY:
+            self.world.time_out()  # again and again, before it is over
+        self.world.pass_time(time)
+        self.model.pass_time(time)
+        sweep = self.world.sweep if lasting else Sweep(self.world.connection)
+        acknowledged = self.world.acknowledged()
+        assert sweep.run_once() == self.model.sweep(acknowledged)
+        self.check_stream()
+
+    # Proxies and clients
+
+    def proxies_work(self, part: str, proxy: int, first: int, count: int) -> None:
+        if part:
+            self.world.work(part)
+            return
+        # A publisher that was suspended repeats what another one has published meanwhile.
+        for item in self.world.proxies[proxy].history[first : first + count]:
+            self.world.proxies[proxy].publish(item)
+
+    def client_comes(
+        self,
+        user: str,
+        where: list[str],
+        proxy: int,
+        start: str,
+        ids: tuple[int, int, int],
+        at_once: bool,
+    ) -> None:
+        if len(self.clients) == MOST_CLIENTS:
+            self.clients.pop(0).disconnect()
+        self.connect(user, where, proxy, self.start(where, start, ids))
+        if at_once:
+            self.world.come_to_rest()
+
+    def start(self, where: list[str], start: str, ids: tuple[int, int, int]) -> str:
+        if start != "id":
+            return start
+        # One more than there are is an id of the future.
+        tips = {channel: self.model.tip(channel) + 1 for channel in where if is_reliable(channel)}
+        eids = {c: min(eid, tips[c]) for c, eid in zip(tips, ids, strict=False)}
+        return sse.make_id(self.model.numbers(eids))
+
+    def client(self, number: int, what: str, proxy: int, at_once: bool) -> None:
+        client = self.clients[number % len(self.clients)] if self.clients else None
+        if client is None or client.over:
+            return
+        if what == "asks":
+            client.session.update()  # at its next link's timeout
+        else:
+            client.disconnect()
+        if what == "resumes":
+            client.connect(self.world.proxies[proxy])
+        if at_once:
+            self.world.come_to_rest()
+
+    def read(
+        self, user: str, where: list[str], start: str, ids: tuple[int, int, int], limit: int
+    ) -> None:
+        reader = Reader(self.world, self.model, user, where)
+        reader.read(self.start(where, start, ids), limit)
+
+    # What is so in the end
+
+    def check_stream(self) -> None:
+        """What is kept of the log stands in the database."""
+        assert self.world.stream() == [
+            (event.position, event.channel, event.eid, event.data)
+            for event in self.model.log
+            if not event.pruned
+        ]
+        for event in self.model.log:
+            if event.incarnation < 0:
+                event.incarnation = self.world.incarnation()
+
+    def check_acknowledged(self) -> None:
+        """A proxy has taken all that it is said to have."""
+        for proxy, position in zip(self.world.proxies, self.world.positions(), strict=True):
+            taken = {(item["channel"], item.get("id")) for item in proxy.history}
+            for event in self.model.log[:position]:
+                if is_reliable(event.channel) and not event.pruned and is_published(event):
+                    number = str(event.eid + event.incarnation)
+                    assert (hold.events_channel(event.channel), number) in taken
+
+    def end(self) -> None:
+        """Let everything come to its end; then nobody lacks anything."""
+        self.sequence("a sender", "COMMIT")
+        for sender in reversed(list(self.senders.open)):
+            self.senders.end(sender, "COMMIT")
+        while self.senders.prepared:
+            self.senders.end_prepared(0, "COMMIT")
+        self.publish(([], []), [])
+        for client in self.clients:
+            if not client.connected and not client.over:
+                client.connect(self.world.proxies[0])
+        for user in self.world.users:
+            for start in ("earliest", "id"):
+                self.read(user, CHANNELS, start, (0, 0, 0), 3)
+            self.connect(user, [c for c in CHANNELS if c.startswith("public")], 1, "earliest")
+        self.world.come_to_rest()
+        # Each by itself: nothing that comes behind shows what it lacks.
+        for length, poisonous in ((300, False), (1, True), (1, False)):
+            last = Send(CHANNELS, "INSERT", set(), length, poisonous)
+            self.transact(SENDERS[0], [last], "COMMIT")
+            self.publish(([], []), [])
+        self.world.time_out()
+        for client in self.clients:
+            assert client.connected != client.over
+            if client.connected:
+                client.check()
+
+
+def in_turn(drain: once.Drain) -> bool:
+    """In place of `Drain.is_over`: the feeds work one after the other, until one is killed."""
+    for work in drain._works:
+        work.run()
+        if work.error is not None:
+            break
+    return True
+
+
+@pytest.fixture
+def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    # Limits that a few events reach.
+    monkeypatch.setattr(grip, "EVENT_BYTES", 200)
+    monkeypatch.setattr(grip, "BATCH_ITEMS", 3)
+    monkeypatch.setattr(grip.Hints, "MANY", 8)
+    monkeypatch.setattr(feed, "_PAGE_EVENTS", 3)
+    monkeypatch.setattr(recovery, "PAGE_BYTES", 150)
+    monkeypatch.setattr(views, "_FIRST_BYTES", 300)
+    # No waiting.
+    monkeypatch.setattr(feed, "_FIRST_RETRY", 0)
+    monkeypatch.setattr(feed, "_ACKNOWLEDGE_SECONDS", 0)
+    with World(database) as world:
+        monkeypatch.setattr(grip.Proxy, "post", lambda *args, **kw: world.post(*args, **kw))
+        monkeypatch.setattr(feed.Feed, "settle", lambda feed: world.settle(feed))
+        # The world knows of no threads, and what is drawn decides what happens.
+        monkeypatch.setattr(once.Drain, "is_over", in_turn)
+        for method in ("start", "join"):
+            monkeypatch.setattr(once._Work, method, lambda *args: None)
+        with override_settings(
+            GRIP_PROXIES=[port.config for port in world.ports.values()],
+            EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.VolatileMembers",
+        ):
+            yield world
+
+
+def test_every_client_gets_exactly_what_the_model_says(world: World) -> None:
+    @hypothesis.settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        derandomize=not THOROUGH,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(st.lists(steps, min_size=STEPS // 2, max_size=STEPS))
+    def run(chosen: list[tuple[str, dict[str, Any]]]) -> None:
+        run = Run(world)
+        for step, arguments in chosen:
+            getattr(run, step)(**arguments)
+        run.end()
+
+    (hypothesis.seed(seeded().random())(run) if THOROUGH else run)()

@@ -1,0 +1,118 @@
+"""Channel managers that test settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
+
+from django.contrib.auth.models import AbstractBaseUser, User
+from django.core.exceptions import PermissionDenied
+from django.db import connection
+from django.http import HttpRequest
+
+from pg_eventstream.channelmanager import DefaultChannelManager
+from tests.project.app.models import Membership
+
+
+class StaffOnly(DefaultChannelManager):
+    """Channels whose name begins with "staff" are for staff."""
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        return not channel.startswith("staff") or (isinstance(user, User) and user.is_staff)
+
+
+class Members(DefaultChannelManager):
+    """Channels are for those who have a `Membership`, except the public ones."""
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        user_id = None if user is None else user.pk
+        return (
+            channel.startswith("public")
+            or Membership.objects.filter(user_id=user_id, channel=channel).exists()
+        )
+
+
+class SlowMembers(Members):
+    """Says that it has decided, by NOTIFY, then passes a gate, an advisory lock."""
+
+    GATE = 4711
+    DECIDED = "slow_members_decided"
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        decision = super().can_read_channel(user, channel)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify(%s, '')", [self.DECIDED])
+            cursor.execute("SELECT pg_advisory_lock_shared(%s)", [self.GATE])
+            cursor.execute("SELECT pg_advisory_unlock_shared(%s)", [self.GATE])
+        return decision
+
+
+class Racing(DefaultChannelManager):
+    """Somebody loses the permission just when it was granted."""
+
+    allowed = True
+    meanwhile: ClassVar[list[Callable[[], None]]] = []
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        decision = Racing.allowed
+        while Racing.meanwhile:
+            Racing.meanwhile.pop()()
+        return decision
+
+
+class Volatile(DefaultChannelManager):
+    """Channels whose name begins with "volatile" are not reliable."""
+
+    def is_channel_reliable(self, channel: str) -> bool:
+        return not channel.startswith("volatile")
+
+
+class VolatileMembers(Members, Volatile):
+    """Both."""
+
+
+class Tokens(DefaultChannelManager):
+    """A user shows a token, ``user-NAME``, and reads the channel of that name."""
+
+    def get_user_for_request(self, request: HttpRequest) -> AbstractBaseUser | None:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if not token:
+            return None
+        if scheme != "Bearer" or not token.startswith("user-"):
+            raise PermissionDenied("This is no token of ours.")
+        return User.objects.get(username=token.removeprefix("user-"))
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        return user is not None and channel == f"of {user.get_username()}"
+
+
+class LoneSurrogates(DefaultChannelManager):
+    """Names channels after bytes that were no UTF-8."""
+
+    def get_channels_for_request(
+        self, request: HttpRequest, view_kwargs: Mapping[str, Any]
+    ) -> Collection[str]:
+        return ["a\udcff"]
+
+
+class TextKeys(DefaultChannelManager):
+    """Users whose primary key is a text, of the header X-User. Each reads a channel of its own."""
+
+    def get_user_for_request(self, request: HttpRequest) -> AbstractBaseUser | None:
+        return self.get_user(request.headers["X-User"]) if "X-User" in request.headers else None
+
+    def get_user(self, user_id: str) -> AbstractBaseUser | None:
+        return User(pk=user_id, username=user_id)
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        name = "visitors" if user is None else f"of {user.pk}"
+        return channel.startswith("public") or channel == name
+
+
+class AsksWhatIsReliable(DefaultChannelManager):
+    """Asks the database wherever events are read, and takes its time."""
+
+    def is_channel_reliable(self, channel: str) -> bool:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_sleep(0.05)")
+        return True

@@ -1,0 +1,38 @@
+"""A publisher in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pg_eventstream.servers.processes import Process, wait_until
+
+
+class PublisherProcess(Process):
+    """``manage.py eventstream_publisher`` in a process of its own."""
+
+    def __init__(self, log_path: Path, environment: dict[str, str], *arguments: str) -> None:
+        super().__init__(
+            "the publisher",
+            [sys.executable, "-m", "django", "eventstream_publisher", *arguments],
+            log_path=log_path,
+            environment=environment,
+        )
+        self.log_file = log_path
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def wait_for_log(self, text: str, timeout: float = 20) -> None:
+        try:
+            wait_until(lambda: text in self.log or not self.running, timeout=timeout)
+        except TimeoutError:
+            raise self.error(f"did not say {text!r}") from None
+        assert text in self.log, self.error(f"did not say {text!r}")
+
+    def lead(self) -> PublisherProcess:
+        """Start, and wait until it leads."""
+        self.start()
+        self.wait_for_log(": leading")
+        return self
