@@ -1,8 +1,8 @@
-"""All benchmarks, one after the other, then their plots and the table in the README.
+"""All benchmarks, one after the other, then their plots and the tables in docs/benchmarks.md.
 
     python -m benchmarks [--quick] [NAME ...]
 
-A quick run shows its table here, and leaves the README and the results of full runs alone.
+A quick run prints its tables, and leaves the documentation and the results of full runs alone.
 """
 
 from __future__ import annotations

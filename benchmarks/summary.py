@@ -1,8 +1,10 @@
-"""The results as plots, and as the table in the README."""
+"""The results as plots, and as tables in the documentation."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,20 +26,24 @@ NAMES = (
     "followed",
     "slow_client",
 )
-README = Path(__file__).parent.parent / "README.md"
-_BEGIN, _END = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->\n"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+_MARKED = re.compile(
+    r"(?P<begin><!-- results of (?P<name>\w+) -->\n).*?(?P<end><!-- end of results -->\n)",
+    re.DOTALL,
+)
+_SYSTEM = ("processor", "cores", "system")
 
 
 def write(names: Iterable[str], quick: bool = False) -> None:
-    """Plot these; show a quick run's table, or put that of all full runs into the README."""
+    """Plot these; show a quick run's tables, or put all stored ones into the documentation."""
     suffix = "-quick" if quick else ""
     results = [read(name + suffix) for name in names]
     for name, result in zip(names, results, strict=True):
         plot(result, RESULTS / f"{name}{suffix}.svg")
     if quick:
-        print("\n" + table(results))
+        print("\n".join(map(table, results)))
     else:
-        README.write_text(with_table(README.read_text()))
+        PAGE.write_text(with_results(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -45,41 +51,56 @@ def read(name: str) -> dict[str, Any]:
     return result
 
 
-def with_table(readme: str) -> str:
-    """The README with the table of all full runs that are stored, and their plots."""
-    names = [name for name in NAMES if (RESULTS / f"{name}.json").exists()]
-    before, _, rest = readme.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    assert after, "the README has lost its marks"
-    found = table(map(read, names)) + plots(names)
-    return f"{before}{_BEGIN}{found}{_END}{after}"
+def with_results(page: str) -> str:
+    """The page with the stored results of all full runs between its marks."""
+    return _MARKED.sub(
+        lambda marked: f"{marked['begin']}\n{section(read(marked['name']))}\n{marked['end']}", page
+    )
 
 
-def plots(names: Iterable[str]) -> str:
-    """What GitHub folds up until it is clicked."""
-    folder = RESULTS.relative_to(README.parent).as_posix()
-    images = [f"![{name}]({folder}/{name}.svg)\n" for name in names]
-    return "\n".join(["\n<details><summary>The same as plots</summary>\n", *images, "</details>\n"])
+def named(page: str) -> list[str]:
+    """The benchmarks that the page has marks for."""
+    return [marked["name"] for marked in _MARKED.finditer(page)]
 
 
-def table(results: Iterable[dict[str, Any]]) -> str:
+def section(result: dict[str, Any]) -> str:
+    """One benchmark: its table, what else it counted, how and when it was run, its plot."""
+    parts = [table(result)]
+    if result["facts"]:
+        counted = (f"- {fact}: {_fact(value)}\n" for fact, value in result["facts"].items())
+        parts.append("Also counted:\n\n" + "".join(counted))
+    machine = dict(result["machine"])
+    processor, cores, system = (machine.pop(name) for name in _SYSTEM)
+    versions = ", ".join(f"{name} {version}" for name, version in machine.items())
+    parts.append(
+        f"`{result['command']}` on {result['when']}: {processor}, {cores} cores, {system};"
+        f" {versions}.\n"
+    )
+    folder = os.path.relpath(RESULTS, PAGE.parent)
+    parts.append(f"![{result['about']}]({folder}/{result['benchmark']}.svg)\n")
+    return "\n".join(parts)
+
+
+def _fact(value: float | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(result: dict[str, Any]) -> str:
     lines = [
         "| what is measured | ours | compared with | ratio (range of rounds) | goal |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for result in results:
-        lines.append(f"| **`{result['command']}`** | | | | |")
-        for comparison in map(Comparison.from_json, result["comparisons"]):
-            ours = f"{number(comparison.median(comparison.ours))} {comparison.unit}"
-            for ratio in comparison.ratios:
-                base = f"{ratio.base}: {number(comparison.median(ratio.base))}"
-                goal = "" if ratio.goal is None else str(ratio.goal)
-                if ratio.goal is not None and not ratio.goal.is_met(ratio.median):
-                    goal += ", missed"
-                lines.append(
-                    f"| {comparison.what} | {ours} | {base}"
-                    f" | {ratio.median:.2f} ({ratio.range}) | {goal} |"
-                )
+    for comparison in map(Comparison.from_json, result["comparisons"]):
+        ours = f"{number(comparison.median(comparison.ours))} {comparison.unit}"
+        for ratio in comparison.ratios:
+            base = f"{ratio.base}: {number(comparison.median(ratio.base))}"
+            goal = "" if ratio.goal is None else str(ratio.goal)
+            if ratio.goal is not None and not ratio.goal.is_met(ratio.median):
+                goal += ", missed"
+            lines.append(
+                f"| {comparison.what} | {ours} | {base}"
+                f" | {ratio.median:.2f} ({ratio.range}) | {goal} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pg_eventstream
-from benchmarks import summary
 from pg_eventstream.conf import Conf
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +47,3 @@ def test_every_module_has_its_place_in_the_tour() -> None:
         for module in init.parent.glob("*.py"):
             named = re.search(rf"\b{module.stem}\b", tour)
             assert module.stem in {"__init__", "apps", "urls"} or named, module
-
-
-def test_figures_are_those_of_the_stored_results() -> None:
-    assert summary.with_table(README) == README
-    assert set(summary.NAMES) == {
-        module.stem
-        for module in (ROOT / "benchmarks").glob("*.py")
-        if "report.main(" in module.read_text(encoding="utf-8")
-    } - {"report"}
