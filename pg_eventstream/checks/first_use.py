@@ -1,7 +1,7 @@
-"""Says in the log what the system checks find, where no command has run them.
+"""Logs the results of the checks in processes where no command runs them.
 
-Application servers (uvicorn, gunicorn) run no checks. So they are run with a process's first
-request, whatever it asks for, and by a publisher that starts.
+Application servers (uvicorn, gunicorn) run no checks. So the checks run with the first request of
+a process, whatever its URL, and when a publisher starts.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _is_due = Rarely(math.inf)
 
 
 def report(**kwargs: Any) -> None:
-    """Log what is wrong with the settings, once. Also a receiver of request_started."""
+    """Log what is wrong with the settings, once per process. A receiver of request_started."""
     if not _is_due():
         return
     try:
-        found = checks.check_settings()
+        messages = checks.check_settings()
     except Exception:
         logger.exception("the system checks of pg_eventstream failed")
         return
-    for message in found:
+    for message in messages:
         if not message.is_silenced():
             level = logging.ERROR if message.level >= ERROR else logging.WARNING
             logger.log(level, "%s %s (%s)", message.msg, message.hint, message.id)

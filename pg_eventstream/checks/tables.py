@@ -1,4 +1,4 @@
-"""Checks of the tables themselves: ``manage.py check --database ALIAS``, ``migrate``, ``test``."""
+"""Checks of the tables: ``manage.py check --database ALIAS``, ``migrate`` and ``test`` run them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from django.apps import apps
-from django.core.checks import CheckMessage, Error, Info, Tags, Warning, register
+from django.core.checks import CheckMessage, Error, Info, Tags, Warning
 from django.db import connections, router
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.migrations.loader import MigrationLoader
@@ -16,103 +16,113 @@ from .. import models
 from ..conf import conf
 from ..publisher.unseen import SEND_AGAIN
 from ..tables.placement import migrate_command, recorded_without_tables
+from .registration import register_check
 
 _FUNCTIONS = ("pg_eventstream_enqueue()", "pg_eventstream_sequence()")
-# How many unseen events are counted.
+_INSTALL_TRIGGER = "python manage.py pgtrigger install pg_eventstream.Event:enqueue"
+# The limit up to which unseen events are counted.
 _MOST = 1000
 
 
-@register(Tags.database)
-def check_tables(databases: Iterable[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
-    return [
-        message
-        for alias in databases or ()
-        if connections[alias].vendor == "postgresql"
-        and router.allow_migrate_model(alias, models.Event)
-        for message in _check(connections[alias])
-    ]
+@register_check(Tags.database)
+def check_tables(databases: Iterable[str] | None = None, **kwargs: Any) -> Iterator[CheckMessage]:
+    for alias in databases or ():
+        connection = connections[alias]
+        if connection.vendor != "postgresql":
+            continue
+        if router.allow_migrate_model(alias, models.Event):
+            yield from _check_database(connection)
 
 
-def _check(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
+def _check_database(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
     app = apps.get_app_config(models.Event._meta.app_label)
     tables = [model._meta.db_table for model in app.get_models()]
     missing = [t for (t,) in _fetch(connection, _MISSING_TABLES, [tables])]
-    if len(missing) == len(tables) and connection.alias != conf.database_alias:
-        return  # It could hold them.
-    applied = _applied(connection)
-    if len(missing) == len(tables) and applied:
-        yield Warning(
-            recorded_without_tables(connection.alias).message,
-            hint=recorded_without_tables(connection.alias).hint,
-            id="pg_eventstream.W022",
-        )
+    has_none = len(missing) == len(tables)
+    if has_none and connection.alias != conf.database_alias:
+        return  # It is allowed to hold the tables, but need not.
+    schema = [*_check_migrations(connection, missing, has_none=has_none)]
+    yield from schema
+    if schema:
         return
-    unapplied = sorted(_known() - applied) if applied else []
-    if missing or unapplied:
-        # No error, since "migrate" checks before it begins.
-        lack = f"Tables are missing in {connection.alias!r}: {', '.join(missing)}."
-        behind = f"Migrations are not applied to {connection.alias!r}: {', '.join(unapplied)}."
-        yield Info(
-            lack if missing else behind,
-            hint=f"{migrate_command(connection.alias)}. More is checked then.",
-            id="pg_eventstream.I001",
-        )
-        return
-    functions = [f for (f,) in _fetch(connection, _MISSING_FUNCTIONS, [list(_FUNCTIONS)])]
-    if functions:
-        yield Error(
-            f"The database {connection.alias!r} lacks {' and '.join(functions)}, so that events"
-            " cannot be sent or are not delivered.",
-            hint="They are created by the migrations of pg_eventstream; pg_dump copies them with"
-            " the schema that the tables are in.",
-            id="pg_eventstream.E020",
-        )
-    else:
-        yield from _check_trigger(connection)
+    functions = [*_check_functions(connection)]
+    yield from functions or _check_triggers(connection)
     yield from _check_roles(connection)
     if not connection.in_atomic_block:  # The trigger fires at COMMIT.
         yield from _check_events(connection)
 
 
-def _applied(connection: BaseDatabaseWrapper) -> set[str]:
-    """The migrations that are recorded, where Django applies them at all."""
+def _check_migrations(
+    connection: BaseDatabaseWrapper, missing: list[str], *, has_none: bool
+) -> Iterator[CheckMessage]:
+    alias = connection.alias
+    applied = _fetch_applied(connection)
+    unapplied = sorted(_find_migrations() - applied) if applied else []
+    if has_none and applied:
+        problem = recorded_without_tables(alias)
+        yield Warning(problem.message, hint=problem.hint, id="pg_eventstream.W022")
+    elif missing or unapplied:
+        # Not an error, because "migrate" runs the checks before it begins.
+        yield Info(
+            f"Tables are missing from the database {alias!r}: {', '.join(missing)}."
+            if missing
+            else f"Migrations are not applied to the database {alias!r}: {', '.join(unapplied)}.",
+            hint=f"{migrate_command(alias)}. More is checked after that.",
+            id="pg_eventstream.I001",
+        )
+
+
+def _fetch_applied(connection: BaseDatabaseWrapper) -> set[str]:
+    """The migrations that are recorded as applied; none where Django does not record them."""
     if _fetch(connection, _MAY_READ_MIGRATIONS) != [(True,)]:
         return set()
     recorded = MigrationRecorder(connection).applied_migrations()
     return {name for app, name in recorded if app == models.Event._meta.app_label}
 
 
-def _known() -> set[str]:
+def _find_migrations() -> set[str]:
     label = models.Event._meta.app_label
     return {name for app, name in MigrationLoader(None).disk_migrations if app == label}
 
 
-def _check_trigger(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
-    for table, trigger, enabled, as_declared, number in _fetch(connection, _TRIGGERS):
+def _check_functions(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
+    missing = [f for (f,) in _fetch(connection, _MISSING_FUNCTIONS, [list(_FUNCTIONS)])]
+    if missing:
+        yield Error(
+            f"The database {connection.alias!r} lacks {' and '.join(missing)}. Events cannot be"
+            " sent, or are not delivered.",
+            hint="The migrations of pg_eventstream create these functions. pg_dump copies them"
+            " with the schema that contains the tables, but not with single tables.",
+            id="pg_eventstream.E020",
+        )
+
+
+def _check_triggers(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
+    for table, trigger, enabled, as_declared, count in _fetch(connection, _TRIGGERS):
         name = connection.ops.quote_name(trigger or models.ENQUEUE.get_pgid(models.Event))  # type: ignore[arg-type]
-        again = f"ALTER TABLE {table} ENABLE TRIGGER {name};"
+        effect = "not delivered as promised"
+        remedy = _INSTALL_TRIGGER
         if trigger is None:
             problem = "has no trigger that calls pg_eventstream_enqueue()"
-            again = "python manage.py pgtrigger install pg_eventstream.Event:enqueue"
-        elif enabled == "D":
-            problem = f"has its trigger {name} disabled"
-        elif enabled == "R":
-            problem = f"has its trigger {name} enabled for replicas only"
+        elif enabled in ("D", "R"):
+            state = "disabled" if enabled == "D" else "enabled for replicas only"
+            problem = f"has its trigger {name} {state}"
+            remedy = f"ALTER TABLE {table} ENABLE TRIGGER {name};"
         elif not as_declared:
             problem = (
                 f"has a trigger {name} that is not AFTER INSERT, DEFERRABLE INITIALLY DEFERRED,"
+                " FOR EACH ROW and without a condition"
             )
-            problem += " FOR EACH ROW and without a condition"
-            again = "python manage.py pgtrigger install pg_eventstream.Event:enqueue"
-        elif number > 1:
-            problem = f"has {number} triggers that call pg_eventstream_enqueue()"
-            again = f"All but one are too many: DROP TRIGGER {name} ON {table};"
+        elif count > 1:
+            problem = f"has {count} triggers that call pg_eventstream_enqueue()"
+            effect = "delivered more than once"
+            remedy = f"Drop all but one: DROP TRIGGER {name} ON {table};"
         else:
             continue
         yield Error(
             f"The table {table} of the database {connection.alias!r} {problem}: events are"
-            f" {'delivered more than once' if number > 1 else 'not delivered as promised'}.",
-            hint=again,
+            f" {effect}.",
+            hint=remedy,
             id="pg_eventstream.E021",
         )
 
@@ -121,9 +131,9 @@ def _check_roles(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
     for (who,) in _fetch(connection, _REPLICAS):
         yield Warning(
             f"session_replication_role is 'replica' for {who} in the database"
-            f" {connection.alias!r}: what is sent there fires no trigger, and is never delivered.",
-            hint="ALTER ROLE … RESET session_replication_role, or ALTER DATABASE …; set it in the"
-            " session that restores or copies rows, only.",
+            f" {connection.alias!r}. Events sent there fire no trigger and are never delivered.",
+            hint="ALTER ROLE … RESET session_replication_role, or ALTER DATABASE …. Set it only"
+            " in a session that restores or copies rows.",
             id="pg_eventstream.W020",
         )
 
@@ -136,10 +146,12 @@ def _check_events(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
     if count:
         yield Warning(
             f"{'At least ' if count == _MOST else ''}{count} events in the database"
-            f" {connection.alias!r} have no place in the order: the trigger did not see them. They"
-            " are never delivered, and pruned when they are older than EVENTSTREAM_RETENTION.",
-            hint="They came while the trigger was disabled, with session_replication_role ="
-            f" replica, or by logical replication. To send them now:\n{SEND_AGAIN}",
+            f" {connection.alias!r} have no place in the order, because the trigger did not see"
+            " them. They are never delivered, and are pruned when they are older than"
+            " EVENTSTREAM_RETENTION.",
+            hint="They were inserted while the trigger was disabled, in a session with"
+            " session_replication_role = replica, or by logical replication. To send them"
+            f" now:\n{SEND_AGAIN}",
             id="pg_eventstream.W021",
         )
 
@@ -163,8 +175,8 @@ _MISSING_FUNCTIONS = (
     "SELECT name FROM unnest(%s::text[]) AS name WHERE to_regprocedure(name) IS NULL"
 )
 
-# Of every table that events are stored in: with partitions or heirs there are several. The bits
-# of tgtype: include/catalog/pg_trigger.h
+# The triggers of every table that stores events: partitions and child tables have their own. The
+# bits of tgtype: include/catalog/pg_trigger.h
 _TRIGGERS = """
     WITH RECURSIVE stored (oid) AS (
         SELECT 'pg_eventstream_event'::regclass::oid

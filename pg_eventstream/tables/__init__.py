@@ -1,6 +1,6 @@
-"""How our tables come into a database.
+"""How the tables of this package get into a database.
 
-placement    which databases get them
+placement    decides which databases get them
 unmigrated   creates them where migrations are switched off
-fixtures     what happens to rows that ``loaddata`` loads
+fixtures     decides which rows ``loaddata`` loads
 """

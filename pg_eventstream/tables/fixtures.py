@@ -1,9 +1,9 @@
-"""What becomes of our rows when ``loaddata`` or a test's ``serialized_rollback`` loads them.
+"""Decides which rows ``loaddata`` or a test's ``serialized_rollback`` loads.
 
-Events are loaded as they are, and the trigger sends them. Of those that a loaded row gives a
-place in the stream, nothing is sent: the cursor is told that it knows this database no longer,
-so that the next call of ``pg_eventstream_sequence()`` takes as new what stands in the outbox and
-not in the stream.
+Events are loaded unchanged, and the trigger sends them, except events that a loaded row of the
+stream already gives a place. To that end the cursor forgets this database: the next call of
+``pg_eventstream_sequence()`` then takes as new all events that are in the outbox and not in the
+stream.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..postgres.locks import LOCK_SPACE, SEQUENCE_LOCK
 
 
 class Loadable(models.Model):
-    """A model that decides what is loaded of it. By default nothing.
+    """A model that decides which of its rows are loaded: by default none.
 
-    So it is for what holds only where it was written: how far a cluster's transactions are
-    sequenced, who publishes, what a proxy has acknowledged.
+    The default is for rows that are valid only where they were written: how far a cluster's
+    transactions are sequenced, who publishes, what a proxy has acknowledged.
     """
 
     class Meta:
@@ -39,8 +39,8 @@ class Loadable(models.Model):
         using: str | None = None,
         update_fields: Iterable[str] | None = None,
     ) -> bool:
-        # A deserialised object calls Model.save_base(), past any method of ours; this one it
-        # calls for the row itself.
+        # A deserialized object calls Model.save_base(), which bypasses save() and calls this
+        # method to write the row.
         if raw and not self.load(connections[using or self._state.db or "default"]):
             return True
         saved: bool = super()._save_table(  # type: ignore[misc]
@@ -50,17 +50,17 @@ class Loadable(models.Model):
 
 
 def load_outbox_row(connection: BaseDatabaseWrapper, event_id: int, seq: int, trigger: str) -> None:
-    """Put a loaded event into the outbox, in the order of those that are loaded with it.
+    """Put a loaded event into the outbox, in the order of the events that are loaded with it.
 
-    What the trigger has written for it is older then, and the newest row of an event counts.
+    The row that the trigger wrote for it is then the older one; the newest row of an event counts.
     """
     with connection.cursor() as cursor:
         if connection.in_atomic_block:
-            # Ours alone: the project's own constraints may be broken until all is loaded.
+            # Only this one: the project's own constraints can be violated until all is loaded.
             name = connection.ops.quote_name(trigger)
             cursor.execute(f"SET CONSTRAINTS {name} IMMEDIATE")
-        # Numbers of this database, above all that it has drawn, in the order of the dump's. The
-        # dump's own order is another one: that of the key.
+        # Numbers of this database, above all that it has drawn, in the order of the numbers in
+        # the dump. The rows of a dump are in another order, that of the key.
         cursor.execute(
             """
             WITH drawn AS MATERIALIZED (
@@ -88,10 +88,10 @@ def load_outbox_row(connection: BaseDatabaseWrapper, event_id: int, seq: int, tr
 def may_take_place(
     connection: BaseDatabaseWrapper, position: int, channel: str, eid: int, event_id: int
 ) -> bool:
-    """Whether a loaded place in the stream is new here, and an event's that has none yet.
+    """Whether a loaded row of the stream is new here, and its event has no place yet.
 
-    Outside of a transaction its event has been committed before, and may be sequenced; to find
-    that out takes a look at the whole stream.
+    Outside of a transaction the event was committed earlier and could be sequenced already. To
+    find that out, the whole stream is read.
     """
     with connection.cursor() as cursor:
         cursor.execute(
@@ -115,8 +115,9 @@ def may_take_place(
 
 
 def forget_cursor(connection: BaseDatabaseWrapper) -> None:
-    """Have the next sequence() look what is new, and where the stream ends."""
+    """Make the next sequence() find out which events are new and where the stream ends."""
     with connection.cursor() as cursor:
-        # Whoever sequences meanwhile would write it anew, as if nothing had been loaded.
+        # A session that sequences at the same time would write the cursor again, as if nothing
+        # had been loaded.
         cursor.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SEQUENCE_LOCK})")
         cursor.execute("UPDATE pg_eventstream_cursor SET cluster = 0 WHERE cluster <> 0")

@@ -1,8 +1,8 @@
-"""Which databases get our tables: that is for the project's database routers to say.
+"""Which databases get the tables: the project's database routers decide.
 
-A database that is not PostgreSQL cannot have them, and one whose router denies them would record
-our migrations as applied, without a table. Both are found by a check, and refused by ``migrate``,
-``sqlmigrate`` and whatever else applies migrations.
+A database that is not PostgreSQL cannot have the tables. One whose router denies them would record
+the migrations as applied without creating a table. A check reports both, and ``migrate``,
+``sqlmigrate`` and all other commands that apply migrations refuse to run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUTER = "pg_eventstream.router.EventStreamRouter"
 
 
 class Problem(NamedTuple):
-    """Why our migrations cannot run in a database, and what to do."""
+    """Why the migrations cannot run in a database, and what to do."""
 
     message: str
     hint: str
@@ -33,20 +33,20 @@ class Problem(NamedTuple):
         return f"{self.message} {self.hint}"
 
 
-def problem_of(alias: str) -> Problem | None:
-    """None if our migrations can run there, or do nothing because a router says so."""
+def find_problem(alias: str) -> Problem | None:
+    """None if the migrations can run there, or if a router keeps them out."""
     answers = set(_answers(alias))
     denials = sorted(router for allowed, router in answers if not allowed)
-    add_router = f'Add our router, as the first: DATABASE_ROUTERS = ["{ROUTER}", …].'
+    add_router = f'Put this router first: DATABASE_ROUTERS = ["{ROUTER}", …].'
     if alias == conf.database_alias and denials:
         return Problem(
-            f"The events are in the database {alias!r}, as EVENTSTREAM_DATABASE says, but"
-            f" {' and '.join(denials)} keeps the tables of pg_eventstream out of it.",
+            f"EVENTSTREAM_DATABASE is {alias!r}, but {' and '.join(denials)} keeps the tables of"
+            " pg_eventstream out of that database.",
             add_router,
         )
     if len(denials) < len(answers) and connections[alias].vendor not in ("postgresql", "unknown"):
         if alias == conf.database_alias:
-            add_router = "Name a PostgreSQL database in EVENTSTREAM_DATABASE. " + add_router
+            add_router = "Set EVENTSTREAM_DATABASE to a PostgreSQL database. " + add_router
         return Problem(
             f"The database {alias!r} is not PostgreSQL, so it cannot have the tables of"
             " pg_eventstream, and no database router keeps them out of it.",
@@ -56,13 +56,13 @@ def problem_of(alias: str) -> Problem | None:
 
 
 def is_kept_out_of(alias: str) -> bool:
-    """Whether nothing of ours may be in this database."""
+    """Whether a router denies this database everything of this package."""
     return not any(allowed for allowed, _ in _answers(alias))
 
 
 def _answers(alias: str) -> Iterator[tuple[bool, str]]:
-    """Whether each thing of ours may be there, and which router says so ("" for none)."""
-    # Our functions are created by SQL, which stands for no model.
+    """For the functions and each table: is it allowed there, and by which router ("" for none)."""
+    # The functions are created by SQL, which belongs to no model.
     questions: list[dict[str, Any]] = [{}]
     for model in models.Event._meta.app_config.get_models():
         questions.append({"model_name": model._meta.model_name, "model": model})
@@ -80,18 +80,18 @@ def _answers(alias: str) -> Iterator[tuple[bool, str]]:
 def refuse_misplaced(
     app_config: AppConfig, using: str, plan: Iterable[tuple[Any, bool]], **kwargs: Any
 ) -> None:
-    """A receiver of pre_migrate: before anything is applied, or recorded with ``--fake``.
+    """A receiver of pre_migrate, before anything is applied or is recorded with ``--fake``.
 
-    To forget what was recorded in the wrong place (``migrate pg_eventstream zero --fake``) must
-    be possible.
+    It lets migrations be unapplied, so that records in the wrong database can be removed
+    (``migrate pg_eventstream zero --fake``).
     """
     forwards = any(step.app_label == _LABEL and not backwards for step, backwards in plan)
-    if forwards and (problem := problem_of(using)):
+    if forwards and (problem := find_problem(using)):
         raise CommandError(str(problem))
 
 
 class Migration(migrations.Migration):
-    """The base of our migrations, which refuse to run where they cannot work."""
+    """The base of all migrations of this package: it refuses to run where they cannot work."""
 
     def apply(
         self,
@@ -114,7 +114,7 @@ class Migration(migrations.Migration):
     def _refuse(self, schema_editor: BaseDatabaseSchemaEditor, needs_tables: bool) -> None:
         connection = schema_editor.connection
         alias = connection.alias
-        if problem := problem_of(alias):
+        if problem := find_problem(alias):
             raise CommandError(str(problem))
         if not needs_tables or not router.allow_migrate(alias, _LABEL):
             return
@@ -128,10 +128,10 @@ def recorded_without_tables(alias: str) -> Problem:
     forget = migrate_command(alias, _LABEL, "zero", "--fake")
     return Problem(
         f"The migrations of pg_eventstream are recorded as applied in the database {alias!r}, but"
-        " their tables are not there: a database router kept them out, or they were recorded with"
-        " --fake.",
+        " its tables do not exist: a database router kept them out, or the migrations were"
+        " recorded with --fake.",
         f"{forget}, and then {migrate_command(alias, _LABEL)}. (If the tables are in a schema that"
-        " this role does not look into, put that schema into its search_path instead.)",
+        " is not in this role's search_path, add it there instead.)",
     )
 
 

@@ -1,8 +1,8 @@
-"""The tables where a project has switched migrations off, mostly to create test databases.
+"""Creates the tables where a project has switched migrations off, mostly for test databases.
 
-Django then creates tables from models alone (``migrate --run-syncdb``), which knows nothing of
-our functions: the trigger could not be created. So our own migrations are run, before it looks
-for tables that are missing. They depend on no other app's, and are not recorded.
+Django then creates tables from the models (``migrate --run-syncdb``). It does not create the SQL
+functions, without which the trigger cannot be created. So the migrations of this package run
+before Django looks for missing tables. They depend on no other app and are not recorded.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from django.db.migrations.state import ProjectState
 from .placement import is_kept_out_of
 
 
-class _OurMigrations(MigrationLoader):
-    """Those of this app, whatever ``MIGRATION_MODULES`` says, and no others."""
+class _OwnMigrations(MigrationLoader):
+    """Loads the migrations of this app alone, even where ``MIGRATION_MODULES`` disables them."""
 
     def __init__(self, app: AppConfig) -> None:
         self._app = app
         super().__init__(None)
 
     def migrations_module(self, app_label: str) -> tuple[str | None, bool]:  # type: ignore[override]
-        ours = app_label == self._app.label
-        return (f"{self._app.name}.migrations" if ours else None), True
+        is_own = app_label == self._app.label
+        return (f"{self._app.name}.migrations" if is_own else None), True
 
 
 def create_tables(app_config: AppConfig, using: str, **kwargs: Any) -> None:
-    """A receiver of pre_migrate: create what is not there, if nobody else will."""
+    """A receiver of pre_migrate: create the tables if they are missing and Django will not."""
     connection = connections[using]
     if app_config.label not in MigrationLoader(None, ignore_no_migrations=True).unmigrated_apps:
         return
@@ -39,7 +39,7 @@ def create_tables(app_config: AppConfig, using: str, **kwargs: Any) -> None:
     tables = {model._meta.db_table for model in app_config.get_models()}
     if tables.intersection(connection.introspection.table_names()):
         return
-    loader = _OurMigrations(app_config)
+    loader = _OwnMigrations(app_config)
     state = ProjectState()
     for key in loader.graph.leaf_nodes(app_config.label):
         for step in loader.graph.forwards_plan(key):

@@ -19,6 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
 from pg_eventstream.channelmanager import DefaultChannelManager
+from pg_eventstream.checks import proxies
 from pg_eventstream.checks import settings as checks
 from pg_eventstream.conf import conf
 
@@ -363,7 +364,7 @@ def test_runserver_may_be_wsgi_in_production_and_behind_a_proxy() -> None:
 
 
 def test_every_id_is_tested_and_stands_for_one_setting() -> None:
-    source = inspect.getsource(checks)
+    source = inspect.getsource(checks) + inspect.getsource(proxies)
     ids = set(re.findall(r"pg_eventstream\.([EW]\d{3})", source))
     settings_of: dict[str, set[str]] = {}
     for number, wrong in WRONG:
@@ -380,15 +381,16 @@ def test_every_id_is_tested_and_stands_for_one_setting() -> None:
 def test_public_key_without_cryptography_is_told_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checks, "has_crypto", False)
+    monkeypatch.setattr(proxies, "has_crypto", False)
     (message,) = check(GRIP_URL=FASTLY, GRIP_VERIFY_KEY=PUBLIC_KEY)
     assert message.id == "pg_eventstream.E012"
     assert "pip install" in message.msg
 
 
 def test_settings_are_checked_by_every_command_that_checks() -> None:
-    assert checks.check_settings in registry.registry.registered_checks
-    assert checks.check_settings not in registry.registry.deployment_checks
+    registered: Any = registry.registry
+    assert checks.check_settings in registered.registered_checks
+    assert checks.check_settings not in registered.deployment_checks
 
 
 def test_wrong_settings_are_all_reported_at_once() -> None:
