@@ -1,55 +1,69 @@
 # Needs python3 and make. As root on Debian it installs what else is missing; otherwise it says
-# what that is. PYTHON=python3.12 chooses another Python for .venv.
+# what that is. PYTHON=python3.12 chooses another Python for .venv,
+# and VENV=DIRECTORY another directory.
 
 PYTHON ?= python3
-export PYTHON
+VENV ?= .venv
+export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults soak bench lint docs sql js clean
+.PHONY: help demo test test-faults coverage soak bench lint format docs sql js clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.installed-demo ## events in a browser; ARGS=--check checks without one; PROXY=pushpin adds Pushpin
+demo: $(VENV)/.installed-demo ## events in a browser; ARGS=--check checks without one; PROXY=pushpin adds Pushpin
 	@$(if $(filter pushpin,$(PROXY)),.ci/need pushpin)
-	@.venv/bin/python -m pg_eventstream.demo $(PROXY:%=--proxy %) $(ARGS)
+	@$(VENV)/bin/python -m pg_eventstream.demo $(PROXY:%=--proxy %) $(ARGS)
 
 test: lint ## lint, then run the tests; ARGS goes to pytest
 	@.ci/need pushpin node npm chromium pgbouncer
-	.venv/bin/pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 test-faults: lint ## faults of every kind, again and again; PG_EVENTSTREAM_TEST_SEED repeats a run
 	@.ci/need pushpin node npm chromium pgbouncer
-	PG_EVENTSTREAM_TEST_THOROUGH=1 .venv/bin/pytest --numprocesses=2 --dist=loadfile -m faults $(ARGS)
+	PG_EVENTSTREAM_TEST_THOROUGH=1 $(VENV)/bin/pytest --numprocesses=2 --dist=loadfile -m faults $(ARGS)
 
-soak: .venv/.installed-test ## days of work in 10 minutes, with small faults; ARGS="--minutes 60 --calm"
+soak: $(VENV)/.installed-dev ## days of work in 10 minutes, with small faults; ARGS="--minutes 60 --calm"
 	@.ci/need pushpin
-	.venv/bin/python -m tests.soak $(ARGS)
+	$(VENV)/bin/python -m tests.soak $(ARGS)
 
 bench: ## measure everything against its peers; ARGS=--quick for a rough idea
 	@.ci/need pushpin
 	@VENV=.venv-bench .ci/install bench
 	.venv-bench/bin/python -m benchmarks $(ARGS)
 
-lint: .venv/.installed-test ## ruff and mypy
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
-	.venv/bin/mypy
+coverage: $(VENV)/.installed-dev ## run the tests as `make test` does, and say which lines and branches they miss
+	@.ci/need pushpin node npm chromium pgbouncer
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage report
 
-docs: .venv/.installed-docs ## the documentation as HTML, in docs/_build; a warning is an error
-	.venv/bin/python -m sphinx -nW --keep-going -q docs docs/_build
+lint: $(VENV)/.installed-dev ## ruff, mypy and spelling
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/typos
+
+format: $(VENV)/.installed-dev ## format the code, and mend what ruff can mend
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+docs: $(VENV)/.installed-docs ## the documentation as HTML, in docs/_build; a warning is an error
+	$(VENV)/bin/python -m sphinx -nW --keep-going -q docs docs/_build
 	@echo "Open docs/_build/index.html"
 
-sql: .venv/.installed-test ## write the migrations as plain SQL, into migrations/
-	@.venv/bin/python -m migrations.generate
+sql: $(VENV)/.installed-dev ## write the migrations as plain SQL, into migrations/
+	@$(VENV)/bin/python -m migrations.generate
 
-js: .venv/.installed-test ## write the browser client's classic script from the module
-	@.venv/bin/python -m tests.support.classic_script
+js: $(VENV)/.installed-dev ## write the browser client's classic script from the module
+	@$(VENV)/bin/python -m tests.support.classic_script
 
 clean: ## remove everything that is not source
 	@if [ -d .demo/postgres/elsewhere ]; then rm -rf "$$(readlink .demo/postgres/elsewhere)"; fi
-	rm -rf .venv .venv-bench .demo .test-servers build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-bench .demo .test-servers build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .nox .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.installed-%: pyproject.toml
+$(VENV)/.installed-%: pyproject.toml
 	@.ci/install $*
