@@ -87,6 +87,8 @@ class Upgrade:
             self._pushpin,
             PG_EVENTSTREAM_TEST_DSN=self.database.dsn,
             PYTHONPATH=str(self.old_code if old else ROOT),
+            # Where the settings were in these commits.
+            DJANGO_SETTINGS_MODULE="tests.settings" if old else "tests.project.settings",
             PGAPPNAME="old" if old else "new",
         )
 
@@ -230,7 +232,7 @@ def test_processes_of_the_code_before_go_on_through_the_migrations(
 ) -> None:
     database = upgrade.database
     server = upgrade.process(
-        *("the old application server", "-m", "uvicorn", "tests.project.asgi:application"),
+        *("the old application server", "-m", "uvicorn", "tests.asgi:application"),
         *(f"--port={app_port}", "--log-level=warning"),
         old=True,
     )
@@ -290,6 +292,45 @@ def test_processes_of_the_code_before_go_on_through_the_migrations(
     ):
         said = re.findall(r"^.*INFO publisher \S+: (\w+).*\n|^(.+)\n", process.log, re.MULTILINE)
         assert [word or line for word, line in said] == expected, process.log
+
+
+def test_new_application_server_streams_while_the_old_publisher_leads(
+    upgrade: Upgrade, pushpin: Pushpin, app_port: int, channel: str
+) -> None:
+    """As when the processes are restarted in the other order."""
+    server = upgrade.process(
+        *("the new application server", "-m", "uvicorn", "tests.project.asgi:application"),
+        *(f"--port={app_port}", "--log-level=warning"),
+        old=False,
+    )
+    old_publisher = upgrade.publisher(old=True)
+    with ExitStack() as stack:
+        for started in (server, old_publisher):
+            stack.callback(started.kill)
+        with upgrade.directory(old=True):
+            old_publisher.lead()
+        upgrade.run("migrate")
+        assert upgrade.newest > upgrade.migrated
+        with upgrade.directory(old=False):
+            server.start(ready=lambda: accepts(app_port))
+        streams = [
+            stack.enter_context(SSEClient(f"{address}/events/", [channel])).wait_open()
+            for address in (pushpin.url, f"http://127.0.0.1:{app_port}")
+        ]
+        with sending(upgrade.database, channel) as senders:
+            senders[0].wait_for_more()
+        expected = [f"sql0 {number}" for number in range(senders[0].sent)]
+        for stream in streams:
+            stream.wait_count(len(expected), timeout=60)
+            assert [event.data for event in stream.events] == expected
+            assert [event.eids[channel] for event in stream.events] == list(
+                range(1, len(expected) + 1)
+            )
+        old_publisher.stop()
+        server.stop()
+
+    assert server.log_path is not None
+    assert server.log_path.read_text() == ""
 
 
 def held_up(database: Database, work: Callable[[], object]) -> int:
