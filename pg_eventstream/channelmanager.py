@@ -20,6 +20,8 @@ from .conf import conf
 if TYPE_CHECKING:
     from django.contrib.auth.models import AbstractBaseUser
 
+__all__ = ["ChannelManagerBase", "DefaultChannelManager"]
+
 
 class ChannelManagerBase:
     """What the endpoint and the publisher ask.

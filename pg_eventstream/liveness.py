@@ -16,7 +16,7 @@ from .conf import conf, proxy_name
 from .postgres.threads import in_background
 from .rarely import Rarely
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pg_eventstream.liveness")
 
 _LOOK_SECONDS = 15.0
 #: A publisher shows itself every 10 seconds, and a proxy takes events as they come.

@@ -18,6 +18,8 @@ from rest_framework.utils.urls import remove_query_param
 from . import sse, views
 from .conf import conf
 
+__all__ = ["BrowsableAPIEventStreamRenderer", "SSEEventRenderer"]
+
 
 class StreamDescription(dict[str, list[str]]):
     """The ``channels`` of a view, and the ``messages_types`` that its page shows."""

@@ -8,6 +8,8 @@ from django.db.models import Model
 
 from .conf import conf
 
+__all__ = ["EventStreamRouter"]
+
 _LABEL = "pg_eventstream"
 
 

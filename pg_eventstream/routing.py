@@ -14,6 +14,8 @@ from django.core.handlers.asgi import ASGIHandler
 from django.http import HttpRequest
 from django.urls import ResolverMatch, path
 
+__all__ = ["urlpatterns"]
+
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]

@@ -41,6 +41,8 @@ from .users import primary_key, user_id
 if TYPE_CHECKING:
     from django.contrib.auth.models import AbstractBaseUser
 
+__all__ = ["events"]
+
 #: Makes the path of a stream's next link from its token.
 LinkTo = Callable[[str], str]
 

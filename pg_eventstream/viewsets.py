@@ -29,6 +29,8 @@ from .caching import never_cached
 from .channelmanager import get_channelmanager
 from .renderers import BrowsableAPIEventStreamRenderer, SSEEventRenderer, StreamDescription
 
+__all__ = ["EventsView", "EventsViewSet", "configure_events_view_set"]
+
 # What a channel manager takes from the URLconf; the query must not take its place.
 _NAMING = frozenset({"format-channels", "channels", "channel"})
 

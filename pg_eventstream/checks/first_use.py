@@ -15,7 +15,7 @@ from django.core.checks import ERROR
 from ..rarely import Rarely
 from . import settings as checks
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pg_eventstream.first_use")
 
 _is_due = Rarely(math.inf)
 

@@ -27,7 +27,7 @@ from ..rarely import Rarely
 from . import hold
 from .signature import is_verified
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pg_eventstream.next_links")
 
 _rarely = Rarely()
 _LONG = re.compile(r"[\w.:-]{40,}")  # a token, or what is left of it: not for the log

@@ -18,7 +18,7 @@ from gripcontrol import validate_sig
 from ..conf import conf, proxy_name
 from ..rarely import Rarely
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pg_eventstream.signature")
 
 _ALGORITHMS = ["HS256", "RS256", "ES256"]  # as in gripcontrol
 _rarely = Rarely()
