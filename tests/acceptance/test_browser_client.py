@@ -24,6 +24,7 @@ from tests.support import pages
 from tests.support.browser import Page
 from tests.support.classic_script import CLASSIC, MODULE, STATIC, classic
 from tests.support.database import Database
+from tests.support.documentation import example
 from tests.support.network import Network
 from tests.support.publisher import PublisherProcess
 from tests.support.scripted_server import Answer, Request, ScriptedServer, answer
@@ -898,7 +899,6 @@ def test_events_of_htmx_go_on_after_an_error_of_a_proxy(
     page: Page, serve: Serve, node_directory: Path
 ) -> None:
     """Its extension begins anew then, without an id."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     server = serve(
         answer("id: a:1\ndata: <b>one</b>\n\n"),
         Answer(status=502),
@@ -907,7 +907,8 @@ def test_events_of_htmx_go_on_after_an_error_of_a_proxy(
     )
     for script in ("htmx.org/dist/htmx.js", "htmx-ext-sse/dist/sse.js"):
         _run_script(page, (node_directory / "node_modules" / script).read_text(encoding="utf-8"))
-    (line,) = re.findall(r"`(htmx\.createEventSource = [^`]*)`", readme)
+    guide = example("docs/how-to/htmx.md", "htmx.createEventSource").code
+    (line,) = re.findall(r"^  (htmx\.createEventSource = .*)$", guide, re.MULTILINE)
     _run_script(page, line)
     page.evaluate(
         """() => {

@@ -1,4 +1,4 @@
-"""Projects that were set up for django-eventstream with Channels run after the README's recipe."""
+"""Projects set up for django-eventstream with Channels run after the recipe of docs/moving.md."""
 
 from __future__ import annotations
 
@@ -17,18 +17,13 @@ from pg_eventstream import send_event
 from pg_eventstream.servers.processes import Process, accepts
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
+from tests.support.documentation import example
 from tests.support.origin import log_in, signature
-from tests.support.projects import ROOT, Project
+from tests.support.projects import Project
 from tests.support.publisher import PublisherProcess
 from tests.support.sse_client import SSEClient
 
-SECTION = (
-    (ROOT / "README.md")
-    .read_text(encoding="utf-8")
-    .partition("## Coming from django-eventstream")[2]
-    .partition("\n## ")[0]
-)
-RENAME = re.findall(r"^```sh\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE)[0]
+RENAME = example("docs/moving.md", "grep -rlE").code
 
 SETTINGS = """
 import os
@@ -172,7 +167,7 @@ def project(database: Database, pushpin: Pushpin, tmp_path: Path) -> Iterator[Pr
 
 @contextmanager
 def serve(project: Project, port: int) -> Iterator[str]:
-    """Move the project by the README's recipe, and run it with Daphne; its address."""
+    """Move the project by the recipe of docs/moving.md, and run it with Daphne; its address."""
     printed = project.run("sh", "-ec", RENAME)
     assert re.findall(r"^\./.*", printed, re.MULTILINE) == []
     assert "no issues" in project.manage("check", "--fail-level=WARNING")

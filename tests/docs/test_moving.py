@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import urllib.request
 from collections.abc import Iterator
@@ -18,31 +17,25 @@ from pg_eventstream.servers.pushpin import Pushpin
 from tests.integration.test_import import DjangoEventstream
 from tests.support.browser import Browser, Page
 from tests.support.database import Database
+from tests.support.documentation import example
 from tests.support.projects import ROOT, Project
 from tests.support.sse_client import SSEClient
 
 SOURCE = ROOT / "tests" / "support" / "fixtures" / "django_eventstream_project"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(
-    r"^```sh\n(.*?)^```",
-    README.partition("## Coming from django-eventstream")[2].partition("\n## ")[0],
-    re.DOTALL | re.MULTILINE,
-)
 
 
 @pytest.fixture
 def project(
     database: Database, pushpin: Pushpin, app_port: int, tmp_path: Path
 ) -> Iterator[Project]:
-    """The project, moved by the commands of the README and nothing else, and running."""
+    """The project, moved by the commands of the page and nothing else, and running."""
     directory = tmp_path / "project"
     shutil.copytree(SOURCE, directory)
     old = DjangoEventstream("default")
     old.send("room-tea", {"user": "bob", "text": "from before"}, {"user": "bob", "text": "last"})
     with Project(directory, "project.settings", database, pushpin) as moved:
-        rename, migrate = COMMANDS
-        moved.run("sh", "-ec", rename)
-        moved.run("sh", "-ec", migrate)
+        moved.run("sh", "-ec", example("docs/moving.md", "grep -rlE").code)
+        moved.run("sh", "-ec", example("docs/moving.md", "eventstream_import").code)
         assert "no issues" in moved.manage("check", "--fail-level=WARNING")
         moved.serve(app_port)
         yield moved
@@ -104,7 +97,7 @@ def test_chat_and_clock_run_unchanged_but_for_names(
     bob.post("/rooms/tea/messages/", "text=hello%20%3Cb%3E")
     for member in (ann, bob):
         member.sees("bob: hello <b>")
-    assert ann.page.evaluate("trusted") is False  # as the README says
+    assert ann.page.evaluate("trusted") is False  # as the page says
     bob.post("/rooms/tea/messages/", "text=not+for+me&skip_me=1")
     bob.post("/rooms/tea/messages/", "text=end&html=1")
     for member in (ann, bob):

@@ -1,4 +1,4 @@
-"""Every name of django-eventstream is here after the README's recipe, or the recipe prints it.
+"""Every name of django-eventstream is here after the recipe of moving.md, or that prints it.
 
 The tables name what releases 2.0.0 to 5.3.4 have: what their documentation and their examples
 show, and all public names of their modules.
@@ -38,17 +38,12 @@ from pg_eventstream.conf import conf
 from pg_eventstream.views import events
 from tests.project.settings import INSTALLED_APPS
 from tests.support.database import Database
+from tests.support.documentation import example, text_of
 from tests.support.origin import sequence
-from tests.support.projects import ROOT
 
-SECTION = (
-    (ROOT / "README.md")
-    .read_text(encoding="utf-8")
-    .partition("## Coming from django-eventstream")[2]
-    .partition("\n## ")[0]
-)
-HERE, _, DIFFERENT = SECTION.partition("### What is different")
-RENAME = re.findall(r"^```sh\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE)[0]
+PAGE = text_of("docs/moving.md")
+HERE, _, DIFFERENT = PAGE.partition("## What is different")
+RENAME = example("docs/moving.md", "grep -rlE").code
 
 # As documentation and examples show it, and the releases whose do.
 LINES = {
@@ -171,7 +166,7 @@ class Moved:
 
 
 def recipe(directory: Path) -> str:
-    """Run the README's first command as it stands there; its output."""
+    """Run the first command of the page as it is there; its output."""
     done = subprocess.run(
         ["sh", "-ec", RENAME],
         cwd=directory,
@@ -319,7 +314,7 @@ def test_recipe_leaves_no_path_of_storage_that_looks_as_if_it_were_here(
 @pytest.mark.parametrize("name", SETTINGS)
 def test_setting_counts_or_the_readme_and_check_say_that_it_does_not(name: str) -> None:
     if name in inspect.getsource(type(conf)):
-        assert f"`{name}`" in SECTION
+        assert f"`{name}`" in PAGE
         return
     assert f"`{name}" in DIFFERENT
     with override_settings(**{name: {"host": "redis"}}):
@@ -329,7 +324,7 @@ def test_setting_counts_or_the_readme_and_check_say_that_it_does_not(name: str) 
 
 @pytest.mark.parametrize("name", STATIC)
 def test_script_is_there_under_a_manifest(name: str, tmp_path: Path) -> None:
-    assert f"`pg_eventstream/{name}`" in SECTION or f"`django_eventstream/{name}`" in DIFFERENT
+    assert f"`pg_eventstream/{name}`" in PAGE or f"`django_eventstream/{name}`" in DIFFERENT
     page = tmp_path / "page.html"
     old = f"django_eventstream/{name}"
     page.write_text(f'<script src="{{% static \'{old}\' %}}"></script> {{% static "{old}" %}}')
@@ -514,8 +509,8 @@ def test_recipe_prints_what_may_relay_events_into_each_process(tmp_path: Path) -
         (tmp_path / f"{name}.py").write_text(code)
     relays = recipe(tmp_path).partition("once per process:\n")[2]
     assert {line.partition(".py:")[0][2:] for line in relays.splitlines()} == set(RELAYS)
-    assert "### Relays into each process" in SECTION
-    assert "every event once per\nprocess" in SECTION
+    assert "## Relays into each process" in PAGE
+    assert "every event once per\nprocess" in PAGE
 
 
 def test_files_with_any_name_are_moved_and_those_of_others_left(tmp_path: Path) -> None:

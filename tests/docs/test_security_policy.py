@@ -17,11 +17,13 @@ from pg_eventstream.postgres.locks import (
 )
 from tests.integration.test_grants import as_role, make_old, prune_only, sequence, serve
 from tests.support.database import Database
+from tests.support.documentation import example
 from tests.support.roles import granted
 
 ROOT = Path(__file__).parents[2]
 POLICY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-LOCKS, ROWS = re.findall(r"^  ```sql\n(.*?)^  ```", POLICY, re.DOTALL | re.MULTILINE)
+LOCKS = example("SECURITY.md", "FROM pg_locks").code
+ROWS = example("SECURITY.md", "ENABLE ROW LEVEL SECURITY").code
 
 LOCKS_TAKEN = (BELL_LOCK, LEADER_LOCK, SEQUENCE_LOCK, SWEEP_LOCK)
 
