@@ -17,11 +17,11 @@ demo: $(VENV)/.installed-demo ## events in a browser; ARGS=--check checks withou
 	@$(VENV)/bin/python -m pg_eventstream.demo $(PROXY:%=--proxy %) $(ARGS)
 
 test: lint ## lint, then run the tests; ARGS goes to pytest
-	@.ci/need pushpin node npm chromium pgbouncer
+	@.ci/need pushpin node npm chromium pgbouncer nginx curl
 	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 test-faults: lint ## faults of every kind, again and again; PG_EVENTSTREAM_TEST_SEED repeats a run
-	@.ci/need pushpin node npm chromium pgbouncer
+	@.ci/need pushpin node npm chromium pgbouncer nginx curl
 	PG_EVENTSTREAM_TEST_THOROUGH=1 $(VENV)/bin/pytest --numprocesses=2 --dist=loadfile -m faults $(ARGS)
 
 soak: $(VENV)/.installed-dev ## days of work in 10 minutes, with small faults; ARGS="--minutes 60 --calm"
@@ -34,7 +34,7 @@ bench: ## measure everything against its peers; ARGS=--quick for a rough idea
 	.venv-bench/bin/python -m benchmarks $(ARGS)
 
 coverage: $(VENV)/.installed-dev ## run the tests as `make test` does, and say which lines and branches they miss
-	@.ci/need pushpin node npm chromium pgbouncer
+	@.ci/need pushpin node npm chromium pgbouncer nginx curl
 	$(VENV)/bin/coverage erase
 	$(VENV)/bin/coverage run -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 	$(VENV)/bin/coverage combine --quiet

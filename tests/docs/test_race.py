@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,27 +10,41 @@ from pathlib import Path
 import pytest
 
 from tests.support.database import Database
+from tests.support.documentation import ROOT, example, text_of
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "concepts" / "why-ids-skip.md").read_text(encoding="utf-8")
+INSTALL, OWN_SERVER = example("docs/concepts/why-ids-skip.md", "pip install").code.splitlines()
+ADDRESS = example("docs/concepts/why-ids-skip.md", "postgresql://").code.rstrip()
 
 
-@pytest.mark.parametrize("given", ["a server of its own", "an address"])
-def test_script_prints_the_table_of_the_page(given: str, database: Database) -> None:
-    arguments = [database.dsn] if given == "an address" else []
-    run = subprocess.run(
-        [sys.executable, DOCS / "examples" / "race.py", *arguments],
+def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of the page at the top of the repository."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    mine = {k: v for k, v in os.environ.items() if not k.startswith("DJANGO")}
+    return subprocess.run(
+        ["sh", "-ec", command],
+        cwd=ROOT,
+        env={**mine, "PATH": path, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert (run.returncode, run.stderr) == (0, "")
-    assert f"```text\n{run.stdout}```\n" in PAGE
+
+
+@pytest.mark.parametrize("command", [OWN_SERVER, ADDRESS], ids=["own server", "address"])
+def test_script_prints_the_table_of_the_page(command: str, database: Database) -> None:
+    done = run(command.replace("postgresql://localhost/test", database.dsn))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"```text\n{done.stdout}```\n" in text_of("docs/concepts/why-ids-skip.md")
 
 
 def test_script_leaves_nothing_behind(database: Database) -> None:
     schemas = "SELECT nspname FROM pg_namespace ORDER BY nspname"
     before = database.fetch(schemas)
-    test_script_prints_the_table_of_the_page("an address", database)
+    assert run(ADDRESS.replace("postgresql://localhost/test", database.dsn)).returncode == 0
     assert database.fetch(schemas) == before
+
+
+def test_what_the_script_needs_is_what_is_to_be_installed() -> None:
+    done = run(INSTALL, PIP_DRY_RUN="1")
+    assert "Requirement already satisfied: pg-eventstream" in done.stdout
