@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pg_eventstream.grip import items
 from pg_eventstream.servers.processes import free_port, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 
@@ -83,7 +84,6 @@ class Drain:
 
     def _bodies(self) -> list[bytes]:
         """What the publisher would post."""
-        from pg_eventstream.grip import proxy as grip
 
         with self._database.connect() as connection:
             while connection.execute("SELECT pg_eventstream_sequence()").fetchone() != (0,):
@@ -93,7 +93,7 @@ class Drain:
                 "  FROM pg_eventstream_stream AS s JOIN pg_eventstream_event AS e"
                 "    ON e.id = s.event_id ORDER BY position"
             )
-            return [batch.body for batch in grip.batches(grip.StreamEvent(*row) for row in rows)]
+            return [batch.body for batch in items.batches(items.StreamEvent(*row) for row in rows)]
 
     def _led_since(self) -> float:
         since = self._database.value(

@@ -116,7 +116,7 @@ def parse_id(event_id: str, channels: Iterable[str] = ()) -> dict[str, int]:
     What is a digest there names one of ``channels``.
 
     The first value of a channel wins: behind a proxy the event's own id comes first and
-    is followed by what the proxy knows, which may be the previous one (`hold.id_format`).
+    is followed by what the proxy knows, which may be the previous one (`grip.instruct.id_format`).
 
     Raises `ResumeNotAllowed` for the id of a ``stream-error``, `InvalidRequest` for
     anything that no server sent.

@@ -1,12 +1,12 @@
 from django.urls import path
 
 from . import views
-from .grip import hold
+from .grip import links
 
 views.require_installed()
 
 urlpatterns = [
     path("", views.events, name=views.EVENTS_URL),
     # The proxy's own requests; clients never see these addresses.
-    path(f"{hold.NEXT}<token>", views.next_link, name=views.NEXT_LINK_URL),
+    path(f"{links.NEXT}<token>", views.next_link, name=views.NEXT_LINK_URL),
 ]

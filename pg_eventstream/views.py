@@ -28,7 +28,8 @@ from .caching import never_cached
 from .channelmanager import get_channelmanager
 from .conf import conf
 from .errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
-from .grip import hold, next_links, signature
+from .grip import links, names, next_links, signature
+from .grip.instruct import instruct
 from .permission import check_permission, reliable
 from .postgres.threads import in_other_thread
 from .rarely import Rarely
@@ -91,7 +92,7 @@ def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
 @require_safe
 def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBase:
     """Tell the proxy how a stream goes on. Ends it if the user may not read it any more."""
-    base = _path(request).removesuffix(f"{hold.NEXT}{token}")
+    base = _path(request).removesuffix(f"{links.NEXT}{token}")
     return continue_stream(request, token, link_to=_beside(base))
 
 
@@ -109,10 +110,10 @@ def open_stream(
     try:
         channels = _requested_channels(request, view_kwargs)
         user = get_channelmanager().get_user_for_request(request)
-        session = hold.Session(channels, user_id(user))
+        session = links.Session(channels, user_id(user))
         limits.check_head(request, channels, proxied)
         if proxied:
-            limits.check_link(link_to(hold.sign(session)), channels)
+            limits.check_link(link_to(links.sign(session)), channels)
         after = parse_start(_requested_id(request), channels)
         if not proxied:
             check_permission(user, channels)
@@ -134,7 +135,7 @@ def open_stream(
 
 
 def _stream(
-    request: HttpRequest, session: hold.Session, after: Mapping[str, int]
+    request: HttpRequest, session: links.Session, after: Mapping[str, int]
 ) -> HttpResponseBase:
     if request.method == "HEAD":
         return _finish(request, HttpResponse(content_type=sse.CONTENT_TYPE))
@@ -154,8 +155,8 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
     if not _came_through_proxy(request):
         return _refuse(request)
     try:
-        session = hold.unsign(token)
-        ids = session.cursor or hold.last_ids(
+        session = links.unsign(token)
+        ids = session.cursor or links.last_ids(
             request.grip.last,  # type: ignore[attr-defined]
             reliable(session.channels),
         )
@@ -169,8 +170,8 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
     except EventPermissionError as e:
         # Without a hold and a link the proxy ends the stream, behind this event.
         text = sse.encode_error("forbidden", str(e), {"channels": e.channels})
-        hold.instruct(request, session, ids)
-        return _finish(request, HttpResponse(hold.escape(text), content_type=sse.CONTENT_TYPE))
+        instruct(request, session, ids)
+        return _finish(request, HttpResponse(names.escape(text), content_type=sse.CONTENT_TYPE))
     body, ids = _encode(missed, session.user_id)
     paged = session.cursor is not None
     return _go_on(request, session, missed, body, ids, link_to, paged)
@@ -286,7 +287,7 @@ def _beside(base: str) -> LinkTo:
     # As it stands in a URL and in a header. A path that began with two slashes would name a
     # host, to which the proxy would turn.
     quoted = escape_leading_slashes(quote(base))
-    return lambda token: f"{quoted}{hold.NEXT}{token}"
+    return lambda token: f"{quoted}{links.NEXT}{token}"
 
 
 def _requested_channels(request: HttpRequest, view_kwargs: Mapping[str, Any]) -> tuple[str, ...]:
@@ -312,7 +313,7 @@ def _requested_id(request: HttpRequest) -> str | None:
     return next((value for value in candidates if value.strip()), None)
 
 
-def _user_of_session(session: hold.Session) -> AbstractBaseUser | None:
+def _user_of_session(session: links.Session) -> AbstractBaseUser | None:
     """The user that opened the stream; the proxy's requests carry no cookies."""
     key = primary_key(session.user_id)
     if key is None:
@@ -350,7 +351,7 @@ def _encode(missed: Recovered, reader: str, most_bytes: float = inf) -> tuple[st
 
 def _go_on(
     request: HttpRequest,
-    session: hold.Session,
+    session: links.Session,
     missed: Recovered,
     body: str,
     ids: dict[str, int],
@@ -360,10 +361,10 @@ def _go_on(
     """Send the body, then hold the stream; or fetch the next page if there are more events."""
     if request.method != "HEAD":  # which has nothing to hold open
         done = ids == missed.end and not missed.more
-        follower = hold.Session(session.channels, session.user_id, cursor=None if done else ids)
-        link = link_to(hold.sign(follower))
-        hold.instruct(request, session, ids, link=link, held=done, ask_soon=paged)
-    return _finish(request, HttpResponse(hold.escape(body), content_type=sse.CONTENT_TYPE))
+        follower = links.Session(session.channels, session.user_id, cursor=None if done else ids)
+        link = link_to(links.sign(follower))
+        instruct(request, session, ids, link=link, held=done, ask_soon=paged)
+    return _finish(request, HttpResponse(names.escape(body), content_type=sse.CONTENT_TYPE))
 
 
 def _error(

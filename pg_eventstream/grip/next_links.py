@@ -24,7 +24,8 @@ from django.urls import Resolver404, resolve
 from ..conf import conf
 from ..errors import InvalidRequest
 from ..rarely import Rarely
-from . import hold
+from . import links
+from .names import events_channel
 from .signature import is_verified
 
 logger = logging.getLogger("pg_eventstream.next_links")
@@ -69,7 +70,7 @@ def expect(environ: Any = None, scope: Any = None, **kwargs: Any) -> None:
         path = scope["path"].removeprefix(script_name)
     last = _header("Grip-Last", environ, scope)
     has_token = "next" in path and _ends_in_token(path)
-    if not has_token and f"{conf.grip_prefix}{hold.events_channel('')}" not in last:
+    if not has_token and f"{conf.grip_prefix}{events_channel('')}" not in last:
         return
     if has_token and script_name and path.startswith(f"{script_name}/"):
         path = path.removeprefix(script_name)
@@ -125,7 +126,7 @@ EXEMPT = r"(^|/)next[-/]"
 def _ends_in_token(path: str) -> bool:
     segment = path.rstrip("/").rpartition("/")[2]
     try:
-        hold.unsign(segment.partition(hold.NEXT)[2] or segment)
+        links.unsign(segment.partition(links.NEXT)[2] or segment)
     except (InvalidRequest, UnicodeError):
         return False
     return True

@@ -25,7 +25,7 @@ from ..channelmanager import get_channelmanager
 from ..checks import first_use
 from ..conf import conf
 from ..errors import NotPublished
-from ..grip import proxy as grip
+from ..grip.proxy import Proxy
 from ..postgres.connector import COMMAND_PATIENCE, Database, explained
 from ..postgres.incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
 from ..postgres.watchdog import WatchedConnection
@@ -66,7 +66,7 @@ class Publisher:
         conf.check_numbers()
         get_channelmanager()
         self._database = database
-        self._proxies = [grip.Proxy(config) for config in conf.grip_proxies]
+        self._proxies = [Proxy(config) for config in conf.grip_proxies]
         self._stopping = threading.Event()
         self._doorbell: Doorbell | None = None
         self._connection: Connection | None = None
@@ -223,7 +223,7 @@ class Publisher:
         """The feeds and the sweep, each on a thread, for as long as we lead."""
         over = threading.Event()
         # Connections of their own: a feed of our last lead may still wait for an answer.
-        proxies = [grip.Proxy(config) for config in conf.grip_proxies]
+        proxies = [Proxy(config) for config in conf.grip_proxies]
         feeds = [Feed(proxy, self._database, over) for proxy in proxies]
         threads = [
             threading.Thread(target=feed.run, name=f"feed {proxy.name}", daemon=True)
@@ -359,7 +359,7 @@ def last_position(connection: Connection) -> int:
     return int(row[0] or 0) if row else 0
 
 
-def _register(connection: Connection, name: str, proxies: list[grip.Proxy]) -> None:
+def _register(connection: Connection, name: str, proxies: list[Proxy]) -> None:
     """Write down who leads, and which proxies there are.
 
     A proxy that is new may be a known one under a new address, so it starts where the one

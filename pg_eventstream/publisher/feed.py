@@ -18,7 +18,9 @@ from typing import Any
 
 import psycopg
 
-from ..grip import proxy as grip
+from ..grip import items
+from ..grip.hints import Hints
+from ..grip.proxy import Proxy, Refused, Unavailable
 from ..permission import CHANGES, is_reliable
 from ..postgres.connector import Database, explained
 from ..postgres.incarnation import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
@@ -28,7 +30,7 @@ from ..send import NAME_LENGTH
 logger = logging.getLogger(__name__)
 
 # What one request takes: the next page is read and encoded while the proxy works on this one.
-_PAGE_EVENTS = grip.BATCH_ITEMS
+_PAGE_EVENTS = items.BATCH_ITEMS
 _PAGE_BYTES = 4_000_000
 # After a crash at most this much is published again; the proxy drops what it has seen in
 # the last 60 seconds, and prev-id stops what is older.
@@ -48,7 +50,7 @@ class Feed:
     is left, if that is earlier.
     """
 
-    def __init__(self, proxy: grip.Proxy, database: Database, stopping: threading.Event) -> None:
+    def __init__(self, proxy: Proxy, database: Database, stopping: threading.Event) -> None:
         self._proxy = proxy
         self._database = database
         self._stopping = stopping
@@ -59,9 +61,9 @@ class Feed:
         self._acknowledged = 0
         self._acknowledged_at = 0.0
         #: Read and encoded, not published yet.
-        self._ready: deque[grip.Batch] = deque()
+        self._ready: deque[items.Batch] = deque()
         self._page_was_cut = False
-        self._hints = grip.Hints()
+        self._hints = Hints()
         #: Events that the proxy has taken, those included in whose place it took a hint.
         self.published = 0
         #: Events of which it has not even taken a hint, and what it said to the last of them.
@@ -127,7 +129,7 @@ class Feed:
         """
         if not self._ready:
             self._read_page()
-        batch = self._ready[0] if self._ready else grip.Batch([], [])
+        batch = self._ready[0] if self._ready else items.Batch([], [])
         published = 0
         if batch.events and self._publish(batch):
             published = len(batch.events)
@@ -210,7 +212,7 @@ class Feed:
              WHERE nth = 1 OR bytes <= %s) AS page ON true
              ORDER BY page.position
             """,  # noqa: S608
-            [grip.EVENT_BYTES, grip.EVENT_BYTES, after, _PAGE_EVENTS, _PAGE_BYTES],
+            [items.EVENT_BYTES, items.EVENT_BYTES, after, _PAGE_EVENTS, _PAGE_BYTES],
         ).fetchall()
         if not self._still_known(Cursor.of(*rows[0][:4])):
             return
@@ -218,10 +220,10 @@ class Feed:
         # One page's events are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
         events = (
-            grip.StreamEvent(position, channel, number, kind, data, skip, reliable[channel], prev)
+            items.StreamEvent(position, channel, number, kind, data, skip, reliable[channel], prev)
             for position, channel, number, kind, data, skip, prev, _ in rows
         )
-        self._ready.extend(grip.batches(events))
+        self._ready.extend(items.batches(events))
         give_back()  # what the channel manager may have asked over
         found = rows[0][-1] if rows else 0
         self._page_was_cut = found == _PAGE_EVENTS or found > len(rows)
@@ -293,15 +295,15 @@ class Feed:
                 "most": _RECALLED_EVENTS,
                 "changes": CHANGES,
                 "longest": _CHANGE_BYTES,
-                "many": grip.Hints.MANY,
-                "large": grip.EVENT_BYTES,
+                "many": Hints.MANY,
+                "large": items.EVENT_BYTES,
             },
         ).fetchall()
         now = time.monotonic()
         for nth, channel, change in rows:
             if channel == CHANGES or is_reliable(channel):
-                event = grip.StreamEvent(nth, channel, 0, "", change, [])
-                self._hints.follow(grip.item(event), now)
+                event = items.StreamEvent(nth, channel, 0, "", change, [])
+                self._hints.follow(items.item(event), now)
 
     def _acknowledge(self) -> None:
         assert self._connection is not None  # noqa: S101
@@ -322,15 +324,15 @@ class Feed:
 
     # Publishing
 
-    def _publish(self, batch: grip.Batch) -> bool:
+    def _publish(self, batch: items.Batch) -> bool:
         """Repeat the batch, unchanged, until the proxy has taken it; False if stopped."""
         delay, failures = _FIRST_RETRY, 0
         while True:
             try:
                 self._proxy.post(batch.body, meanwhile=self._read_ahead)
-            except grip.Refused as e:
+            except Refused as e:
                 return self._publish_apart(batch, e)
-            except grip.Unavailable as e:
+            except Unavailable as e:
                 self.trouble = str(e)
                 failures += 1
                 if failures in (1, 10) or failures % 100 == 0:
@@ -349,11 +351,11 @@ class Feed:
                 return True
 
     def _hint(self, hints: list[bytes]) -> None:
-        for start in range(0, len(hints), grip.BATCH_ITEMS):
-            if not self._publish(grip.Batch([], hints[start : start + grip.BATCH_ITEMS])):
+        for start in range(0, len(hints), items.BATCH_ITEMS):
+            if not self._publish(items.Batch([], hints[start : start + items.BATCH_ITEMS])):
                 break
 
-    def _publish_apart(self, batch: grip.Batch, refusal: grip.Refused) -> bool:
+    def _publish_apart(self, batch: items.Batch, refusal: Refused) -> bool:
         """The proxy refuses a batch as a whole: find what it refuses, and go on without.
 
         The offending event is replaced by a hint, upon which clients fetch it from the
@@ -365,10 +367,10 @@ class Feed:
         if len(batch.events) > 1:
             middle = len(batch.events) // 2
             return self._publish(
-                grip.Batch(batch.events[:middle], batch.items[:middle])
-            ) and self._publish(grip.Batch(batch.events[middle:], batch.items[middle:]))
+                items.Batch(batch.events[:middle], batch.items[:middle])
+            ) and self._publish(items.Batch(batch.events[middle:], batch.items[middle:]))
         event = batch.events[0]
-        hint = grip.hint(event.channel, event.reliable)
+        hint = items.hint(event.channel, event.reliable)
         if batch.items[0] == hint:
             logger.error(
                 "%s: refused even a hint of event %d of channel %r (%s); clients get it when they"
@@ -383,7 +385,7 @@ class Feed:
             " fetch it from the endpoint",
             self._proxy.name, event.number, event.channel, refusal,
         )  # fmt: skip
-        instead = grip.Batch([event], [hint])
+        instead = items.Batch([event], [hint])
         self._hints.note(instead, time.monotonic())
         return self._publish(instead)
 

@@ -30,7 +30,7 @@ from gripcontrol import parse_grip_uri
 
 from pg_eventstream import send_event
 from pg_eventstream.conf import conf
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
@@ -235,7 +235,7 @@ def test_signed_token_is_renewed_before_it_expires(
     cloud: Cloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cloud.keys = {"R": SECRET}
-    proxy = grip.Proxy({"control_uri": cloud.url, "control_iss": "R", "key": SECRET})
+    proxy = Proxy({"control_uri": cloud.url, "control_iss": "R", "key": SECRET})
     begin = time.time() - 590
     for seconds in range(0, 591, 10):
         monkeypatch.setattr(time, "time", partial(float, begin + seconds))

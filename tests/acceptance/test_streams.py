@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from pg_eventstream import send_events, sse
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip import items
+from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project.channelmanagers import SlowMembers
@@ -237,8 +238,8 @@ def test_100_clients_that_come_back_at_once_are_up_to_date_within_seconds(
     send((channel, "never published"))
     sequence(database)
     began = time.monotonic()
-    proxy = grip.Proxy({"control_uri": pushpin.control_url})
-    proxy.post(grip.Batch([], [grip.hint(channel)]).body)
+    proxy = Proxy({"control_uri": pushpin.control_url})
+    proxy.post(items.Batch([], [items.hint(channel)]).body)
     for client in clients:
         assert texts(client.wait_count(len(sent) + 1)) == [*sent, "never published"]
     assert time.monotonic() - began < 5

@@ -15,7 +15,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.test import AsyncClient, Client, override_settings
 
 from pg_eventstream.channelmanager import DefaultChannelManager
-from pg_eventstream.grip import hold
+from pg_eventstream.grip import links
 from tests.project import settings
 from tests.support.database import Database
 from tests.support.origin import behind_a_proxy, signature
@@ -77,7 +77,7 @@ def project(database: Database) -> Iterator[None]:
 
 
 def link(*channels: str) -> str:
-    return f"{hold.NEXT}{hold.sign(hold.Session(channels, 'anonymous'))}"
+    return f"{links.NEXT}{links.sign(links.Session(channels, 'anonymous'))}"
 
 
 LAST = {"Grip-Last": "events-c; last-id=0"}
@@ -103,7 +103,7 @@ PROXIED = [
     ("HEAD", "/plain/LINK c", LAST, 200),
     ("GET", "/plain/LINK secret", {"Grip-Last": "events-secret; last-id=0"}, 200),  # ends
     ("GET", "/plain/LINK c", {}, 403),
-    ("GET", f"/plain/{hold.NEXT}forged", LAST, 403),
+    ("GET", f"/plain/{links.NEXT}forged", LAST, 403),
     ("POST", "/plain/LINK c", LAST, 405),
     ("GET", "/function/", EVENT_SOURCE, 200),
     ("HEAD", "/function/", EVENT_SOURCE, 200),

@@ -15,7 +15,7 @@ from django.test import override_settings
 
 from pg_eventstream import get_current_event_id, get_events, send_event, sse
 from pg_eventstream.channelmanager import DefaultChannelManager
-from pg_eventstream.grip import hold
+from pg_eventstream.grip import links
 from pg_eventstream.servers.processes import HOST, Process, accepts, free_port
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
@@ -105,7 +105,7 @@ def test_ids_with_names_in_full_are_resumed_from_as_ever(database: Database, sha
 @behind_a_proxy
 def test_streams_that_were_held_by_names_in_full_go_on(database: Database) -> None:
     channels = names("letters", "run", 3)
-    link = f"/events/{hold.NEXT}{hold.sign(hold.Session(tuple(channels), 'anonymous'))}"
+    link = f"/events/{links.NEXT}{links.sign(links.Session(tuple(channels), 'anonymous'))}"
     last = ", ".join(f"events-{quote(channel)}; last-id=0" for channel in channels)
     answer = Origin().ask(link, {"Grip-Last": last})
     assert answer.held
@@ -134,8 +134,8 @@ def test_link_that_is_too_long_for_a_request_line_is_refused_at_opening(
             # Also when it has the ids of all channels, each as long as it can be.
             channels = tuple(sorted(names("letters", "run", length=length)))
             ids = {c: random.Random(c).randrange(10**17, 10**18) for c in channels}
-            token = hold.sign(hold.Session(channels, "anonymous", ids))
-            assert len(f"GET /events/{hold.NEXT}{token} HTTP/1.1\r\n") <= 4094
+            token = links.sign(links.Session(channels, "anonymous", ids))
+            assert len(f"GET /events/{links.NEXT}{token} HTTP/1.1\r\n") <= 4094
             head = sum(len(f"{name}: {value}\r\n") for name, value in answer.response.items())
             assert head < 8192
         else:

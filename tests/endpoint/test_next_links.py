@@ -16,8 +16,7 @@ from django.test import RequestFactory, override_settings
 from django_grip import GripMiddleware
 
 from pg_eventstream import send_events, views
-from pg_eventstream.grip import hold
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip import items, links
 from tests.support.database import Database
 from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature
 from tests.support.publisher import PublisherProcess
@@ -96,7 +95,7 @@ def test_different_sessions_never_share_a_link(origin: Origin) -> None:
 
 def test_link_stays_the_same_for_an_hour_and_works_for_a_day(origin: Origin) -> None:
     hour = time.time() // 3600 * 3600
-    with mock.patch("pg_eventstream.grip.hold.time") as clock:
+    with mock.patch("pg_eventstream.grip.links.time") as clock:
         clock.time.return_value = hour
         link = opened(origin, "c").next_link
         clock.time.return_value = hour + 3599
@@ -110,28 +109,28 @@ def test_link_stays_the_same_for_an_hour_and_works_for_a_day(origin: Origin) -> 
 
 def test_tampered_and_foreign_links_are_refused(origin: Origin) -> None:
     link = opened(origin, "c").next_link
-    base, _, token = link.partition(hold.NEXT)
+    base, _, token = link.partition(links.NEXT)
     value, _, seal = token.rpartition(":")
     assert not is_refused(origin, link)
     for n in range(len(token)):
         other = "A" if token[n] != "A" else "B"
-        assert is_refused(origin, f"{base}{hold.NEXT}{token[:n]}{other}{token[n + 1 :]}")
+        assert is_refused(origin, f"{base}{links.NEXT}{token[:n]}{other}{token[n + 1 :]}")
     for n in range(1, len(token)):
-        assert is_refused(origin, f"{base}{hold.NEXT}{token[:n]}")
+        assert is_refused(origin, f"{base}{links.NEXT}{token[:n]}")
     for wrong in (f"{value}:", f":{seal}", "x", "%00", "%ED%A0%80", "%F0%9F%8E%89", f".{token}"):
-        assert is_refused(origin, f"{base}{hold.NEXT}{wrong}")
+        assert is_refused(origin, f"{base}{links.NEXT}{wrong}")
 
-    session = hold.Session(("c",), "anonymous")
+    session = links.Session(("c",), "anonymous")
     with override_settings(SECRET_KEY="another key, just as long as the right one"):
-        foreign = hold.sign(session)
-    assert is_refused(origin, f"{base}{hold.NEXT}{foreign}")
+        foreign = links.sign(session)
+    assert is_refused(origin, f"{base}{links.NEXT}{foreign}")
     with override_settings(SECRET_KEY_FALLBACKS=["another key, just as long as the right one"]):
-        assert not is_refused(origin, f"{base}{hold.NEXT}{foreign}")
+        assert not is_refused(origin, f"{base}{links.NEXT}{foreign}")
     content = {"c": ["c"], "u": None, "x": 10**9}
     for salt in ("django.core.signing.Signer", "django.contrib.sessions", ""):
         other_token = signing.Signer(salt=salt).sign_object(content, compress=True)
-        assert is_refused(origin, f"{base}{hold.NEXT}{other_token}")
-        assert is_refused(origin, f"{base}{hold.NEXT}{signing.dumps(content, salt=salt)}")
+        assert is_refused(origin, f"{base}{links.NEXT}{other_token}")
+        assert is_refused(origin, f"{base}{links.NEXT}{signing.dumps(content, salt=salt)}")
 
 
 def test_link_tells_no_more_than_the_proxy_signed_for(origin: Origin) -> None:
@@ -303,6 +302,6 @@ def test_user_ids_with_commas_quotes_or_line_breaks_are_skipped_too(database: Da
     assert isinstance(response, HttpResponse)
     assert "X" not in response.headers
     meta = response["Grip-Set-Meta"].partition('user="')[2].partition('"')[0]
-    event = grip.StreamEvent(1, "c", 1, "message", "x", ["b", Visitor.pk, "7", ""])
-    skipped = json.loads(grip.item(event))["meta"]["skip_users"]
+    event = items.StreamEvent(1, "c", 1, "message", "x", ["b", Visitor.pk, "7", ""])
+    skipped = json.loads(items.item(event))["meta"]["skip_users"]
     assert [part for part in skipped.split(",") if part] == ["b", meta, "7"]

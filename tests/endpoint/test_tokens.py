@@ -24,15 +24,15 @@ from django.utils.crypto import constant_time_compare
 from pg_eventstream import send_events
 from pg_eventstream.conf import conf
 from pg_eventstream.errors import InvalidRequest
-from pg_eventstream.grip import hold
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip import links
+from pg_eventstream.grip.proxy import Proxy, Unavailable
 from pg_eventstream.servers.processes import Process
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.environment import KEY
 from tests.support.origin import Origin, behind_a_proxy, sequence, signature
 
-SESSION = hold.Session(("c",), "7")
+SESSION = links.Session(("c",), "7")
 SESSION_COOKIES = "django.contrib.sessions.backends.signed_cookies"
 
 
@@ -93,14 +93,14 @@ FORGERIES: dict[str, Callable[[], str]] = {
     "an empty key": lambda: sealed(HS256, good(), ""),
     "the application's key": lambda: sealed(HS256, good(), settings.SECRET_KEY),
     "the key itself": lambda: KEY,
-    "a link": lambda: hold.sign(SESSION),
+    "a link": lambda: links.sign(SESSION),
     "a signed value": lambda: signing.dumps(good(), key=KEY),
 }
 
 
 def test_request_with_a_forged_signature_gets_nothing_of_a_proxys() -> None:
     last = {"Grip-Last": "events-c; last-id=0"}
-    link = f"/events/{hold.NEXT}{hold.sign(hold.Session(('c',), 'anonymous'))}"
+    link = f"/events/{links.NEXT}{links.sign(links.Session(('c',), 'anonymous'))}"
     assert Client().get(link, headers={"Grip-Sig": sealed(HS256, good()), **last})["Grip-Hold"]
     for name, forged in FORGERIES.items():
         for path in ("/events/?channel=c", link):
@@ -136,12 +136,12 @@ def test_nothing_else_that_the_application_signs_is_a_link() -> None:
     ]
     for token in tokens:
         with pytest.raises(InvalidRequest):
-            hold.unsign(token)
+            links.unsign(token)
 
 
 def test_link_is_nothing_else_that_the_application_signs() -> None:
-    token = hold.sign(SESSION)
-    assert hold.unsign(token) == SESSION
+    token = links.sign(SESSION)
+    assert links.unsign(token) == SESSION
     for salt in ("", "pg_eventstream", SESSION_COOKIES, "django.core.signing", "sessionid"):
         for signer in (signing.Signer(salt=salt), signing.TimestampSigner(salt=salt)):
             with pytest.raises(signing.BadSignature):
@@ -163,14 +163,14 @@ def test_link_works_for_as_long_as_the_proxy_needs_it(
 ) -> None:
     """Behind a page the proxy asks at once; and it needs to say nothing that only it can say."""
     hour = time.time() // 3600 * 3600
-    with mock.patch("pg_eventstream.grip.hold.time") as clock:
+    with mock.patch("pg_eventstream.grip.links.time") as clock:
         clock.time.return_value = hour
-        token = hold.sign(hold.Session(("c",), "7", cursor))
+        token = links.sign(links.Session(("c",), "7", cursor))
         clock.time.return_value = hour + works
-        hold.unsign(token)
+        links.unsign(token)
         clock.time.return_value = hour + refused
         with pytest.raises(InvalidRequest, match="expired"):
-            hold.unsign(token)
+            links.unsign(token)
 
 
 def test_client_cannot_go_on_with_the_link_of_a_stream_that_somebody_holds(
@@ -179,7 +179,7 @@ def test_client_cannot_go_on_with_the_link_of_a_stream_that_somebody_holds(
     """Grip-Last, without which it is refused, is the proxy's to say."""
     send_events([(channel, "message", "secret", None, False)])
     sequence(database)
-    link = f"/events/{hold.NEXT}{hold.sign(hold.Session((channel,), 'anonymous'))}"
+    link = f"/events/{links.NEXT}{links.sign(links.Session((channel,), 'anonymous'))}"
     last = {"Grip-Last": f"events-{channel}; last-id=0"}
     assert "secret" in Origin().ask(link, last).body  # as the proxy says it
     for headers in ({}, last, {"grip-last": last["Grip-Last"], "Grip-Sig": signature()}):
@@ -195,13 +195,13 @@ def test_client_cannot_go_on_with_the_link_of_a_stream_that_somebody_holds(
 
 def test_seals_are_compared_in_constant_time() -> None:
     """By the functions that are there for it, however much of a seal is right."""
-    token = hold.sign(SESSION)
+    token = links.sign(SESSION)
     with mock.patch(
         "django.core.signing.constant_time_compare", wraps=constant_time_compare
     ) as compare:
-        hold.unsign(token)
+        links.unsign(token)
         with pytest.raises(InvalidRequest):
-            hold.unsign(token[:-1])
+            links.unsign(token[:-1])
     assert compare.call_count == 2
 
     headers = {"Grip-Sig": signature()}
@@ -220,8 +220,8 @@ def test_proxy_is_named_without_what_is_secret_about_it() -> None:
     url = f"http://user:{KEY}@127.0.0.1:1/realm/?iss=realm&key={KEY}&token={KEY}"
     with override_settings(GRIP_URL=url):
         (config,) = conf.grip_proxies
-        proxy = grip.Proxy(config)
+        proxy = Proxy(config)
     assert proxy.name == "http://127.0.0.1:1/realm"
-    with pytest.raises(grip.Unavailable) as raised:
+    with pytest.raises(Unavailable) as raised:
         proxy.post(b"{}")
     assert KEY not in str(raised.value)

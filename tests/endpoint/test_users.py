@@ -19,7 +19,7 @@ from pg_eventstream import (
     send_event,
     users,
 )
-from pg_eventstream.grip import hold
+from pg_eventstream.grip import links
 from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.testing import captured_events
 from tests.support.database import Database
@@ -100,7 +100,7 @@ def test_visitors_of_the_version_before_keep_their_streams(database: Database) -
     content = {"c": ["visitors"], "u": "anonymous", "x": 10**9}
     token = signing.Signer(salt="pg_eventstream.next-link").sign_object(content, compress=True)
     grip_last = {"Grip-Last": "events-visitors; last-id=0"}
-    assert Origin().ask(f"/events/{hold.NEXT}{token}", grip_last).held
+    assert Origin().ask(f"/events/{links.NEXT}{token}", grip_last).held
 
 
 def test_captured_changes_of_permission_tell_them_apart(database: Database) -> None:

@@ -16,7 +16,7 @@ from django.test import Client, override_settings
 from django.test.utils import setup_test_environment, teardown_test_environment
 
 from pg_eventstream import liveness, send_event, send_events
-from pg_eventstream.grip import hold, next_links
+from pg_eventstream.grip import links, next_links
 from pg_eventstream.grip import signature as signatures
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.publisher import daemon as publisher
@@ -190,7 +190,7 @@ def test_every_answer_that_is_not_ours_is_logged_once_and_says_no_token(
 
 
 def _token() -> str:
-    return hold.sign(hold.Session(("c",), "anonymous"))
+    return links.sign(links.Session(("c",), "anonymous"))
 
 
 def test_what_no_proxy_asks_is_not_logged(caplog: Log) -> None:

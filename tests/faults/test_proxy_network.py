@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 from django.test import override_settings
 
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip import proxy
 from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import wait_until
@@ -130,7 +130,7 @@ def test_control_port_that_falls_silent_gets_everything_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whether it has heard the request or not, which the publisher cannot know."""
-    monkeypatch.setattr(grip, "_ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(proxy, "_ANSWER_SECONDS", 0.3)
     caplog.set_level(logging.INFO)
     load = Load(database, channel)
     with (

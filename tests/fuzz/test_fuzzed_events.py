@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pg_eventstream import get_current_event_id, permission, send_event, send_events, sse
 from pg_eventstream.errors import InvalidEvent, InvalidRequest, ResumeNotAllowed
-from pg_eventstream.grip import hold
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip import items
+from pg_eventstream.grip.names import escape, events_channel, quote_user
 from pg_eventstream.send import RESERVED
 from pg_eventstream.streams import direct
 from pg_eventstream.streams.hub import News
@@ -93,10 +93,10 @@ def test_client_and_proxy_parse_exactly_what_was_sent(
     for item, (kind, _, skipped), event in zip(
         published(connection, channel, eid), events, expected, strict=True
     ):
-        assert item["channel"] == hold.events_channel(channel)
+        assert item["channel"] == events_channel(channel)
         assert item["id"] == str(int(item["prev-id"]) + 1)
         users = item["meta"]["skip_users"].split(",")
-        assert users == [hold.quote_user(user) for user in skipped or [""]]
+        assert users == [quote_user(user) for user in skipped or [""]]
         content = item["formats"]["http-stream"]["content"]
         (parsed,) = parse_strictly(filtered(content))
         assert (parsed.type, parsed.data, (parsed.id or "").strip()) == (kind, event.data, event.id)
@@ -117,11 +117,11 @@ def published(connection: psycopg.Connection[Any], channel: str, after: int) -> 
         """,
         [channel, after],
     )
-    bodies = [batch.body for batch in grip.batches(grip.StreamEvent(*row) for row in rows)]
-    items = [item for body in bodies for item in json.loads(body)["items"]]
-    for item in items:
+    bodies = [batch.body for batch in items.batches(items.StreamEvent(*row) for row in rows)]
+    parsed = [item for body in bodies for item in json.loads(body)["items"]]
+    for item in parsed:
         item.setdefault("meta", {"skip_users": ""})
-    return items
+    return parsed
 
 
 any_names = st.one_of(texts, st.integers(253, 258).map("ä".__mul__), st.just("a\ud800"))
@@ -199,9 +199,9 @@ def test_id_from_anywhere_is_parsed_or_refused(text: str) -> None:
 @given(st.lists(texts, max_size=4), texts)
 def test_user_is_skipped_by_exactly_the_own_name(skipped: list[str], user: str) -> None:
     note(SEED)
-    event = grip.StreamEvent(1, "c", 1, "message", "", skipped)
-    meta = json.loads(grip.item(event)).get("meta", {"skip_users": ""})["skip_users"]
-    quoted = hold.quote_user(user)
+    event = items.StreamEvent(1, "c", 1, "message", "", skipped)
+    meta = json.loads(items.item(event)).get("meta", {"skip_users": ""})["skip_users"]
+    quoted = quote_user(user)
     assert (quoted in meta.split(",")) == (user in (skipped or [""]))
     assert re.fullmatch(r"[\w./~%-]*", quoted, re.ASCII)  # nothing that a header could end with
 
@@ -215,13 +215,13 @@ def test_user_is_skipped_by_exactly_the_own_name(skipped: list[str], user: str) 
 def test_item_is_the_json_that_it_should_be(channel: str, kind: str, data: str) -> None:
     note(SEED)
     for reliable in (True, False):
-        event = grip.StreamEvent(7, channel, 7, kind, data, [channel], reliable)
+        event = items.StreamEvent(7, channel, 7, kind, data, [channel], reliable)
         ids = {"id": "7", "prev-id": "6"} if reliable else {"id": "7"}
-        own_id = hold.escape(sse.make_id({channel: 7})) + "%I" if reliable else None
-        content = sse.encode_event(hold.escape(kind), hold.escape(data), own_id)
-        users = hold.quote_user(channel)
-        assert json.loads(grip.item(event, "prefix ")) == {
-            "channel": "prefix " + hold.events_channel(channel, reliable),
+        own_id = escape(sse.make_id({channel: 7})) + "%I" if reliable else None
+        content = sse.encode_event(escape(kind), escape(data), own_id)
+        users = quote_user(channel)
+        assert json.loads(items.item(event, "prefix ")) == {
+            "channel": "prefix " + events_channel(channel, reliable),
             **ids,
             **({"meta": {"skip_users": users}} if users else {}),
             "formats": {"http-stream": {"content": content}},

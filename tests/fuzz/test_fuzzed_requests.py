@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pg_eventstream import send_events
 from pg_eventstream.errors import InvalidRequest
-from pg_eventstream.grip import hold
+from pg_eventstream.grip import links, names
 from tests.endpoint.test_drf import PROJECT
 from tests.fuzz.hostile import SEED, Parsed, fuzzed, header_values, parse_strictly, texts
 from tests.support.database import Database
@@ -169,7 +169,7 @@ def leads_on_only_here(response: Any) -> None:
         assert rest.startswith("; timeout=")
         token = re.search(r"/next[-/]([^/]+)/?$", path)
         assert token
-        assert hold.unsign(token[1]).user_id == "anonymous"
+        assert links.unsign(token[1]).user_id == "anonymous"
 
 
 @fuzzed(200, 2500)
@@ -194,7 +194,7 @@ def test_any_path_is_answered_in_order(
     method: str, room: str, query: str, headers: dict[str, str], further: bool, signed: bool
 ) -> None:
     note(SEED)
-    path = f"/rooms/{quote(room, safe='')}/events/{hold.NEXT if further else ''}"
+    path = f"/rooms/{quote(room, safe='')}/events/{links.NEXT if further else ''}"
     response = ask(method, path, query, headers, signed)
     check(response)
     leads_on_only_here(response)
@@ -205,7 +205,7 @@ def test_any_path_is_answered_in_order(
 def test_nobody_guesses_a_next_link(method: str, token: bytes, headers: dict[str, str]) -> None:
     note(SEED)
     response = ask(
-        method, f"/events/{hold.NEXT}{quote_from_bytes(token)}", "", headers, signed=True
+        method, f"/events/{links.NEXT}{quote_from_bytes(token)}", "", headers, signed=True
     )
     check(response)
     assert response.status_code != 200
@@ -216,8 +216,8 @@ def test_nobody_guesses_a_next_link(method: str, token: bytes, headers: dict[str
 @given(st.data())
 def test_no_link_can_be_made_of_another(data: st.DataObject) -> None:
     note(SEED)
-    session = hold.Session(("c", "staff"), "7", {"c": 0})
-    token = hold.sign(session)
+    session = links.Session(("c", "staff"), "7", {"c": 0})
+    token = links.sign(session)
     start = data.draw(st.integers(0, len(token)))
     end = data.draw(st.integers(start, len(token)))
     piece = st.one_of(texts, st.text(f"{ascii_letters}{digits}-_:.=", max_size=8))
@@ -225,7 +225,7 @@ def test_no_link_can_be_made_of_another(data: st.DataObject) -> None:
     if forged == token:
         return
     with pytest.raises(InvalidRequest):
-        hold.unsign(forged)
+        links.unsign(forged)
 
 
 sent_last = st.one_of(st.sampled_from(["0", "1", "2"]), header_values)
@@ -238,11 +238,11 @@ def test_whatever_the_proxy_claims_to_have_sent_a_link_gives_its_own_events_only
 ) -> None:
     note(SEED)
     claims = [
-        f"{hold.events_channel(name)}; last-id={n}" for name, n in [("c", c), ("d", d), *more]
+        f"{names.events_channel(name)}; last-id={n}" for name, n in [("c", c), ("d", d), *more]
     ]
-    token = hold.sign(hold.Session(("c", "d"), "anonymous"))
+    token = links.sign(links.Session(("c", "d"), "anonymous"))
     headers = {"Grip-Last": ", ".join(claims), **headers}
-    response = ask("GET", f"/events/{hold.NEXT}{token}", "channel=staff", headers, signed=True)
+    response = ask("GET", f"/events/{links.NEXT}{token}", "channel=staff", headers, signed=True)
     check(response)
     leads_on_only_here(response)
 

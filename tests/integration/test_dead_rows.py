@@ -13,7 +13,7 @@ from django.db import connection as django_connection
 from django.test import override_settings
 
 from pg_eventstream import get_current_event_id
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.liveness import _look_at_publisher
 from pg_eventstream.postgres import connector as connection
 from pg_eventstream.publisher import feed
@@ -25,7 +25,7 @@ from tests.support.database import Database
 
 #: So many are dead in one channel, which is pruned wholly; and in all of a table.
 PRUNED = 20_000
-PROXY = grip.Proxy({"control_uri": "http://127.0.0.1:1"})
+PROXY = Proxy({"control_uri": "http://127.0.0.1:1"})
 
 
 class PagesRead:

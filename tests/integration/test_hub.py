@@ -13,7 +13,8 @@ import psycopg
 import pytest
 
 from pg_eventstream import channel_permission_changed, send_event, send_events
-from pg_eventstream.grip.proxy import Hints, hint
+from pg_eventstream.grip.hints import Hints
+from pg_eventstream.grip.items import hint
 from pg_eventstream.streams.hub import Hub, News, PermissionChange, _Reader
 from tests.support.database import Database
 from tests.support.origin import sequence

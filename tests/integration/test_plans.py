@@ -18,7 +18,8 @@ import pytest
 from django.db import connection as django_connection
 from django.test import override_settings
 
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip import items
+from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.postgres import connector as connection
 from pg_eventstream.publisher import feed
 from pg_eventstream.publisher import pruner as retention
@@ -75,14 +76,14 @@ def recover(database: Database) -> Explained:
 
 
 def read_for_proxy(database: Database) -> Explained:
-    proxy = grip.Proxy({"control_uri": "http://127.0.0.1:1"})
+    proxy = Proxy({"control_uri": "http://127.0.0.1:1"})
     reader = feed.Feed(proxy, connection.Database("default"), threading.Event())
     reader._connect()
     assert reader._connection is not None
     explained = Explained(reader._connection)
     reader._position = EVENTS // 2
     reader._read_page()
-    assert sum(len(batch.events) for batch in reader._ready) == grip.BATCH_ITEMS
+    assert sum(len(batch.events) for batch in reader._ready) == items.BATCH_ITEMS
     reader.close()
     return explained
 

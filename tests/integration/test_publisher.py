@@ -16,7 +16,8 @@ from django.test import override_settings
 
 from pg_eventstream import send_event, send_events
 from pg_eventstream.conf import conf
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip import items
+from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.postgres.incarnation import UNKNOWN
 from pg_eventstream.publisher import daemon as publisher_module
@@ -142,7 +143,7 @@ def test_hints_that_a_killed_publisher_owed_come_from_the_next_one(
     publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
     send_events(("burst", "message", n) for n in range(60))
     send_events(("quiet", "message", n) for n in range(40))
-    send_event("large", "message", "x" * grip.EVENT_BYTES)
+    send_event("large", "message", "x" * items.EVENT_BYTES)
     acknowledged = "SELECT position FROM pg_eventstream_proxy"
     wait_until(lambda: database.value(acknowledged) == 101, timeout=20)
     publisher.kill()
@@ -260,8 +261,8 @@ def test_page_that_is_cut_because_of_its_size_is_followed_by_the_next_at_once(
     over = threading.Event()
     with database.connect() as connection:
         sequence(connection)
-        _register(connection, "a test", [grip.Proxy(config) for config in conf.grip_proxies])
-    feed = Feed(grip.Proxy(conf.grip_proxies[0]), Connections("default"), over)
+        _register(connection, "a test", [Proxy(config) for config in conf.grip_proxies])
+    feed = Feed(Proxy(conf.grip_proxies[0]), Connections("default"), over)
     thread = threading.Thread(target=feed.run)
     thread.start()
     try:

@@ -14,7 +14,7 @@ import pytest
 from django.apps import apps
 from django.db import connections, transaction
 
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.management.importing import import_events
 from pg_eventstream.publisher.daemon import _register
 from pg_eventstream.publisher.pruner import Sweep
@@ -73,7 +73,7 @@ def importing(database: Database) -> Iterator[None]:
 @contextmanager
 def registering(database: Database) -> Iterator[None]:
     with _ours(database) as connection:
-        _register(connection, "me", [grip.Proxy({"control_uri": "http://127.0.0.1:1"})])
+        _register(connection, "me", [Proxy({"control_uri": "http://127.0.0.1:1"})])
         yield
 
 

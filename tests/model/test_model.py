@@ -20,8 +20,9 @@ from django.test import override_settings
 from hypothesis import strategies as st
 
 from pg_eventstream import sse, views
-from pg_eventstream.grip import hold
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip import items, names
+from pg_eventstream.grip.hints import Hints
+from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.publisher import drain as once
@@ -195,7 +196,7 @@ class Run:
             for event in self.model.log[:position]:
                 if is_reliable(event.channel) and not event.pruned and is_published(event):
                     number = str(event.eid + event.incarnation)
-                    assert (hold.events_channel(event.channel), number) in taken
+                    assert (names.events_channel(event.channel), number) in taken
 
     def end(self) -> None:
         """Let everything come to its end; then nobody lacks anything."""
@@ -237,9 +238,9 @@ def in_turn(drain: once.Drain) -> bool:
 @pytest.fixture
 def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     # Limits that a few events reach.
-    monkeypatch.setattr(grip, "EVENT_BYTES", 200)
-    monkeypatch.setattr(grip, "BATCH_ITEMS", 3)
-    monkeypatch.setattr(grip.Hints, "MANY", 8)
+    monkeypatch.setattr(items, "EVENT_BYTES", 200)
+    monkeypatch.setattr(items, "BATCH_ITEMS", 3)
+    monkeypatch.setattr(Hints, "MANY", 8)
     monkeypatch.setattr(feed, "_PAGE_EVENTS", 3)
     monkeypatch.setattr(recovery, "PAGE_BYTES", 150)
     monkeypatch.setattr(views, "_FIRST_BYTES", 300)
@@ -247,7 +248,7 @@ def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
     monkeypatch.setattr(feed, "_FIRST_RETRY", 0)
     monkeypatch.setattr(feed, "_ACKNOWLEDGE_SECONDS", 0)
     with World(database) as world:
-        monkeypatch.setattr(grip.Proxy, "post", lambda *args, **kw: world.post(*args, **kw))
+        monkeypatch.setattr(Proxy, "post", lambda *args, **kw: world.post(*args, **kw))
         monkeypatch.setattr(feed.Feed, "settle", lambda feed: world.settle(feed))
         # The world knows of no threads, and what is drawn decides what happens.
         monkeypatch.setattr(once.Drain, "is_over", in_turn)

@@ -14,7 +14,7 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.db import connections
 
-from pg_eventstream.grip import proxy as grip
+from pg_eventstream.grip import proxy as control_endpoint
 from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.publisher.feed import Feed
 from pg_eventstream.publisher.pruner import Sweep
@@ -133,9 +133,12 @@ class World:
             port.faults.clear()
 
     def post(
-        self, proxy: grip.Proxy, body: bytes, meanwhile: Callable[[], None] = lambda: None
+        self,
+        proxy: control_endpoint.Proxy,
+        body: bytes,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """In place of `grip.Proxy.post`, which this calls."""
+        """In place of `control_endpoint.Proxy.post`, which this calls."""
         try:
             self.ports[proxy.name].post(lambda: POST(proxy, body, meanwhile))
         finally:
@@ -230,4 +233,4 @@ class World:
         return "anonymous" if user is None else str(user.pk)
 
 
-POST, SETTLE = grip.Proxy.post, Feed.settle
+POST, SETTLE = control_endpoint.Proxy.post, Feed.settle

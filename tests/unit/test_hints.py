@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pg_eventstream.grip.proxy import Batch, Hints, StreamEvent, hint, item
+from pg_eventstream.grip.hints import Hints
+from pg_eventstream.grip.items import Batch, StreamEvent, hint, item
 
 HINT = hint("c")
 
