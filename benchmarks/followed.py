@@ -39,7 +39,7 @@ class Client:
     def offer(self, news: Any) -> None:
         pass
 
-    def read_anew(self) -> None:
+    def read_again(self) -> None:
         pass
 
 

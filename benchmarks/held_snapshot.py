@@ -52,10 +52,10 @@ class Sequence:
     name = "sequence"
 
     def __init__(self, connection: Connection) -> None:
-        from pg_eventstream.publisher.pruner import Sweep
+        from pg_eventstream.publisher.pruner import Pruner
 
         self._connection = connection
-        self._sweep = Sweep(connection)
+        self._sweep = Pruner(connection)
 
     def send(self, count: int) -> None:
         fill(self._connection, "room", count)

@@ -35,7 +35,7 @@ from .send import bell_held
 from .servers import Database, postgres
 
 if TYPE_CHECKING:
-    from pg_eventstream.publisher.pruner import Sweep
+    from pg_eventstream.publisher.pruner import Pruner
 
 CLIENTS = 8
 ALONE, SWEPT = "alone", "beside the sweep"
@@ -205,16 +205,16 @@ class Run:
             sweep.run_once()
 
     @contextmanager
-    def _sweeping(self, retention: float) -> Iterator[Sweep]:
+    def _sweeping(self, retention: float) -> Iterator[Pruner]:
         from django.test import override_settings
 
-        from pg_eventstream.publisher.pruner import Sweep
+        from pg_eventstream.publisher.pruner import Pruner
 
         with (
             override_settings(EVENTSTREAM_RETENTION=retention),
             self._database.connect() as connection,
         ):
-            yield Sweep(connection)
+            yield Pruner(connection)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,9 @@ from .errors import (
     InvalidEvent,
     InvalidRequest,
 )
+from .events import EventPage, ReceivedEvent, get_current_event_id, get_events, subscribe
 from .permission import channel_permission_changed
 from .send import NewEvent, asend_event, send_event, send_events
-from .streams.replay import EventPage, ReceivedEvent, get_current_event_id, get_events
-from .streams.subscription import subscribe
 
 __all__ = [
     "EventPage",

@@ -19,6 +19,8 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from gripcontrol import parse_grip_uri
 
+from .postgres.connector import refuse_if_not_postgresql
+
 #: Channels of a stream. The proxy holds 20 for a connection and cuts off what is more without a
 #: word (Pushpin: connection_subscription_max); one of them is the user's.
 MOST_CHANNELS = 19
@@ -165,15 +167,6 @@ class Conf:
             if all(entry.get("control_uri") != other.get("control_uri") for other in unique):
                 unique.append(entry)
         return unique
-
-
-def refuse_if_not_postgresql(alias: str) -> None:
-    """Raises `ImproperlyConfigured`. For an alias that need not be that of the setting, too."""
-    if connections[alias].vendor != "postgresql":
-        raise ImproperlyConfigured(
-            f"The database {alias!r} is not PostgreSQL, so it cannot hold the events. Name a"
-            " PostgreSQL database in EVENTSTREAM_DATABASE."
-        )
 
 
 def proxy_name(config: dict[str, Any]) -> str:

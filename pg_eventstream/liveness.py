@@ -13,7 +13,7 @@ from django.core import mail
 from django.db import DatabaseError, connections
 
 from .conf import conf, proxy_name
-from .postgres.threads import in_background
+from .postgres.threads import run_later
 from .rarely import Rarely
 
 logger = logging.getLogger("pg_eventstream.liveness")
@@ -37,7 +37,7 @@ def look_after_publisher() -> None:
     if not _look_is_due() or hasattr(mail, "outbox"):  # which tests have
         return
     if conf.grip_proxies:  # without one, the process sequences by itself
-        in_background(_look)
+        run_later(_look)
 
 
 def _look() -> None:

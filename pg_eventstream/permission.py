@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from django.db import close_old_connections
-
 from .channelmanager import get_channelmanager
+from .channels import PERMISSION_CHANGES
 from .errors import EventPermissionError
-from .send import NAME_LENGTH, RESERVED, check_name, insert
+from .send import check_name, insert
+from .stream_event import encode_change
 from .users import user_id
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import AbstractBaseUser, AnonymousUser
-
-logger = logging.getLogger(__name__)
-
-#: The channel of our own that says whose permission changed, in order with all events.
-CHANGES = f"{RESERVED}permission"
 
 
 def check_permission(
@@ -33,25 +26,6 @@ def check_permission(
     refused = [channel for channel in channels if not manager.can_read_channel(user, channel)]
     if refused:
         raise EventPermissionError(refused)
-
-
-def is_reliable(channel: str) -> bool:
-    """Whether the events of the channel have ids; as far as can be told, they do."""
-    if channel.startswith(RESERVED):
-        return False
-    try:
-        return get_channelmanager().is_channel_reliable(channel)
-    except Exception:
-        # Not to be able to tell is no reason to stop all streams, or to prune what matters. A
-        # manager that asks the database may have met a connection that broke long ago.
-        close_old_connections()
-        logger.exception("is_channel_reliable(%r) failed; taken for reliable", channel)
-        return True
-
-
-def reliable(channels: Iterable[str]) -> list[str]:
-    """Those of the channels whose events have ids."""
-    return [channel for channel in channels if is_reliable(channel)]
 
 
 def channel_permission_changed(
@@ -67,23 +41,5 @@ def channel_permission_changed(
     Raises `InvalidEvent` if the user has no primary key, as after ``user.delete()``, or if no
     channel can have that name.
     """
-    change = json.dumps({"user": user_id(user), "channel": check_name("channel", channel)})
-    insert((CHANGES, "permission-changed", change, []), using)
-
-
-def parse_change(data: str) -> tuple[str, str]:
-    """The user id and the channel of a change.
-
-    Raises `ValueError` if it is not one of ours: whoever may send events may write one.
-    """
-    try:
-        change = json.loads(data)
-    except RecursionError as e:
-        raise ValueError("nested too deeply") from e
-    match change:
-        case {"user": str() as user, "channel": str() as channel} if (
-            max(len(user), len(channel)) <= NAME_LENGTH
-        ):
-            (user + channel).encode()  # no lone surrogates, which JSON can hold
-            return user, channel
-    raise ValueError("neither user nor channel")
+    change = encode_change(user_id(user), check_name("channel", channel))
+    insert((PERMISSION_CHANGES, "permission-changed", change, []), using)

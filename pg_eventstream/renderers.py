@@ -15,7 +15,7 @@ from rest_framework.renderers import BaseRenderer, BrowsableAPIRenderer
 from rest_framework.settings import api_settings
 from rest_framework.utils.urls import remove_query_param
 
-from . import sse, views
+from . import endpoint, sse
 from .conf import conf
 
 __all__ = ["BrowsableAPIEventStreamRenderer", "SSEEventRenderer"]
@@ -78,8 +78,8 @@ class BrowsableAPIEventStreamRenderer(BrowsableAPIRenderer):
             url = remove_query_param(address, api_settings.URL_FORMAT_OVERRIDE)
             context["stream"] = {
                 "url": url,
-                "arrives": views.streams(renderer_context["request"]._request),
-                "has_proxy": bool(conf.grip_proxies) or views.needs_proxy(),
+                "arrives": endpoint.streams(renderer_context["request"]._request),
+                "has_proxy": bool(conf.grip_proxies) or endpoint.needs_proxy(),
                 **data,
             }
         return context

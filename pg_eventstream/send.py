@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -22,21 +21,19 @@ from django.core.serializers.json import DjangoJSONEncoder
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
 from . import liveness
-from .conf import conf, refuse_if_not_postgresql
+from .channels import RESERVED, problem_of_name
+from .conf import conf
 from .errors import InvalidEvent
+from .postgres.connector import refuse_if_not_postgresql
 from .sse import RESERVED_TYPES
 from .users import skipped_ids
 
-#: Channels whose name begins so are the library's own: nobody reads them.
-RESERVED = "pg_eventstream:"
-NAME_LENGTH = 255  # varchar(255) of event.channel and event.type
 # An empty list of users to skip is the column's default. To leave it out saves a parameter that
 # is costly to write and to read.
 _INSERT = "INSERT INTO pg_eventstream_event (channel, type, data) VALUES (%s, %s, %s)"
 _INSERT_SKIPPING = (
     "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids) VALUES (%s, %s, %s, %s)"
 )
-_LINE_BREAK_OR_NUL = re.compile(r"[\r\n\0]")
 
 
 class NewEvent(NamedTuple):
@@ -197,16 +194,12 @@ def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:
 
 
 def check_name(what: str, value: str) -> str:
-    # The table's CHECK constraints say the same to senders that are not Python.
+    """The name, if a channel or an event type can have it. Raises `InvalidEvent`."""
     if not isinstance(value, str):
         raise InvalidEvent(f"The {what} must be a string, not {type(value).__name__}.")
-    if not value:
-        raise InvalidEvent(f"The {what} must not be empty.")
-    if len(value) > NAME_LENGTH:
-        raise InvalidEvent(f"The {what} has {len(value)} characters; the limit is {NAME_LENGTH}.")
-    if _LINE_BREAK_OR_NUL.search(value):
-        raise InvalidEvent(f"The {what} {value!r} must not contain CR, LF or NUL.")
-    return _encodable(what, value)
+    if problem := problem_of_name(value):
+        raise InvalidEvent(f"The {what} {problem}.")
+    return value
 
 
 def _text(data: Any, json_encode: bool) -> str:

@@ -97,16 +97,22 @@ def make_id(numbers: Mapping[str, int]) -> str:
     return ",".join(f"{quote_channel(channel)}:{number}" for channel, number in numbers.items())
 
 
-class RunningId:
-    """`make_id` of numbers that move on one by one, with each part made once."""
+class Place:
+    """A place in several channels, and the id that stands for it. It moves with each event."""
 
     def __init__(self, numbers: Mapping[str, int]) -> None:
+        self.numbers = dict(numbers)
         self._names = {channel: quote_channel(channel) for channel in numbers}
         self._parts = {name: f"{self._names[name]}:{number}" for name, number in numbers.items()}
 
-    def move(self, channel: str, number: int) -> str:
-        """The id after this event."""
+    def move(self, channel: str, number: int) -> None:
+        """After an event of the channel whose id shows this number."""
+        self.numbers[channel] = number
         self._parts[channel] = f"{self._names[channel]}:{number}"
+
+    @property
+    def id(self) -> str:
+        """As `make_id` makes it, from parts that are made once."""
         return ",".join(self._parts.values())
 
 

@@ -13,9 +13,9 @@ from typing import Any, overload
 from asgiref.sync import sync_to_async
 from django.db import Error, connections
 
+from .channels import PERMISSION_CHANGES, RESERVED
 from .conf import conf
-from .permission import CHANGES, parse_change
-from .send import RESERVED
+from .stream_event import parse_change
 
 __all__ = ["SentEvent", "SentEvents", "captured_events"]
 
@@ -65,7 +65,11 @@ class SentEvents(Sequence[SentEvent]):
         Per call the user's id as text, "anonymous" for None, and the channel. (A user whose
         primary key is that very text is "\anonymous".)
         """
-        return [parse_change(e.data) for e in self._everything() if e.channel == CHANGES]
+        return [
+            parse_change(event.data)
+            for event in self._everything()
+            if event.channel == PERMISSION_CHANGES
+        ]
 
     @overload
     def __getitem__(self, index: int) -> SentEvent: ...

@@ -1,9 +1,9 @@
 from django.urls import path
 
-from . import views
+from . import endpoint, views
 from .grip import links
 
-views.require_installed()
+endpoint.require_installed()
 
 urlpatterns = [
     path("", views.events, name=views.EVENTS_URL),

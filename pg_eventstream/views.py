@@ -1,76 +1,30 @@
-"""The endpoint: opens streams, resumes them, and answers the proxy's questions."""
+"""The views, and the links by which the proxy finds them again."""
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
 from functools import lru_cache
-from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
-from django.apps import apps
-from django.conf import settings
 from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import ImproperlyConfigured
-from django.core.handlers.asgi import ASGIRequest
-from django.db import connections
-from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseBase
+from django.http import HttpRequest, HttpResponseBase
 from django.urls import NoReverseMatch, URLResolver, get_resolver, get_urlconf, reverse
 from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_http_methods, require_safe
 
-from . import cors, liveness, sse
+from . import cors
 from .caching import never_cached
-from .channelmanager import get_channelmanager
-from .conf import conf
-from .errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
-from .grip import links, names, next_links, signature
-from .grip.instruct import instruct
-from .permission import check_permission, reliable
-from .postgres.threads import in_other_thread
-from .rarely import Rarely
-from .send import RESERVED
-from .streams import direct
-from .streams import resumable as limits
-from .streams.replay import Recovered, parse_start, recover
-from .users import primary_key, user_id
-
-if TYPE_CHECKING:
-    from django.contrib.auth.models import AbstractBaseUser
+from .endpoint import LinkTo, continue_stream, open_stream
+from .grip import links
 
 __all__ = ["events"]
-
-#: Makes the path of a stream's next link from its token.
-LinkTo = Callable[[str], str]
-
-logger = logging.getLogger(__name__)
-_rarely = Rarely()
 
 #: The names of the URL patterns.
 EVENTS_URL = "pg_eventstream-events"
 NEXT_LINK_URL = "pg_eventstream-next"
-
-_NO_PROXY = (
-    "This request did not come through a GRIP proxy (Pushpin or Fanout), and without one this"
-    " endpoint streams under ASGI only.\n"
-    'In development: pip install daphne, add "daphne" as the first of INSTALLED_APPS, set'
-    ' ASGI_APPLICATION = "myproject.asgi.application", and start manage.py runserver again.\n'
-    "Otherwise run the application with an ASGI server (uvicorn, daphne), or send clients to the"
-    " proxy's address, and check that GRIP_URL holds the key that the proxy signs its requests"
-    " with (sig_key in pushpin.conf), and that django_grip.GripMiddleware is in MIDDLEWARE.\n"
-)
-_PROXY_REQUIRED = (
-    "This request did not come through a GRIP proxy (Pushpin or Fanout), and GRIP_PROXY_REQUIRED"
-    " lets no other in.\n"
-    "Send clients to the proxy's address, and check that GRIP_URL holds the key that the proxy"
-    " signs its requests with (sig_key in pushpin.conf). Or leave GRIP_PROXY_REQUIRED out.\n"
-)
-# No event can have them in its channel; surrogates stand for bytes that are no text.
-_IMPOSSIBLE = re.compile("[\r\n\0\ud800-\udfff]")
 
 
 @never_cached
@@ -84,7 +38,7 @@ def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
     """
     if request.method == "OPTIONS":
         return cors.preflight(request)
-    return open_stream(request, kwargs, link_to=_next_link_of(request))
+    return open_stream(request, kwargs, link_to=_links_of(request))
 
 
 @login_not_required  # The proxy has no session: the token stands for the stream's user.
@@ -93,148 +47,12 @@ def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
 def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBase:
     """Tell the proxy how a stream goes on. Ends it if the user may not read it any more."""
     base = _path(request).removesuffix(f"{links.NEXT}{token}")
-    return continue_stream(request, token, link_to=_beside(base))
+    return continue_stream(request, token, link_to=_links_below(base))
 
 
-def open_stream(
-    request: HttpRequest, view_kwargs: Mapping[str, Any], link_to: LinkTo
-) -> HttpResponseBase:
-    """`events`, wherever it is mounted."""
-    require_installed()
-    conf.check_numbers()
-    proxied = _came_through_proxy(request)
-    if proxied:
-        liveness.look_after_publisher()
-    elif not _streams_directly(request):
-        return _refuse(request)
-    try:
-        channels = _requested_channels(request, view_kwargs)
-        user = get_channelmanager().get_user_for_request(request)
-        session = links.Session(channels, user_id(user))
-        limits.check_head(request, channels, proxied)
-        if proxied:
-            limits.check_link(link_to(links.sign(session)), channels)
-        after = parse_start(_requested_id(request), channels)
-        if not proxied:
-            check_permission(user, channels)
-            return _stream(request, session, after)
-        missed = _recover(
-            request, {c: after.get(c) for c in reliable(channels)}, max_age=conf.replay_age
-        )
-        check_permission(user, channels)
-    except ResumeNotAllowed as e:
-        # Not a stream: this status is what makes an EventSource stop trying.
-        return _finish(request, HttpResponseBadRequest(f"Invalid request: {e}.\n"))
-    except InvalidRequest as e:
-        return _error(request, "bad-request", f"Invalid request: {e}.")
-    except EventPermissionError as e:
-        return _error(request, "forbidden", str(e), {"channels": e.channels})
-    opening = sse.encode_open(sse.make_id(missed.start))
-    body, ids = _encode(missed, session.user_id, _FIRST_BYTES)
-    return _go_on(request, session, missed, opening + body, ids, link_to)
-
-
-def _stream(
-    request: HttpRequest, session: links.Session, after: Mapping[str, int]
-) -> HttpResponseBase:
-    if request.method == "HEAD":
-        return _finish(request, HttpResponse(content_type=sse.CONTENT_TYPE))
-
-    def check() -> None:
-        check_permission(_user_of_session(session), session.channels)
-
-    assert isinstance(request, ASGIRequest)  # noqa: S101  (see _streams_directly)
-    response = direct.stream(session.channels, after, session.user_id, check, request.scope)
-    return _finish(request, response)
-
-
-def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpResponseBase:
-    """`next_link`, wherever it is mounted."""
-    next_links.arrived(request)
-    conf.check_numbers()
-    if not _came_through_proxy(request):
-        return _refuse(request)
-    try:
-        session = links.unsign(token)
-        ids = session.cursor or links.last_ids(
-            request.grip.last,  # type: ignore[attr-defined]
-            reliable(session.channels),
-        )
-        missed = _recover(request, {c: ids.get(c) for c in reliable(session.channels)})
-        # In this order: nothing that was sent after a revocation may be on the page.
-        check_permission(_user_of_session(session), session.channels)
-    except InvalidRequest as e:
-        # The proxy drops the stream after a few tries, and the client comes back with
-        # its own credentials and the id that it saw last.
-        return _finish(request, HttpResponse(f"{e}.\n", status=403, content_type="text/plain"))
-    except EventPermissionError as e:
-        # Without a hold and a link the proxy ends the stream, behind this event.
-        text = sse.encode_error("forbidden", str(e), {"channels": e.channels})
-        instruct(request, session, ids)
-        return _finish(request, HttpResponse(names.escape(text), content_type=sse.CONTENT_TYPE))
-    body, ids = _encode(missed, session.user_id)
-    paged = session.cursor is not None
-    return _go_on(request, session, missed, body, ids, link_to, paged)
-
-
-def _recover(
-    request: HttpRequest, after: Mapping[str, int | None], max_age: timedelta | None = None
-) -> Recovered:
-    """`recover`, on a connection that is open already.
-
-    Under ASGI each request has a thread, and so a connection, of its own. Unless something has
-    opened that already (a session, a transaction), to open it for this alone would cost more
-    than all the rest; and a thousand clients that come back at once would take a thousand.
-    """
-    if isinstance(request, ASGIRequest) and connections[conf.database].connection is None:
-        return in_other_thread(lambda: recover(after, max_age=max_age))
-    return recover(after, max_age=max_age)
-
-
-def require_installed() -> None:
-    """Raise `ImproperlyConfigured` if the app is not installed: no check would say so."""
-    if not apps.is_installed("pg_eventstream"):
-        raise ImproperlyConfigured(
-            'Streams need pg_eventstream as an app: add "pgtrigger" and "pg_eventstream" to'
-            " INSTALLED_APPS, then: python manage.py migrate"
-        )
-
-
-def streams(request: HttpRequest) -> bool:
-    """Whether events arrive where this request was sent: by the proxy, or from this process."""
-    return _came_through_proxy(request) or _streams_directly(request)
-
-
-def _refuse(request: HttpRequest) -> HttpResponseBase:
-    """The answer to a request that nobody streams, and a line in the log if that is no accident."""
-    text = _PROXY_REQUIRED if needs_proxy() else _NO_PROXY
-    if not conf.grip_proxies and _rarely():  # then none can come
-        logger.error("Nothing can be streamed. %s", text.replace("\n", " ").strip())
-    return _finish(request, HttpResponse(text, status=501, content_type="text/plain"))
-
-
-def _came_through_proxy(request: HttpRequest) -> bool:
-    """Whether a proxy of ours made the request; GripMiddleware has verified its signature."""
-    grip = getattr(request, "grip", None)
-    if grip is not None and grip.proxied:
-        return True
-    signature.warn_if_unverified(request)
-    return False
-
-
-def _streams_directly(request: HttpRequest) -> bool:
-    """Whether this process can stream by itself, and may."""
-    return isinstance(request, ASGIRequest) and not needs_proxy()
-
-
-def needs_proxy() -> bool:
-    """Whether the project lets no client in but through its proxy."""
-    return bool(getattr(settings, "GRIP_PROXY_REQUIRED", False))
-
-
-def _next_link_of(request: HttpRequest) -> LinkTo:
+def _links_of(request: HttpRequest) -> LinkTo:
     if request.resolver_match and request.resolver_match.url_name == EVENTS_URL:
-        return _beside(_path(request))
+        return _links_below(_path(request))
     # Called by another view, whose path may have nothing below it.
     return link_anywhere
 
@@ -282,103 +100,9 @@ def _walk_to_next_links(resolver: URLResolver, namespace: str = "") -> Iterator[
             yield f"{namespace}{NEXT_LINK_URL}"
 
 
-def _beside(base: str) -> LinkTo:
+def _links_below(base: str) -> LinkTo:
     """Links below the path at which the endpoint is mounted."""
     # As it stands in a URL and in a header. A path that began with two slashes would name a
     # host, to which the proxy would turn.
     quoted = escape_leading_slashes(quote(base))
     return lambda token: f"{quoted}{links.NEXT}{token}"
-
-
-def _requested_channels(request: HttpRequest, view_kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    asked = get_channelmanager().get_channels_for_request(request, view_kwargs)
-    # In one order, so that equal sessions get equal links.
-    channels = tuple(sorted(set(asked)))
-    if not channels:
-        raise InvalidRequest("No channels specified")
-    if len(channels) > conf.channel_limit:
-        raise InvalidRequest(f"Channel limit exceeded ({len(channels)} > {conf.channel_limit})")
-    for channel in channels:
-        if not channel or len(channel) > 255 or _IMPOSSIBLE.search(channel):
-            raise InvalidRequest("A channel name is empty, too long or has a line break or NUL")
-        if channel.startswith(RESERVED):
-            raise InvalidRequest(f"Channel names that begin with {RESERVED!r} are reserved")
-    return channels
-
-
-def _requested_id(request: HttpRequest) -> str | None:
-    """From the header, else from the query: the last one that is not empty."""
-    candidates = [request.headers.get("Last-Event-ID", "")]
-    candidates += reversed(request.GET.getlist("lastEventId"))
-    return next((value for value in candidates if value.strip()), None)
-
-
-def _user_of_session(session: links.Session) -> AbstractBaseUser | None:
-    """The user that opened the stream; the proxy's requests carry no cookies."""
-    key = primary_key(session.user_id)
-    if key is None:
-        return None
-    user = get_channelmanager().get_user(key)
-    if user is None:
-        raise EventPermissionError(session.channels)
-    return user
-
-
-#: Pushpin takes 100,000 bytes in the first response of a stream, and answers 502 to more
-#: (src/proxy/proxysession.cpp, MAX_ACCEPT_RESPONSE_BODY); escaping may double them.
-_FIRST_BYTES = 45_000
-
-
-def _encode(missed: Recovered, reader: str, most_bytes: float = inf) -> tuple[str, dict[str, int]]:
-    """The missed events that fit into so many bytes, and the ids behind the last of them."""
-    ids = missed.start
-    parts: list[str] = []
-    size = 0
-    if missed.reset:
-        parts.append(sse.encode_reset(missed.reset, sse.make_id(ids)))
-    running_id = sse.RunningId(ids)
-    for event in missed.events:
-        id_behind = running_id.move(event.channel, event.number)
-        if reader not in event.skip_user_ids and event.type not in sse.RESERVED_TYPES:
-            part = sse.encode_event(event.type, event.data, id_behind)
-            size += len(part.encode())
-            if size > most_bytes:
-                break
-            parts.append(part)
-        ids = {**ids, event.channel: event.number}
-    return "".join(parts), ids
-
-
-def _go_on(
-    request: HttpRequest,
-    session: links.Session,
-    missed: Recovered,
-    body: str,
-    ids: dict[str, int],
-    link_to: LinkTo,
-    paged: bool = False,
-) -> HttpResponseBase:
-    """Send the body, then hold the stream; or fetch the next page if there are more events."""
-    if request.method != "HEAD":  # which has nothing to hold open
-        done = ids == missed.end and not missed.more
-        follower = links.Session(session.channels, session.user_id, cursor=None if done else ids)
-        link = link_to(links.sign(follower))
-        instruct(request, session, ids, link=link, held=done, ask_soon=paged)
-    return _finish(request, HttpResponse(names.escape(body), content_type=sse.CONTENT_TYPE))
-
-
-def _error(
-    request: HttpRequest, condition: str, text: str, extra: Mapping[str, Any] | None = None
-) -> HttpResponseBase:
-    # Status 200: only then does an EventSource show the event to the page.
-    body = sse.encode_error(condition, text, extra)
-    return _finish(request, HttpResponse(body, content_type=sse.CONTENT_TYPE))
-
-
-def _finish(request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:
-    response["X-Accel-Buffering"] = "no"  # nginx would hold events back
-    # So that no middleware applies another. Django 5.2 would make each piece a gzip file of its
-    # own (middleware/gzip.py), and browsers show the first of these only.
-    response["Content-Encoding"] = "identity"
-    cors.add_headers(request, response)
-    return response

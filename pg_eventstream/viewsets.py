@@ -24,7 +24,7 @@ from rest_framework.settings import api_settings
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSetMixin
 
-from . import cors, views
+from . import cors, endpoint, views
 from .caching import never_cached
 from .channelmanager import get_channelmanager
 from .renderers import BrowsableAPIEventStreamRenderer, SSEEventRenderer, StreamDescription
@@ -76,7 +76,7 @@ class EventsView(APIView):
         return self._stream(request, self.channels, views.link_anywhere)
 
     def _stream(
-        self, request: Request, channels: Sequence[str], link_to: views.LinkTo
+        self, request: Request, channels: Sequence[str], link_to: endpoint.LinkTo
     ) -> HttpResponseBase:
         if "channels" in request.query_params and not _NAMING.isdisjoint(self.kwargs):
             raise ParseError("The channels of this address are fixed: leave ?channels= out.")
@@ -84,7 +84,7 @@ class EventsView(APIView):
         types = _one_of(request, "messages_types", self.messages_types)
         view_kwargs = {**self.kwargs, "channels": channels} if channels else self.kwargs
         if isinstance(request.accepted_renderer, SSEEventRenderer):
-            return views.open_stream(request._request, view_kwargs, link_to)
+            return endpoint.open_stream(request._request, view_kwargs, link_to)
         names = get_channelmanager().get_channels_for_request(request._request, view_kwargs)
         return Response(StreamDescription(channels=[*names], messages_types=types or ["message"]))
 
@@ -121,7 +121,7 @@ class EventsViewSet(ViewSetMixin, EventsView):
     def next_link(
         self, request: HttpRequest, token: str, format: Any = None, **mount: Any
     ) -> HttpResponseBase:
-        return views.continue_stream(request, token, partial(self._link_to, mount))
+        return endpoint.continue_stream(request, token, partial(self._link_to, mount))
 
     def get_extra_action_url_map(self) -> dict[str, str]:
         return {}  # for the page: no link there can name a channel or a token

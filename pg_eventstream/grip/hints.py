@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 
-from .. import permission
+from ..limits import LIMITS, Limits
+from ..stream_event import PermissionChange
 from .items import HINT, Batch, hint
 
 
@@ -29,9 +30,10 @@ class Hints:
     before the event, after 5 seconds (src/handler/sequencer.cpp).
     """
 
-    MANY, _WINDOW_SECONDS, _AFTER = 50, 1.0, (0.5, 5.0)
+    _WINDOW_SECONDS, _AFTER = 1.0, (0.5, 5.0)
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = LIMITS) -> None:
+        self._burst = limits.burst
         self._counts: Counter[str] = Counter()
         self._window_end = 0.0
         #: When the next one is due, and how many there were.
@@ -40,24 +42,24 @@ class Hints:
         self._queue: list[tuple[float, bytes]] = []
 
     def note(self, batch: Batch, now: float) -> None:
-        """These events were published."""
+        """This batch was published."""
         if now >= self._window_end:
             self._counts.clear()
             self._window_end = now + self._WINDOW_SECONDS
         channels = set()
-        for event, encoded in zip(batch.events, batch.items, strict=True):
-            if event.channel == permission.CHANGES:
+        for row, encoded in zip(batch.rows, batch.items, strict=True):
+            if isinstance(row, PermissionChange):
                 self.follow(encoded, now)
-            elif event.reliable:
-                self._counts[event.channel] += 1
-                channels.add(event.channel)
+            elif row.reliable:
+                self._counts[row.channel] += 1
+                channels.add(row.channel)
                 if encoded.endswith(HINT):
                     self.follow(encoded, now)
-                elif event.prev is not None:
-                    self.follow(hint(event.channel), now)
+                elif row.is_first_of_incarnation:
+                    self.follow(hint(row.channel), now)
         for channel in channels:
             encoded = hint(channel)
-            if self._counts[channel] >= self.MANY:
+            if self._counts[channel] >= self._burst:
                 self.follow(encoded, now)
             elif encoded in self._due:
                 self._put_off(encoded, now)

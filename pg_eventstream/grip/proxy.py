@@ -19,8 +19,8 @@ import jwt
 from django.core.exceptions import ImproperlyConfigured
 
 from ..conf import proxy_name
+from ..limits import LIMITS, Limits
 
-_CONNECT_SECONDS, _ANSWER_SECONDS = 3, 10
 _TOKEN_SECONDS = 600
 _BEARER = re.compile("[!-~]+")
 
@@ -36,7 +36,7 @@ class Unavailable(Exception):
 class Proxy:
     """One proxy's control endpoint. Used by one thread."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], limits: Limits = LIMITS) -> None:
         uri = urlsplit(str(config.get("control_uri", "")))
         if uri.scheme not in ("http", "https"):
             raise ImproperlyConfigured(
@@ -44,6 +44,7 @@ class Proxy:
                 f" http:// or https://; it is {uri.geturl()!r}."
             )
         self.name = proxy_name(config)
+        self._limits = limits
         self._target = urlunsplit(("", "", f"{uri.path.rstrip('/')}/publish/", uri.query, ""))
         self._connection: http.client.HTTPConnection
         if uri.scheme == "https":
@@ -95,9 +96,9 @@ class Proxy:
             if not readable.poll(0):
                 return
             self._connection.close()  # what there is to read now is its end
-        self._connection.timeout = _CONNECT_SECONDS
+        self._connection.timeout = self._limits.proxy_connect
         self._connection.connect()
-        self._connection.sock.settimeout(_ANSWER_SECONDS)
+        self._connection.sock.settimeout(self._limits.proxy_answer)
 
     def close(self) -> None:
         """Let go of the connection; the next batch makes another."""

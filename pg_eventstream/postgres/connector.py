@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
-from ..conf import refuse_if_not_postgresql
+from ..limits import LIMITS, Limits
 from .watchdog import OnStandby, WatchedConnection
 
 # A server that vanishes without a word (power, network) is noticed within some 15
@@ -30,11 +31,7 @@ _PARAMETERS: dict[str, Any] = {
     "tcp_user_timeout": 15_000,
     "connect_timeout": 4,
 }
-_SET_UP_SECONDS = 10.0
-#: How long a command that is to end waits for what does not move: a lock that another session
-#: holds, a server that neither answers nor can be asked why, a proxy.
-COMMAND_PATIENCE = 15.0
-_PROBE, _PROBE_SECONDS = "pg_eventstream_probe", 2.0
+_PROBE = "pg_eventstream_probe"
 # What a role or a database may be set up with for web requests or for people must not hit a
 # daemon that sleeps for hours, and whose one statement may sequence a million events. Names as in
 # pg_settings: what a version does not have is left out there. What limits memory, disk or access,
@@ -74,11 +71,12 @@ _IF_POSSIBLE = [
 
 
 @dataclass(frozen=True, slots=True)
-class Database:
+class Connector:
     """Where to connect: a Django database alias, or a libpq connection string."""
 
     alias: str
     dsn: str | None = None
+    limits: Limits = LIMITS
 
     def connect(self, role: str, *, patience: float = math.inf) -> WatchedConnection:
         """A new autocommit connection, shown as ``pg_eventstream ROLE`` in pg_stat_activity.
@@ -89,7 +87,7 @@ class Database:
         connection = self._open(role)
         connection.patience = patience
         try:
-            with connection.within(_SET_UP_SECONDS):
+            with connection.within(self.limits.set_up):
                 pooled = connection.pooled()
                 connection.shared = pooled and not self._hears(connection)
                 if connection.shared:
@@ -117,7 +115,9 @@ class Database:
             for name in ("cursor_factory", "context", "prepare_threshold"):
                 params.pop(name, None)
         params = {**_PARAMETERS, **params, "application_name": f"pg_eventstream {role}"}
-        return WatchedConnection.connect(**params, autocommit=True)
+        connection = WatchedConnection.connect(**params, autocommit=True)
+        connection.limits = self.limits
+        return connection
 
     def _hears(self, connection: WatchedConnection) -> bool:
         """Whether the connection has a session of its own, at a pooler: if LISTEN works.
@@ -129,7 +129,7 @@ class Database:
         ours = uuid.uuid4().hex
         with self._open("probe") as other:
             other.execute("SELECT pg_notify(%s, %s)", [_PROBE, ours], prepare=False)
-        notifies = connection.notifies(timeout=_PROBE_SECONDS)
+        notifies = connection.notifies(timeout=self.limits.probe)
         heard = any(notify.payload == ours for notify in notifies)
         notifies.close()
         connection.execute(f"UNLISTEN {_PROBE}")
@@ -168,7 +168,25 @@ class Database:
         return f"{settings['NAME']}@{where} (alias {self.alias!r})"
 
 
-def explained(error: psycopg.Error) -> str:
+def refuse_if_not_postgresql(alias: str) -> None:
+    """Raise `ImproperlyConfigured` if this database alias is not PostgreSQL."""
+    if connections[alias].vendor != "postgresql":
+        raise ImproperlyConfigured(
+            f"The database {alias!r} is not PostgreSQL, so it cannot hold the events. Name a"
+            " PostgreSQL database in EVENTSTREAM_DATABASE."
+        )
+
+
+def fetch_one(
+    connection: psycopg.Connection[Any], query: str, params: Any = None
+) -> tuple[Any, ...]:
+    """The row of a query that always has one."""
+    row = connection.execute(query, params).fetchone()
+    assert row is not None, query  # noqa: S101
+    return tuple(row)
+
+
+def explain(error: psycopg.Error) -> str:
     """The database's message, with what to do about it where we know."""
     message = str(error).strip()
     match error:

@@ -14,6 +14,11 @@ import psycopg
 
 logger = logging.getLogger(__name__)
 
+#: What the trigger rings after a commit, when no publisher is awake.
+BELL = "pg_eventstream"
+#: What sequence() rings when there are new rows in the stream.
+NEWS = "pg_eventstream_news"
+
 #: Without a working LISTEN there is nothing but polling.
 DEAF_POLL = 0.1
 

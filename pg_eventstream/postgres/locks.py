@@ -10,4 +10,4 @@ LOCK_SPACE = "'pg_eventstream_event'::regclass::oid::int4"
 BELL_LOCK, LEADER_LOCK = 1, 2
 
 #: For the length of a transaction that sequences, or that prunes: one at a time.
-SEQUENCE_LOCK, SWEEP_LOCK = 3, 4
+SEQUENCE_LOCK, PRUNE_LOCK = 3, 4

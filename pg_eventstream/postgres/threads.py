@@ -24,17 +24,17 @@ _T = TypeVar("_T")
 _IDLE_SECONDS = 1.0
 
 
-async def in_thread(function: Callable[[], _T]) -> _T:
+async def arun(function: Callable[[], _T]) -> _T:
     """Call a function that reads the database. It may be called twice: see `_Threads`."""
     return await asyncio.wrap_future(_threads.submit(function))
 
 
-def in_other_thread(function: Callable[[], _T]) -> _T:
+def run(function: Callable[[], _T]) -> _T:
     """The same, for synchronous code; waits for the result."""
     return _threads.submit(function).result()
 
 
-def in_background(function: Callable[[], object]) -> None:
+def run_later(function: Callable[[], object]) -> None:
     """The same, without waiting; what it raises is lost."""
     _threads.submit(function)
 

@@ -24,10 +24,10 @@ from weakref import WeakSet
 
 import psycopg
 
+from ..limits import LIMITS, Limits
+
 logger = logging.getLogger(__name__)
 
-#: Seconds without a byte before PostgreSQL is asked, and between two looks.
-PATIENCE, _LOOK_SECONDS = 5.0, 1.0
 #: The longest time for anything that is no work at all.
 _SOON = 8.0
 
@@ -47,6 +47,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
     #: Whether a pooler lends the server's session to others between our transactions. Then what
     #: belongs to a session is lost, or somebody else's: locks, LISTEN, settings.
     shared = False
+    limits: Limits = LIMITS
     #: Seconds to wait for a server that neither answers nor can be asked why.
     patience = math.inf
     _ask: Callable[[], WatchedConnection]
@@ -176,7 +177,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
     def look(self) -> None:
         """Give up, if the server is done and its answer does not come."""
         heard_at = self._heard_at
-        if heard_at is None or time.monotonic() < heard_at + PATIENCE:
+        if heard_at is None or time.monotonic() < heard_at + self.limits.silence:
             self._said = False
             return
         try:
@@ -250,13 +251,14 @@ class _Watch:
                 if not connections:
                     self._thread = None
                     return
+            pause = min(connection.limits.look for connection in connections)
             for connection in connections:
                 try:
                     connection.look()
                 except Exception:
                     logger.exception("database: unexpected error; looking again")
-            del connections
-            time.sleep(_LOOK_SECONDS)
+            del connection, connections
+            time.sleep(pause)
 
 
 _watch = _Watch()

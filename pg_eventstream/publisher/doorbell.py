@@ -28,12 +28,11 @@ from typing import Any
 import psycopg
 import psycopg.generators
 
-from ..postgres.listener import Listener
+from ..postgres.listener import BELL, Listener
 from ..postgres.locks import BELL_LOCK, LOCK_SPACE
 
 logger = logging.getLogger(__name__)
 
-CHANNEL = "pg_eventstream"
 #: The share of the last second that rounds which found something took: above the first wake
 #: up, below the second doze. It is of time, not a number of events, because how often commits
 #: may ring without waiting for each other depends on how long the disk takes.
@@ -52,19 +51,19 @@ class State(enum.Enum):
 class Doorbell:
     """Waits until there may be something to sequence.
 
-    ``listener`` is the connection that also sequences; ``locker`` holds the bell lock and
+    ``connection`` is the one that also sequences. ``lock_connection`` holds the bell lock and
     nothing else, because it may have to wait for it. ``safety_poll`` is the longest sleep in
     seconds, None for no limit.
     """
 
     def __init__(
         self,
-        listener: psycopg.Connection[Any],
-        locker: psycopg.Connection[Any],
+        connection: psycopg.Connection[Any],
+        lock_connection: psycopg.Connection[Any],
         safety_poll: float | None,
     ) -> None:
-        self._listener = listener
-        self._locker = locker
+        self._connection = connection
+        self._lock_connection = lock_connection
         self._safety_poll = safety_poll
         #: When each round that found something ended, and how long it took.
         self._busy_rounds: deque[tuple[float, float]] = deque()
@@ -72,7 +71,7 @@ class Doorbell:
         self._round_start = time.monotonic()
         self._drowsy_since = 0.0
         self._doze_horizon: int | None = None
-        self._ears = Listener(listener, CHANNEL)
+        self._listener = Listener(connection, BELL)
         # Another publisher may have died a moment ago, and writers that saw it awake may
         # not have committed yet; its connection may even linger and hold the bell lock.
         # So start awake, and do not sleep before the lock was ours once.
@@ -82,11 +81,11 @@ class Doorbell:
     def close(self) -> None:
         with contextlib.suppress(psycopg.Error):  # the connection may be what ended us
             self._release_bell()
-        self._ears.close()
+        self._listener.close()
 
     def wake(self) -> None:
         """End a wait from another thread or a signal handler."""
-        self._ears.wake()
+        self._listener.wake()
 
     def wait(self, sequenced: int) -> None:
         """Wait for the next round, given how many events the last one found.
@@ -110,22 +109,22 @@ class Doorbell:
                 # Nobody rings. Not poll(), which knows but whole milliseconds.
                 pause = max(_AWAKE_POLL_LEAST, sequenced * _AWAKE_POLL_PER_EVENT)
                 time.sleep(min(pause, _AWAKE_POLL_MOST))
-                self._ears.wait(0)
+                self._listener.wait(0)
             else:
-                self._ears.wait(_DROWSY_POLL_LEAST)
+                self._listener.wait(_DROWSY_POLL_LEAST)
         elif busy >= BUSY:
             # Not to sleep now: writers fall silent with this, and the last of them that rang
             # may be the one that woke us for this round.
             self._awake()
         elif self.state is State.ASLEEP:
-            self._ears.wait(self._safety_poll)
+            self._listener.wait(self._safety_poll)
         elif self._all_over():
             # One more round before the sleep: for what the last of them committed.
             self._enter(State.ASLEEP)
         else:
             # A straggler waits a tenth longer than its commit took anyway.
             longer = (now - self._drowsy_since) / 10
-            self._ears.wait(min(max(longer, _DROWSY_POLL_LEAST), _DROWSY_POLL_MOST))
+            self._listener.wait(min(max(longer, _DROWSY_POLL_LEAST), _DROWSY_POLL_MOST))
 
     def _busy(self, now: float) -> float:
         """How much of the last second went into rounds that found something."""
@@ -141,21 +140,21 @@ class Doorbell:
 
     def _awake(self) -> None:
         self._enter(State.AWAKE)
-        if self._ears.shared:
+        if self._listener.shared:
             return  # a pooler would keep the lock when we are gone
         # Sent without waiting for the answer: to stand in the queue for the lock is enough
         # to make the writers' attempts fail (PostgreSQL: src/backend/storage/lmgr/lock.c,
         # LockAcquireExtended checks the waiters' mask too), and a transaction that rang and
         # is not over yet cannot hold us up.
-        self._locker.pgconn.send_query(
+        self._lock_connection.pgconn.send_query(
             f"SELECT pg_advisory_lock({LOCK_SPACE}, {BELL_LOCK})".encode()
         )
-        self._locker.pgconn.flush()
+        self._lock_connection.pgconn.flush()
 
     def _bell_was_ours(self) -> bool:
         if not self._held_once:
-            self._locker.pgconn.consume_input()
-            self._held_once = not self._locker.pgconn.is_busy()
+            self._lock_connection.pgconn.consume_input()
+            self._held_once = not self._lock_connection.pgconn.is_busy()
         return self._held_once
 
     def _doze(self, now: float) -> None:
@@ -164,14 +163,14 @@ class Doorbell:
         # trigger draws its own before it tries the lock. A snapshot's xmax would not do: it is
         # that of the last transaction that is over, plus one, and so perhaps below the newest
         # that runs (PostgreSQL: src/backend/storage/ipc/procarray.c, GetSnapshotData).
-        row = self._listener.execute("SELECT pg_current_xact_id()").fetchone()
+        row = self._connection.execute("SELECT pg_current_xact_id()").fetchone()
         assert row is not None  # noqa: S101
         self._doze_horizon = int(row[0])
         self._drowsy_since = now
         self._enter(State.DROWSY)
 
     def _all_over(self) -> bool:
-        row = self._listener.execute(
+        row = self._connection.execute(
             "SELECT pg_snapshot_xmin(pg_current_snapshot()) >= %s::text::xid8",
             [str(self._doze_horizon)],
         ).fetchone()
@@ -179,19 +178,19 @@ class Doorbell:
 
     def _release_bell(self) -> None:
         """Give the lock back, or step out of the queue for it."""
-        if self._ears.shared:
+        if self._listener.shared:
             return
-        pgconn = self._locker.pgconn
+        pgconn = self._lock_connection.pgconn
         pgconn.consume_input()
         if pgconn.is_busy():
-            self._locker.cancel_safe(timeout=5)
+            self._lock_connection.cancel_safe(timeout=5)
         # Granted, cancelled, or lost. Not get_result(), which waits for an answer for ever.
-        for result in self._locker.wait(psycopg.generators.fetch_many(pgconn)):
+        for result in self._lock_connection.wait(psycopg.generators.fetch_many(pgconn)):
             if result.status == psycopg.pq.ExecStatus.FATAL_ERROR and not _is_cancel(result):
                 raise psycopg.OperationalError(result.get_error_message())
         while True:
             try:
-                self._locker.execute("SELECT pg_advisory_unlock_all()")
+                self._lock_connection.execute("SELECT pg_advisory_unlock_all()")
                 return
             except psycopg.errors.QueryCanceled:
                 continue  # the cancellation came late and hit this statement instead

@@ -11,24 +11,24 @@ from typing import Any
 import psycopg
 
 from ..grip.proxy import Proxy
-from ..postgres.connector import Database
+from ..limits import LIMITS, Limits
+from ..postgres.connector import Connector
 from .feed import Feed
-
-# For a batch in flight when we are told to stop, or when its proxy takes nothing.
-_JOIN_SECONDS = 3.0
 
 
 class Drain:
     """One feed per proxy, each on a thread, until nothing is left for it.
 
-    One that gets nowhere for ``patience`` seconds is given up, and delays no other. A context
-    manager: at its end the feeds are stopped.
+    A feed that gets nowhere for ``limits.command_patience`` is given up, and delays no other. A
+    context manager: at its end the feeds are stopped.
     """
 
-    def __init__(self, proxies: Sequence[Proxy], database: Database, patience: float) -> None:
-        self._patience = patience
+    def __init__(
+        self, proxies: Sequence[Proxy], connector: Connector, limits: Limits = LIMITS
+    ) -> None:
+        self._limits = limits
         self._end: int | None = None
-        self._works = [_Work(proxy, database, self) for proxy in proxies]
+        self._works = [_Work(proxy, connector, self, limits) for proxy in proxies]
 
     def __enter__(self) -> Drain:
         for work in self._works:
@@ -44,7 +44,7 @@ class Drain:
         for work in self._works:
             work.stopping.set()
         self.wake()
-        deadline = time.monotonic() + _JOIN_SECONDS
+        deadline = time.monotonic() + self._limits.join
         for work in self._works:
             work.join(max(0, deadline - time.monotonic()))
 
@@ -65,7 +65,7 @@ class Drain:
 
     def is_over(self) -> bool:
         """Whether each feed has come to its end or was given up."""
-        return not any(work.moves(self._patience) for work in self._works)
+        return not any(work.moves(self._limits.command_patience) for work in self._works)
 
     @property
     def published(self) -> int:
@@ -91,12 +91,12 @@ class Drain:
 class _Work(threading.Thread):
     """One feed."""
 
-    def __init__(self, proxy: Proxy, database: Database, drain: Drain) -> None:
+    def __init__(self, proxy: Proxy, connector: Connector, drain: Drain, limits: Limits) -> None:
         super().__init__(name=f"feed {proxy.name}", daemon=True)
         self._proxy = proxy
         self._drain = drain
         self.stopping = threading.Event()
-        self.feed = Feed(proxy, database, self.stopping)
+        self.feed = Feed(proxy, connector, self.stopping, limits)
         self._seen = 0
         self.moved_at = 0.0
         self._drained = False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import threading
 import time
 from collections import deque
@@ -18,29 +17,24 @@ from typing import Any
 
 import psycopg
 
+from ..backoff import Backoff
+from ..channels import NAME_LENGTH, PERMISSION_CHANGES, is_reliable
 from ..grip import items
 from ..grip.hints import Hints
 from ..grip.proxy import Proxy, Refused, Unavailable
-from ..permission import CHANGES, is_reliable
-from ..postgres.connector import Database, explained
-from ..postgres.incarnation import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
+from ..limits import LIMITS, Limits
+from ..postgres.connector import Connector, explain, fetch_one
+from ..postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
 from ..postgres.threads import give_back
-from ..send import NAME_LENGTH
+from ..stream_event import PermissionChange, decode
 
 logger = logging.getLogger(__name__)
 
-# What one request takes: the next page is read and encoded while the proxy works on this one.
-_PAGE_EVENTS = items.BATCH_ITEMS
-_PAGE_BYTES = 4_000_000
-# After a crash at most this much is published again; the proxy drops what it has seen in
-# the last 60 seconds, and prev-id stops what is older.
-_ACKNOWLEDGE_SECONDS = 0.5
 # For these the next publisher gives the hints that it may not have given any more.
 _RECALLED_EVENTS = 100_000
 # No change of permission is as long: two names, each character escaped. Who forges longer ones
 # fills no memory with them.
 _CHANGE_BYTES = 2 * 12 * NAME_LENGTH + 100
-_FIRST_RETRY, _MOST_RETRY = 0.1, 10.0
 
 
 class Feed:
@@ -50,10 +44,17 @@ class Feed:
     is left, if that is earlier.
     """
 
-    def __init__(self, proxy: Proxy, database: Database, stopping: threading.Event) -> None:
+    def __init__(
+        self,
+        proxy: Proxy,
+        connector: Connector,
+        stopping: threading.Event,
+        limits: Limits = LIMITS,
+    ) -> None:
         self._proxy = proxy
-        self._database = database
+        self._connector = connector
         self._stopping = stopping
+        self._limits = limits
         self._news = threading.Event()
         self._connection: psycopg.Connection[Any] | None = None
         self._position = 0
@@ -63,7 +64,7 @@ class Feed:
         #: Read and encoded, not published yet.
         self._ready: deque[items.Batch] = deque()
         self._page_was_cut = False
-        self._hints = Hints()
+        self._hints = Hints(limits)
         #: Events that the proxy has taken, those included in whose place it took a hint.
         self.published = 0
         #: Events of which it has not even taken a hint, and what it said to the last of them.
@@ -81,22 +82,21 @@ class Feed:
         self._news.set()
 
     def run(self) -> None:
-        delay = _FIRST_RETRY
+        """Publish what comes, until ``stopping`` is set."""
+        backoff = Backoff(*self._limits.retry)
         while not self._stopping.is_set():
             try:
                 self.publish_next()
-                delay = _FIRST_RETRY
-            except psycopg.Error as e:
-                # The leader's own connection decides whether to go on; this one just retries.
-                logger.warning("%s: database: %s; trying again", self._proxy.name, explained(e))
+            except Exception as e:
+                # The leader's own connection decides whether to end; this one just retries.
+                if isinstance(e, psycopg.Error):
+                    logger.warning("%s: database: %s; trying again", self._proxy.name, explain(e))
+                else:
+                    logger.exception("%s: unexpected error; trying again", self._proxy.name)
                 self.close()
-                delay = self._pause(delay)
+                self._stopping.wait(backoff.next())
                 continue
-            except Exception:
-                logger.exception("%s: unexpected error; trying again", self._proxy.name)
-                self.close()
-                delay = self._pause(delay)
-                continue
+            backoff.reset()
             if not self._has_more and not self._stopping.is_set():
                 self._news.wait(self._idle_seconds())
         self.settle()
@@ -122,7 +122,7 @@ class Feed:
         return drained
 
     def publish_next(self) -> int:
-        """Publish the next batch of the stream; returns the number of its events.
+        """Publish the next batch of the stream; returns the number of its rows.
 
         It is repeated until the proxy has taken it; 0 if ``stopping`` is set before. Raises
         `psycopg.Error` if the database cannot be read.
@@ -131,12 +131,12 @@ class Feed:
             self._read_page()
         batch = self._ready[0] if self._ready else items.Batch([], [])
         published = 0
-        if batch.events and self._publish(batch):
-            published = len(batch.events)
+        if batch.rows and self._publish(batch):
+            published = len(batch.rows)
             # Not if what was read meanwhile is of another stream.
             if self._ready and self._ready[0] is batch:
                 self._ready.popleft()
-                self._position = batch.events[-1].position
+                self._position = batch.rows[-1].position
                 self._hints.note(batch, time.monotonic())
         self._hint(self._hints.take_due(time.monotonic()))
         return published
@@ -169,7 +169,7 @@ class Feed:
     def _idle_seconds(self) -> float | None:
         """How long to wait for news: until there is something to do without any."""
         if self._position > self._acknowledged:
-            return _ACKNOWLEDGE_SECONDS
+            return self._limits.acknowledge
         due = self._hints.next_due()
         return None if due is None else max(0.0, due - time.monotonic())
 
@@ -178,7 +178,7 @@ class Feed:
     def _read_ahead(self) -> None:
         """Prepare the next batch, if there is more for certain, so that it is ready in time."""
         if (self._page_was_cut or self._news.is_set()) and len(self._ready) < 2:
-            # If the database fails now it fails again behind this batch, when it matters.
+            # If the database fails now it fails again after this batch, when it matters.
             with suppress(psycopg.Error):
                 self._read_page()
 
@@ -187,10 +187,11 @@ class Feed:
             self._connect()
         assert self._connection is not None  # noqa: S101
         self._news.clear()  # not later: what comes from here on may be missing from the page
-        due = time.monotonic() - self._acknowledged_at >= _ACKNOWLEDGE_SECONDS
+        due = time.monotonic() - self._acknowledged_at >= self._limits.acknowledge
         if self._position > self._acknowledged and due:
             self._acknowledge()
-        after = self._ready[-1].events[-1].position if self._ready else self._position
+        after = self._ready[-1].rows[-1].position if self._ready else self._position
+        limits = self._limits
         rows = self._connection.execute(
             f"""
             SELECT c.*, page.position, channel, number, type,
@@ -212,21 +213,22 @@ class Feed:
              WHERE nth = 1 OR bytes <= %s) AS page ON true
              ORDER BY page.position
             """,  # noqa: S608
-            [items.EVENT_BYTES, items.EVENT_BYTES, after, _PAGE_EVENTS, _PAGE_BYTES],
+            [limits.event_bytes, limits.event_bytes, after, limits.batch_items, limits.page_bytes],
         ).fetchall()
         if not self._still_known(Cursor.of(*rows[0][:4])):
             return
         rows = [row[4:] for row in rows if row[4] is not None]
         # One page's events are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
-        events = (
-            items.StreamEvent(position, channel, number, kind, data, skip, reliable[channel], prev)
+        decoded = (
+            decode(position, channel, number, prev, kind, data, skip, reliable[channel])
             for position, channel, number, kind, data, skip, prev, _ in rows
         )
-        self._ready.extend(items.batches(events))
+        self._ready.extend(items.batches(decoded, limits))
         give_back()  # what the channel manager may have asked over
+        # What one request takes is a page: the next one is read and encoded while the proxy works.
         found = rows[0][-1] if rows else 0
-        self._page_was_cut = found == _PAGE_EVENTS or found > len(rows)
+        self._page_was_cut = found == limits.batch_items or found > len(rows)
 
     def _still_known(self, cursor: Cursor) -> bool:
         """Whether positions mean what they did; else begin anew, where nothing is left out."""
@@ -241,7 +243,7 @@ class Feed:
         return False
 
     def _connect(self) -> None:
-        connection = self._database.connect(f"feed {self._proxy.name}")
+        connection = self._connector.connect(f"feed {self._proxy.name}")
         self._connection = connection  # from here on, `close` closes it
         if not connection.shared:
             # To lose the last acknowledgement in a crash is harmless, to wait for the disk
@@ -250,15 +252,15 @@ class Feed:
             # A nested loop over two primary keys, whatever the statistics of the hour say.
             connection.execute("SET enable_hashjoin = off")
             connection.execute("SET enable_mergejoin = off")
-        row = connection.execute(
+        row = fetch_one(
+            connection,
             f"""
             SELECT c.*, p.position, p.incarnation
               FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
               LEFT JOIN pg_eventstream_proxy AS p ON p.name = %s
             """,  # noqa: S608
             [self._proxy.name],
-        ).fetchone()
-        assert row is not None  # noqa: S101
+        )
         cursor = Cursor.of(*row[:4])
         self._still_known(cursor)
         self._acknowledged = cursor.valid(row[4] or 0, row[5] or 0)
@@ -293,17 +295,18 @@ class Feed:
             {
                 "position": position,
                 "most": _RECALLED_EVENTS,
-                "changes": CHANGES,
+                "changes": PERMISSION_CHANGES,
                 "longest": _CHANGE_BYTES,
-                "many": Hints.MANY,
-                "large": items.EVENT_BYTES,
+                "many": self._limits.burst,
+                "large": self._limits.event_bytes,
             },
         ).fetchall()
         now = time.monotonic()
-        for nth, channel, change in rows:
-            if channel == CHANGES or is_reliable(channel):
-                event = items.StreamEvent(nth, channel, 0, "", change, [])
-                self._hints.follow(items.item(event), now)
+        for at, channel, change in rows:
+            if channel == PERMISSION_CHANGES:
+                self._hints.follow(items.item(decode(at, channel, 0, None, "", change, [])), now)
+            elif is_reliable(channel):
+                self._hints.follow(items.hint(channel), now)
 
     def _acknowledge(self) -> None:
         assert self._connection is not None  # noqa: S101
@@ -326,7 +329,7 @@ class Feed:
 
     def _publish(self, batch: items.Batch) -> bool:
         """Repeat the batch, unchanged, until the proxy has taken it; False if stopped."""
-        delay, failures = _FIRST_RETRY, 0
+        backoff, failures = Backoff(*self._limits.retry), 0
         while True:
             try:
                 self._proxy.post(batch.body, meanwhile=self._read_ahead)
@@ -338,58 +341,60 @@ class Feed:
                 if failures in (1, 10) or failures % 100 == 0:
                     logger.warning(
                         "%s: %s; %d events wait, trying again",
-                        self._proxy.name, e, len(batch.events),
+                        self._proxy.name, e, len(batch.rows),
                     )  # fmt: skip
-                delay = self._pause(delay)
-                if self._stopping.is_set():
+                if self._stopping.wait(backoff.next()):
                     return False
             else:
                 if failures:
                     logger.info("%s: takes events again", self._proxy.name)
                 self.trouble = None
-                self.published += len(batch.events)
+                self.published += len(batch.rows)
                 return True
 
     def _hint(self, hints: list[bytes]) -> None:
-        for start in range(0, len(hints), items.BATCH_ITEMS):
-            if not self._publish(items.Batch([], hints[start : start + items.BATCH_ITEMS])):
+        size = self._limits.batch_items
+        for start in range(0, len(hints), size):
+            if not self._publish(items.Batch([], hints[start : start + size])):
                 break
 
     def _publish_apart(self, batch: items.Batch, refusal: Refused) -> bool:
-        """The proxy refuses a batch as a whole: find what it refuses, and go on without.
+        """The proxy refuses a batch as a whole: find what it refuses, and continue without it.
 
-        The offending event is replaced by a hint, upon which clients fetch it from the
-        endpoint.
+        A hint replaces an event that is refused, after which clients fetch it from the endpoint.
         """
-        if not batch.events:
+        if not batch.rows:
             logger.error("%s: refused hints (%s)", self._proxy.name, refusal)
             return True
-        if len(batch.events) > 1:
-            middle = len(batch.events) // 2
+        if len(batch.rows) > 1:
+            middle = len(batch.rows) // 2
             return self._publish(
-                items.Batch(batch.events[:middle], batch.items[:middle])
-            ) and self._publish(items.Batch(batch.events[middle:], batch.items[middle:]))
-        event = batch.events[0]
-        hint = items.hint(event.channel, event.reliable)
+                items.Batch(batch.rows[:middle], batch.items[:middle])
+            ) and self._publish(items.Batch(batch.rows[middle:], batch.items[middle:]))
+        row = batch.rows[0]
+        if isinstance(row, PermissionChange):
+            what = f"change of permission {row.position}"
+            return self._give_up(what, refusal, "it counts when the proxy next asks the endpoint")
+        what = f"event {row.number} of channel {row.channel!r}"
+        hint = items.hint(row.channel, row.reliable)
         if batch.items[0] == hint:
-            logger.error(
-                "%s: refused even a hint of event %d of channel %r (%s); clients get it when they"
-                " reconnect or with the channel's next event",
-                self._proxy.name, event.number, event.channel, refusal,
+            what = f"even a hint of {what}"
+            return self._give_up(
+                what, refusal,
+                "clients get it when they reconnect or with the channel's next event",
             )  # fmt: skip
-            self.refused += 1
-            self.refusal = str(refusal)
-            return True
         logger.error(
-            "%s: refused event %d of channel %r (%s); published a hint instead, so that clients"
-            " fetch it from the endpoint",
-            self._proxy.name, event.number, event.channel, refusal,
+            "%s: refused %s (%s); published a hint instead, so that clients fetch it from the"
+            " endpoint",
+            self._proxy.name, what, refusal,
         )  # fmt: skip
-        instead = items.Batch([event], [hint])
+        instead = items.Batch([row], [hint])
         self._hints.note(instead, time.monotonic())
         return self._publish(instead)
 
-    def _pause(self, delay: float) -> float:
-        """Wait, with jitter so that publishers do not retry in step; returns the next delay."""
-        self._stopping.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311
-        return min(delay * 2, _MOST_RETRY)
+    def _give_up(self, what: str, refusal: Refused, instead: str) -> bool:
+        """Leave out what the proxy refuses in any form."""
+        logger.error("%s: refused %s (%s); %s", self._proxy.name, what, refusal, instead)
+        self.refused += 1
+        self.refusal = str(refusal)
+        return True

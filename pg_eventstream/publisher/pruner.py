@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 import psycopg
 
+from ..channels import PERMISSION_CHANGES, is_reliable
 from ..conf import conf
-from ..permission import CHANGES, is_reliable
-from ..postgres.incarnation import CURSOR, UNKNOWN, Cursor
-from ..postgres.locks import LOCK_SPACE, SWEEP_LOCK
+from ..limits import LIMITS, Limits
+from ..postgres.connector import Connector, explain, fetch_one
+from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
+from ..postgres.sequence import CURSOR, UNKNOWN, Cursor
 from ..postgres.threads import give_back
 from .unseen import UnseenEvents
+
+logger = logging.getLogger(__name__)
 
 _BATCH_EVENTS = 1000
 _SCAN_EVENTS = 10_000
@@ -80,7 +86,7 @@ _PRUNE = """
 """
 
 
-class Sweep:
+class Pruner:
     """Prunes all that is due with each `run_once`, until ``stopping`` is set.
 
     An event is due when it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at
@@ -117,18 +123,46 @@ class Sweep:
         self._unseen.forget()
         self._forget_at = time.monotonic() + _FORGET_SECONDS
 
+    @classmethod
+    def run(
+        cls,
+        connector: Connector,
+        stopping: threading.Event,
+        last_event_at: Callable[[], float],
+        limits: Limits = LIMITS,
+    ) -> None:
+        """Prune regularly, until ``stopping`` is set. Never ends because of the database.
+
+        Every 30 seconds; every 10 minutes, when there are no events and nothing was pruned.
+        ``last_event_at`` is when events were sequenced last, by `time.monotonic`.
+        """
+        while not stopping.is_set():
+            try:
+                with connector.connect("prune") as connection:
+                    pruner = cls(connection, stopping)
+                    pruned_at = 0.0
+                    while not stopping.is_set():
+                        if pruner.run_once():
+                            pruned_at = time.monotonic()
+                        _wait(stopping, last_event_at, pruned_at, limits)
+            except psycopg.Error as e:
+                logger.warning("pruner: database: %s; trying again", explain(e))
+            except Exception:
+                logger.exception("pruner: unexpected error; trying again")
+            stopping.wait(limits.prune)
+
     def run_once(self) -> int:
         """Returns how many events were pruned. Raises `psycopg.Error`."""
         if time.monotonic() >= self._forget_at:
             self._forget()
         # What becomes due meanwhile is left to the next time: there would always be a little.
-        row = self._connection.execute(
+        row = fetch_one(
+            self._connection,
             f"""
             SELECT statement_timestamp(), c.*
               FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
-            """  # noqa: S608
-        ).fetchone()
-        assert row is not None  # noqa: S101
+            """,  # noqa: S608
+        )
         now: datetime = row[0]
         known, self._cursor = self._cursor, Cursor.of(*row[1:])
         if not self._cursor.follows(known):
@@ -273,7 +307,7 @@ class Sweep:
         # Keeps two sweeps apart, and nobody else.
         with self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.execute(_SET_UP)
-            cursor.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SWEEP_LOCK})")
+            cursor.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
             row = cursor.execute(
                 _PRUNE.format(looked_at=looked_at, every=_REMEMBER_EVENTS), params
             ).fetchone()
@@ -320,4 +354,22 @@ class Sweep:
 
 def _is_unreliable(channel: str) -> bool:
     # Changes of permission are kept: whoever is late ends its streams then.
-    return channel != CHANGES and not is_reliable(channel)
+    return channel != PERMISSION_CHANGES and not is_reliable(channel)
+
+
+def _wait(
+    stopping: threading.Event,
+    last_event_at: Callable[[], float],
+    pruned_at: float,
+    limits: Limits,
+) -> None:
+    """Until something may be due."""
+    began = time.monotonic()
+    while not stopping.wait(limits.prune):
+        now = time.monotonic()
+        # Events that others sequence count as quiet; those are pruned a little later.
+        quiet_prune = limits.quiet_prune
+        if (retention := conf.retention) is not None:
+            quiet_prune = min(quiet_prune, retention.total_seconds() / 10)
+        if now < max(last_event_at(), pruned_at) + limits.quiet or now >= began + quiet_prune:
+            return

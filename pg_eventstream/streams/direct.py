@@ -15,8 +15,6 @@ from .. import sse
 from ..conf import conf
 from ..errors import EventPermissionError
 from . import sockets
-from .hub import News
-from .replay import RecoveredEvent
 from .shutdown import Server, server_of
 from .subscription import Batch, Subscription
 
@@ -73,9 +71,9 @@ async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> Async
                         return
                     if batch.start is not None and not opened:
                         opened = True
-                        yield sse.encode_open(sse.make_id(batch.start)).encode()
+                        yield sse.encode_open(batch.start).encode()
                     if batch.start is not None and batch.reset:
-                        yield sse.encode_reset(batch.reset, sse.make_id(batch.start)).encode()
+                        yield sse.encode_reset(batch.reset, batch.start).encode()
                     for piece in _encode(batch):
                         yield piece
                         given += len(piece)
@@ -110,31 +108,15 @@ def _encode(batch: Batch) -> Iterator[bytes]:
     """The events, in pieces of a bounded size: each is sent before the next is made."""
     parts: list[str] = []
     size = 0
-    for event, ids in batch.events:
-        if event.type in sse.RESERVED_TYPES:  # from before the table refused them
-            continue
-        part = _encode_event(event, ids)
+    for event, event_id in batch.events:
+        part = event.encode(event_id if event.reliable else None)
         parts.append(part)
         size += len(part)
         if size > _PIECE_CHARACTERS:
             yield "".join(parts).encode()
             parts, size = [], 0
-    if parts:
+    if size:
         yield "".join(parts).encode()
-
-
-def _encode_event(event: News | RecoveredEvent, ids: Mapping[str, int]) -> str:
-    data = event.data or ""
-    if not isinstance(event, News):
-        return sse.encode_event(event.type, data, sse.make_id(ids))
-    if not event.reliable:
-        ids = {}
-    elif len(ids) > 1:
-        return sse.encode_event(event.type, data, sse.make_id(ids))
-    # The same for all streams of this channel alone.
-    if event.sse is None:
-        event.sse = sse.encode_event(event.type, data, sse.make_id(ids) or None)
-    return event.sse
 
 
 async def _let_go_of_request() -> bool:

@@ -11,30 +11,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import psycopg
 
-from .. import permission
+from ..backoff import Backoff
+from ..channels import PERMISSION_CHANGES, is_reliable
 from ..conf import conf
-from ..postgres.connector import Database, explained
-from ..postgres.incarnation import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
-from ..postgres.listener import Listener
+from ..postgres.connector import Connector, explain, fetch_one
+from ..postgres.listener import BELL, NEWS, Listener
 from ..postgres.locks import LEADER_LOCK, LOCK_SPACE
+from ..postgres.sequence import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
 from ..postgres.threads import give_back
-from ..publisher.doorbell import CHANNEL
 from ..rarely import Rarely
+from ..stream_event import PermissionChange, Row, decode
 
 logger = logging.getLogger(__name__)
-
-#: What sequence() rings when there are new rows in the stream.
-NEWS = "pg_eventstream_news"
 
 _PAGE_EVENTS = 200
 #: A larger event is not handed around; each subscriber reads it from the database.
@@ -43,45 +39,10 @@ _EVENT_BYTES = 64_000
 _SMALL_BYTES = 1000
 # Pages that a loop has not taken yet; then the hub waits for it.
 _PAGES_AHEAD = 4
-_FIRST_RETRY, _MOST_RETRY = 0.1, 5.0
+_RETRY_SECONDS = (0.1, 5.0)
 # A publisher that leads holds this lock exclusively.
 _NOBODY_LEADS = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
 _look_is_due, _rarely = Rarely(30), Rarely()
-
-
-@dataclass(slots=True)
-class News:
-    """An event in the stream. ``data`` is None if it is to be read from the database.
-
-    ``number`` is what its id shows. ``prev`` is what that of the event before it shows, None for
-    one less.
-    """
-
-    channel: str
-    number: int
-    type: str
-    data: str | None
-    skip_user_ids: list[str]
-    reliable: bool
-    prev: int | None = None
-    #: As it goes to streams of this channel alone, once it was needed.
-    sse: str | None = None
-
-    @property
-    def concern(self) -> str:
-        return self.channel
-
-
-@dataclass(frozen=True, slots=True)
-class PermissionChange:
-    """The user's permission for the channel may have changed at this place in the stream."""
-
-    user: str
-    channel: str
-
-    @property
-    def concern(self) -> tuple[str, str]:
-        return self.user, self.channel
 
 
 class Subscriber(Protocol):
@@ -92,10 +53,10 @@ class Subscriber(Protocol):
 
     @property
     def channels(self) -> tuple[str, ...]: ...
-    def offer(self, news: News | PermissionChange) -> None:
+    def offer(self, row: Row) -> None:
         """Take it, or remember that there was something to read."""
 
-    def read_anew(self) -> None:
+    def read_again(self) -> None:
         """Something may be missing: read it from the database."""
 
 
@@ -121,7 +82,7 @@ class _Group:
             if not self._concerned[concern]:
                 del self._concerned[concern]
 
-    def post(self, page: list[News | PermissionChange], stopping: threading.Event) -> None:
+    def post(self, page: list[Row], stopping: threading.Event) -> None:
         """From the hub's thread. A loop that is busy holds the hub up, rather than memory."""
         while not self._room.acquire(timeout=1):
             if stopping.is_set() or self.loop.is_closed():
@@ -132,16 +93,22 @@ class _Group:
         with suppress(RuntimeError):  # the loop is closed, and with it all its streams
             self.loop.call_soon_threadsafe(function, *arguments)
 
-    def _deliver(self, page: list[News | PermissionChange]) -> None:
+    def _deliver(self, page: list[Row]) -> None:
         self._room.release()
-        for news in page:
-            for subscriber in self._concerned.get(news.concern, ()):
-                subscriber.offer(news)
+        for row in page:
+            for subscriber in self._concerned.get(_concern(row), ()):
+                subscriber.offer(row)
 
-    def read_anew(self, subscribers: list[Subscriber]) -> None:
+    def read_again(self, subscribers: list[Subscriber]) -> None:
         for subscriber in subscribers:
             if subscriber in self.subscribers:
-                subscriber.read_anew()
+                subscriber.read_again()
+
+
+def _concern(row: Row) -> str | tuple[str, str]:
+    if isinstance(row, PermissionChange):
+        return row.user, row.channel
+    return row.channel
 
 
 def _concerns(subscriber: Subscriber, reader: str | None) -> Iterator[str | tuple[str, str]]:
@@ -159,7 +126,7 @@ class Hub:
     """
 
     def __init__(self, alias: str) -> None:
-        self._database = Database(alias)
+        self._connector = Connector(alias)
         self._lock = threading.Lock()  # of all that follows
         self._groups: dict[asyncio.AbstractEventLoop, _Group] = {}
         #: How many subscribers each channel has, in all loops.
@@ -193,7 +160,7 @@ class Hub:
 
     @property
     def has_begun(self) -> bool:
-        """Whether all that comes from now on is offered. `Subscriber.read_anew` says when."""
+        """Whether all that comes from now on is offered. `Subscriber.read_again` says when."""
         reader = self._reader
         return reader is not None and reader.position is not None
 
@@ -204,12 +171,12 @@ class Hub:
             self._stop_unless_needed()
             return list(self._groups.values()) if reader is self._reader else []
 
-    def read_anew(self, reader: _Reader) -> None:
+    def read_again(self, reader: _Reader) -> None:
         """Have all who are there by now read anew. Who comes later reads by itself, once."""
         for group in self.audience(reader):
             with self._lock:
                 subscribers = list(group.subscribers)
-            group.call(group.read_anew, subscribers)
+            group.call(group.read_again, subscribers)
 
     def followed(self, channels: Iterable[str]) -> set[str]:
         """Those of the channels that somebody follows."""
@@ -255,54 +222,53 @@ class _Reader(threading.Thread):
             listener.wake()
 
     def run(self) -> None:
-        delay = _FIRST_RETRY
+        backoff = Backoff(*_RETRY_SECONDS)
         while not self._stopping.is_set():
             try:
-                with self._hub._database.connect("hub") as connection:
+                with self._hub._connector.connect("hub") as connection:
                     self._follow(connection)
             except psycopg.Error as e:
-                logger.warning("hub: database: %s; connecting again", explained(e))
+                logger.warning("hub: database: %s; connecting again", explain(e))
                 if self.position is not None:  # it worked before
-                    delay = min(delay, 1.0)
+                    backoff.at_most(1.0)
             except Exception:
                 logger.exception("hub: unexpected error; connecting again")
             else:
                 break
-            self._stopping.wait(delay * random.uniform(0.5, 1.0))  # noqa: S311
-            delay = min(delay * 2, _MOST_RETRY)
+            self._stopping.wait(backoff.next())
 
     def _follow(self, connection: psycopg.Connection[Any]) -> None:
-        self._listener = listener = Listener(connection, NEWS, CHANNEL)
+        self._listener = listener = Listener(connection, NEWS, BELL)
         try:
             # Rings of a time when nobody listened may have been lost.
-            rung = {CHANNEL}
+            rung = {BELL}
             while not self._stopping.is_set():
-                if CHANNEL in rung:
+                if BELL in rung:
                     self._sequence(connection)
                 if self.position is None:
                     self._begin(connection)
                 while not self._stopping.is_set() and self._read_page(connection):
                     pass
                 # The safety poll: nobody may have been there when it rang.
-                rung = listener.wait(conf.safety_poll) or {CHANNEL}
+                rung = listener.wait(conf.safety_poll) or {BELL}
         finally:
             self._listener = None
             listener.close()
 
     def _begin(self, connection: psycopg.Connection[Any]) -> None:
         # Looked for above the cursor only: what is pruned may not be vacuumed.
-        row = connection.execute(
+        row = fetch_one(
+            connection,
             f"""
             SELECT coalesce((SELECT max(position) FROM pg_eventstream_stream
                               WHERE position > coalesce(c.position, 0)), c.position, 0), c.*
               FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
-            """  # noqa: S608
-        ).fetchone()
-        assert row is not None  # noqa: S101
+            """,  # noqa: S608
+        )
         self.position = int(row[0])
         self._cursor = Cursor.of(*row[1:])
         # For those who waited for this, or who knew another stream.
-        self._hub.read_anew(self)
+        self._hub.read_again(self)
 
     def _sequence(self, connection: psycopg.Connection[Any]) -> None:
         """What the publisher does, if none leads."""
@@ -354,10 +320,10 @@ class _Reader(threading.Thread):
         self._cursor = cursor
         if rows[0][4] is None:
             return 0
-        followed = self._hub.followed({row[5] for row in rows}) | {permission.CHANGES}
-        wanted = [_Row(*row[5:]) for row in rows if row[5] in followed]
+        followed = self._hub.followed({row[5] for row in rows}) | {PERMISSION_CHANGES}
+        wanted = [_Row(*row[4:]) for row in rows if row[5] in followed]
         large = _read_large(connection, [row.event_id for row in wanted if row.type is None])
-        if page := _news(wanted, large):
+        if page := _decode(wanted, large):
             for group in self._hub.audience(self):
                 group.post(page, self._stopping)
         give_back()  # what the channel manager may have asked over
@@ -366,8 +332,9 @@ class _Reader(threading.Thread):
 
 
 class _Row(NamedTuple):
-    """Of the stream, and what the event says if it is small."""
+    """A row of the stream, with the content of its event if that is small."""
 
+    position: int
     channel: str
     number: int
     prev: int | None
@@ -377,10 +344,10 @@ class _Row(NamedTuple):
     skip_user_ids: list[str] | None
 
 
-_Said = tuple[str, str | None, list[str]]
+_Content = tuple[str, str | None, list[str]]
 
 
-def _read_large(connection: psycopg.Connection[Any], ids: list[int]) -> dict[int, _Said]:
+def _read_large(connection: psycopg.Connection[Any], ids: list[int]) -> dict[int, _Content]:
     """Type, data and whom to skip; of those that were not pruned meanwhile."""
     if not ids:
         return {}
@@ -397,22 +364,17 @@ def _read_large(connection: psycopg.Connection[Any], ids: list[int]) -> dict[int
     return {row[0]: row[1:] for row in rows}
 
 
-def _news(rows: list[_Row], large: dict[int, _Said]) -> list[News | PermissionChange]:
-    reliable: dict[str, bool] = {}
-    page: list[News | PermissionChange] = []
-    for channel, number, prev, event_id, event_type, data, skip_user_ids in rows:
+def _decode(rows: list[_Row], large: dict[int, _Content]) -> list[Row]:
+    reliable = {channel: is_reliable(channel) for channel in {row.channel for row in rows}}
+    page = []
+    for position, channel, number, prev, event_id, event_type, data, skip_user_ids in rows:
         if event_type is None:
             event_type, data, skip_user_ids = large.get(event_id, ("", None, []))
-        if channel == permission.CHANGES:
-            try:
-                page.append(PermissionChange(*permission.parse_change(data or "")))
-            except ValueError as e:
-                logger.error("an event is no change of permission (%s): ignored", e)
-            continue
-        if channel not in reliable:
-            reliable[channel] = permission.is_reliable(channel)
         page.append(
-            News(channel, number, event_type, data, skip_user_ids or [], reliable[channel], prev)
+            decode(
+                *(position, channel, number, prev, event_type, data),
+                *(skip_user_ids or [], reliable[channel]),
+            )
         )
     return page
 

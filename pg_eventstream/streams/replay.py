@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from types import EllipsisType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from django.db import connections
 
 from .. import sse
 from ..conf import conf
-from ..errors import InvalidRequest
-from ..permission import check_permission, reliable
-from ..users import user_id
-
-if TYPE_CHECKING:
-    from django.contrib.auth.models import AbstractBaseUser, AnonymousUser
+from ..stream_event import StreamEvent
 
 # What one response holds, unless a single event is larger. Pages follow each other without
 # delay, so they need not be long; short ones keep every process's memory flat.
@@ -31,112 +24,28 @@ EARLIEST: Final = -1
 _NOW = -2
 
 
-class RecoveredEvent(NamedTuple):
-    """``number`` is what its id shows, ``prev`` what that of the event before it shows."""
-
-    channel: str
-    number: int
-    prev: int
-    type: str
-    data: str
-    skip_user_ids: list[str]
-
-
 @dataclass(frozen=True, slots=True)
-class Recovered:
+class Page:
     """One page of what came after the ids asked for.
 
     ``start`` holds, per channel, the number in the id before the first event of the page;
-    ``end`` the one after the last, to go on from. ``reset`` names the channels of which events are
-    gone that the client should have had. ``more``: there is another page.
+    ``end`` the one after the last, to continue from. ``reset`` names the channels of which events
+    are gone that the client should have had. ``more``: there is another page.
     """
 
-    events: list[RecoveredEvent]
+    events: list[StreamEvent]
     start: dict[str, int]
     end: dict[str, int]
     reset: list[str]
     more: bool
 
-    def with_ids(self) -> Iterator[tuple[RecoveredEvent, dict[str, int]]]:
-        """Each event with the numbers to go on from after it."""
-        ids = self.start
+    def visible_to(self, reader: str | None) -> Iterator[tuple[StreamEvent, sse.Place]]:
+        """Each event that does not skip this user, with the place after it, which moves along."""
+        place = sse.Place(self.start)
         for event in self.events:
-            ids = {**ids, event.channel: event.number}
-            yield event, ids
-
-
-@dataclass(frozen=True, slots=True)
-class ReceivedEvent:
-    """An event as a client receives it. ``data`` is text as it was sent; `json` parses it.
-
-    ``id`` is to go on from after this event, ``eid`` its place in its channel, from 1 on.
-    """
-
-    id: str
-    channel: str
-    eid: int
-    type: str
-    data: str
-
-    def json(self) -> Any:
-        return json.loads(self.data)
-
-
-@dataclass(frozen=True, slots=True)
-class EventPage:
-    """What `get_events` returns. Go on from ``last_event_id``, at once if there are ``more``.
-
-    ``reset`` names the channels of which events are gone that should have come first.
-    """
-
-    events: list[ReceivedEvent]
-    last_event_id: str
-    reset: list[str]
-    more: bool
-
-
-def get_events(
-    channels: Iterable[str],
-    last_event_id: str | None = None,
-    limit: int = 100,
-    user: AbstractBaseUser | AnonymousUser | EllipsisType | None = ...,
-) -> EventPage:
-    """The events that are kept of these channels behind an id, in commit order.
-
-    Without an id there are none yet, only the id to go on from; ``"earliest"`` gives all that
-    are kept, whatever their age. A page has at most ``limit`` events (500 at most), and not many
-    more than 64 kB. With a ``user`` (None for an anonymous one) it is what this user may see:
-    without events that skip them, and `EventPermissionError` is raised if they may not read a
-    channel.
-
-    Raises `InvalidRequest` if the id is none that was ever sent.
-    """
-    wanted = as_names(channels)
-    asked = parse_start(last_event_id, wanted)
-    missed = recover({c: asked.get(c) for c in reliable(wanted)}, max(1, min(limit, PAGE_EVENTS)))
-    reader = None
-    if not isinstance(user, EllipsisType):
-        check_permission(user, wanted)  # after reading, as in views.open_stream
-        reader = user_id(user)
-    events = [
-        ReceivedEvent(
-            sse.make_id(ids),
-            event.channel,
-            event.number % sse.INCARNATION,
-            event.type,
-            event.data,
-        )
-        for event, ids in missed.with_ids()
-        if reader not in event.skip_user_ids
-    ]
-    return EventPage(events, sse.make_id(missed.end), missed.reset, missed.more)
-
-
-def as_names(channels: Iterable[str]) -> tuple[str, ...]:
-    """Raises `InvalidRequest` for a string, which would be a channel per character."""
-    if isinstance(channels, str):
-        raise InvalidRequest(f"The channels must be a list: [{channels!r}].")
-    return tuple(dict.fromkeys(channels))
+            place.move(event.channel, event.number)
+            if reader not in event.skip_user_ids:
+                yield event, place
 
 
 def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[str, int]:
@@ -153,16 +62,16 @@ def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[s
             return sse.parse_id(given, channels)
 
 
-def recover(
+def replay(
     after: Mapping[str, int | None], limit: int = PAGE_EVENTS, max_age: timedelta | None = None
-) -> Recovered:
+) -> Page:
     """The events after the number given for each channel, in commit order over all of them.
 
     None stands for "from now on": a client that has seen nothing yet. `EARLIEST` for
     everything that is kept. Events that were sequenced longer ago than ``max_age`` count as
     pruned.
     """
-    channels, found, more = _read(after, limit, max_age)
+    channels, found, more = read_channels(after, limit, max_age)
     end = {c: channels[c].asked for c, number in after.items() if number is not None}
     # An id of a stream that was lost (the database is back from a backup) is as gone as a pruned
     # one, and so is all after an event that somebody has deleted.
@@ -179,25 +88,10 @@ def recover(
     }
     events = [event for event in found if event.channel not in reset]
     end = {c: start[c] if c in reset else end.get(c, start[c]) for c in after}
-    return Recovered(events, start, end, [c for c in after if c in reset], more)
+    return Page(events, start, end, [c for c in after if c in reset], more)
 
 
-def get_current_event_id(channels: Iterable[str]) -> str:
-    """The id of the newest event of the channels, to begin a stream with.
-
-    A page that shows a state reads the id first and the state second; a client that then
-    resumes from the id gets every later event, and perhaps some that the state contains.
-    The other way round it could miss one. Unreliable channels have no ids and are left out.
-
-    An event has its id once its commit was sequenced, some milliseconds later: neither in the
-    transaction that sends it nor just after that is it this one.
-    """
-    names = reliable(as_names(channels))
-    channels, _, _ = _read(dict.fromkeys(names), 0)
-    return sse.make_id({name: channels[name].tip for name in names})
-
-
-class _Channel(NamedTuple):
+class ChannelPlace(NamedTuple):
     """The number of its newest event, 0 for none; the one asked for; whether all after is kept."""
 
     tip: int
@@ -205,9 +99,9 @@ class _Channel(NamedTuple):
     complete: bool
 
 
-def _read(
+def read_channels(
     after: Mapping[str, int | None], limit: int, max_age: timedelta | None = None
-) -> tuple[dict[str, _Channel], list[RecoveredEvent], bool]:
+) -> tuple[dict[str, ChannelPlace], list[StreamEvent], bool]:
     """How far the channels are, one page of their events, and whether there is another."""
     # Rows with nth = 0 are the channels, the others the events.
     with connections[conf.database].cursor() as cursor:
@@ -276,7 +170,7 @@ def _read(
                          ) AS limited
                   ) AS numbered
             )
-            SELECT 0 AS nth, channel, tip, NULL, NULL, NULL, NULL, number,
+            SELECT 0 AS nth, NULL AS position, channel, tip, NULL, NULL, NULL, NULL, number,
                    number = tip
                    OR eid >= pruned
                       AND (SELECT coalesce(s.prev, s.eid - 1 + coalesce(s.incarnation, 0))
@@ -286,7 +180,7 @@ def _read(
                           ) = number
               FROM asked
             UNION ALL
-            SELECT nth, channel, number, prev, type, data, skip_user_ids, found, NULL
+            SELECT nth, position, channel, number, prev, type, data, skip_user_ids, found, NULL
               FROM (
                 SELECT *, count(*) OVER () AS found, row_number() OVER by_position AS nth,
                        sum(octet_length(data)) OVER by_position AS bytes
@@ -327,7 +221,7 @@ def _read(
             },
         )
         rows = cursor.fetchall()
-    channels = {row[1]: _Channel(row[2], row[7], bool(row[8])) for row in rows[: len(after)]}
+    channels = {row[2]: ChannelPlace(row[3], row[8], bool(row[9])) for row in rows[: len(after)]}
     page = rows[len(after) :]
-    events = [RecoveredEvent._make(row[1:7]) for row in page]
-    return channels, events, bool(page) and page[0][7] > len(page)
+    events = [StreamEvent(*row[1:8]) for row in page]
+    return channels, events, bool(page) and page[0][8] > len(page)

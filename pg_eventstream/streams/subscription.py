@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -19,13 +19,14 @@ from typing import Protocol, TypeVar
 from django.db import Error
 
 from .. import sse
+from ..backoff import Backoff
 from ..channelmanager import get_channelmanager
+from ..channels import reliable
 from ..conf import conf
-from ..errors import EventsPruned
-from ..permission import reliable
-from ..postgres.threads import in_thread
-from .hub import News, PermissionChange, hub_of
-from .replay import ReceivedEvent, Recovered, RecoveredEvent, as_names, parse_start, recover
+from ..postgres.threads import arun
+from ..stream_event import PermissionChange, Row, StreamEvent
+from .hub import hub_of
+from .replay import Page, replay
 
 logger = logging.getLogger(__name__)
 
@@ -33,52 +34,21 @@ _T = TypeVar("_T")
 
 # What waits in memory for a subscriber that is slow; beyond, it reads from the database again.
 _QUEUE_EVENTS, _QUEUE_BYTES = 250, 500_000
-_FIRST_RETRY, _MOST_RETRY = 0.1, 5.0
-
-
-async def subscribe(
-    channels: Iterable[str], after: str | None = None
-) -> AsyncIterator[ReceivedEvent]:
-    """Every event of these channels behind an id, then all that come, for ever.
-
-    Each once, in commit order per channel, whatever happens to the database or to its
-    connections meanwhile. ``after`` is an event's ``id``, ``"earliest"`` for all that are kept,
-    None for those from now on. Store the ``id`` of an event in the transaction that handles it,
-    and begin behind it the next time: then each is handled exactly once.
-
-    No permission is checked and no event is skipped. Events of unreliable channels come with
-    the id of what came before them.
-
-    Raises `EventsPruned` if events are gone that should come next, and `InvalidRequest` if the
-    id is none that was ever sent.
-    """
-    names = as_names(channels)
-    async with Subscription(names, parse_start(after, names)) as subscription:
-        while not (batch := await subscription.next_batch()).ended:
-            if batch.reset:
-                raise EventsPruned(batch.reset, sse.make_id(batch.start or {}))
-            for event, ids in batch.events:
-                yield ReceivedEvent(
-                    sse.make_id(ids),
-                    event.channel,
-                    event.number % sse.INCARNATION,
-                    event.type,
-                    event.data or "",
-                )
+_RETRY_SECONDS = (0.1, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What came: events, each with the numbers after it. Nothing at all if the time was over.
+    """What came: events, each with the id after it. Nothing at all if the time was over.
 
     ``reset`` names the channels of which events are gone that should come first, ``start`` is
-    set when this was read from the database: the numbers before the first event. ``ended``: after
+    set when this was read from the database: the id before the first event. ``ended``: after
     `Subscription.end`.
     """
 
-    events: list[tuple[News | RecoveredEvent, Mapping[str, int]]] = field(default_factory=list)
+    events: list[tuple[StreamEvent, str]] = field(default_factory=list)
     reset: list[str] = field(default_factory=list)
-    start: Mapping[str, int] | None = None
+    start: str | None = None
     ended: bool = False
 
 
@@ -116,10 +86,10 @@ class Subscription:
         self._check = check
         self._max_age = max_age
         #: Calls what reads the database.
-        self.run: Run = in_thread
+        self.run: Run = arun
         self._hub = hub_of(conf.database)
-        self._ids: dict[str, int] | None = None  # of the reliable channels
-        self._queue: deque[News | PermissionChange] = deque()
+        self._place: sse.Place | None = None  # in the reliable channels
+        self._queue: deque[Row] = deque()
         self._queued_bytes = 0
         self._behind = True
         self._ended = False
@@ -141,7 +111,7 @@ class Subscription:
     async def next_batch(self, timeout: float | None = None) -> Batch:
         """The next events, as soon as there are any; an empty batch after so many seconds."""
         deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        delay = _FIRST_RETRY
+        backoff = Backoff(*_RETRY_SECONDS)
         while not self._ended:
             if not self._hub.has_begun:
                 if not await self._wait(deadline):
@@ -154,9 +124,8 @@ class Subscription:
                         return Batch(events)
                 except Error as e:
                     logger.warning("stream: database: %s; trying again", e)
-                    if not await self._wait(deadline, delay):
+                    if not await self._wait(deadline, backoff.next()):
                         return Batch()
-                    delay = min(delay * 2, _MOST_RETRY)
             elif not await self._wait(deadline):
                 return Batch()
         return Batch(ended=True)
@@ -188,20 +157,20 @@ class Subscription:
 
     def ask_again(self) -> None:
         """As if the reader's permissions had changed."""
-        self.offer(PermissionChange(self._reader or "", ""))
+        self.offer(PermissionChange(0, self._reader or "", ""))
 
     # What the hub calls
 
-    def offer(self, news: News | PermissionChange) -> None:
+    def offer(self, row: Row) -> None:
         if len(self._queue) >= _QUEUE_EVENTS or self._queued_bytes >= _QUEUE_BYTES:
-            self.read_anew()
+            self.read_again()
             return
-        self._queue.append(news)
-        if isinstance(news, News):
-            self._queued_bytes += len(news.data or "")
+        self._queue.append(row)
+        if isinstance(row, StreamEvent):
+            self._queued_bytes += len(row.data or "")
         self._wake()
 
-    def read_anew(self) -> None:
+    def read_again(self) -> None:
         self._queue.clear()
         self._queued_bytes = 0
         self._behind = True
@@ -214,35 +183,32 @@ class Subscription:
         # What is offered meanwhile is queued: it may or may not be on the page.
         self._behind = False
         try:
-            missed = await self.run(self._recover)
+            missed = await self.run(self._replay)
         except BaseException:
             self._behind = True
             raise
-        self._ids = missed.end
+        self._place = sse.Place(missed.end)
         self._behind = self._behind or missed.more
-        events: list[tuple[News | RecoveredEvent, Mapping[str, int]]] = [
-            (event, ids)
-            for event, ids in missed.with_ids()
-            if self._reader not in event.skip_user_ids
-        ]
-        return Batch(events, missed.reset, missed.start)
+        events = [(event, place.id) for event, place in missed.visible_to(self._reader)]
+        return Batch(events, missed.reset, sse.make_id(missed.start))
 
-    def _recover(self) -> Recovered:
-        ids = self._after if self._ids is None else self._ids
-        missed = recover(
-            {channel: ids.get(channel) for channel in reliable(self.channels)},
-            max_age=self._max_age if self._ids is None else None,
+    def _replay(self) -> Page:
+        first = self._place is None
+        numbers = self._after if self._place is None else self._place.numbers
+        missed = replay(
+            {channel: numbers.get(channel) for channel in reliable(self.channels)},
+            max_age=self._max_age if first else None,
         )
         self._check()
         return missed
 
-    async def _take(self) -> list[tuple[News | RecoveredEvent, Mapping[str, int]]]:
+    async def _take(self) -> list[tuple[StreamEvent, str]]:
         """What is queued, up to a change of permission or a gap."""
-        events: list[tuple[News | RecoveredEvent, Mapping[str, int]]] = []
-        ids = self._ids or {}
+        events: list[tuple[StreamEvent, str]] = []
+        place = self._place or sse.Place({})
         while self._queue:
-            news = self._queue[0]
-            if isinstance(news, PermissionChange):
+            row = self._queue[0]
+            if isinstance(row, PermissionChange):
                 if events:
                     break
                 await self.run(self._check)
@@ -251,16 +217,15 @@ class Subscription:
                 self._queue.popleft()
                 continue
             self._queue.popleft()
-            self._queued_bytes -= len(news.data or "")
-            if news.reliable:
-                at = ids.get(news.channel, news.number)
-                if news.number % sse.INCARNATION <= at % sse.INCARNATION:
+            self._queued_bytes -= len(row.data or "")
+            if row.reliable:
+                at = place.numbers.get(row.channel, row.number)
+                if row.number % sse.INCARNATION <= at % sse.INCARNATION:
                     continue  # it was on a page
-                prev = news.number - 1 if news.prev is None else news.prev
-                if prev != at or news.data is None:
+                if row.prev != at or row.data is None:
                     self._behind = True
                     break
-                self._ids = ids = {**ids, news.channel: news.number}
-            if news.data is not None and self._reader not in news.skip_user_ids:
-                events.append((news, ids))
+                place.move(row.channel, row.number)
+            if row.data is not None and self._reader not in row.skip_user_ids:
+                events.append((row, place.id))
         return events

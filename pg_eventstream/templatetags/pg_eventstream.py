@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from django import template
 
-from ..streams.replay import get_current_event_id as current_id
+from ..events import get_current_event_id as current_id
 
 register = template.Library()
 

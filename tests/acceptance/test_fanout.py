@@ -31,7 +31,7 @@ from gripcontrol import parse_grip_uri
 from pg_eventstream import send_event
 from pg_eventstream.conf import conf
 from pg_eventstream.grip.proxy import Proxy
-from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
@@ -214,7 +214,7 @@ def test_every_form_of_grip_url_is_understood_and_published_to(
     for setting in ({"GRIP_URL": url}, {"GRIP_PROXIES": [parse_grip_uri(url)]}):
         with override_settings(**setting):
             assert conf.grip_proxies == [expected]
-            Publisher(Connections("default")).run_once()
+            Publisher(Connector("default")).run_once()
             send_event("a", "message", 4)
     assert cloud.refused == []
     # A hint is repeated, and by the next publisher too, which cannot know that it was.

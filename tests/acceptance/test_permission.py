@@ -15,9 +15,9 @@ from pg_eventstream import (
     InvalidEvent,
     channel_permission_changed,
     get_events,
-    permission,
     send_event,
 )
+from pg_eventstream.channels import PERMISSION_CHANGES
 from pg_eventstream.servers.processes import Process, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project.app.models import Membership
@@ -323,7 +323,7 @@ def test_forged_change_of_permission_stops_nothing(
     client = stream(f"public{channel}").wait_open()
     database.execute(
         "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
-        [permission.CHANGES, data],
+        [PERMISSION_CHANGES, data],
     )
     database.send(f"public{channel}", "after")
     client.wait_count(1)
@@ -377,11 +377,11 @@ def test_user_without_a_primary_key_is_no_one_whose_streams_could_end(database: 
 def test_nobody_reads_or_sends_on_a_channel_of_our_own(database: Database) -> None:
     channel_permission_changed(None, "secret room")
     sequence(database)
-    answer = Origin().open(permission.CHANGES, last_event_id="earliest")
+    answer = Origin().open(PERMISSION_CHANGES, last_event_id="earliest")
     assert json.loads(answer.control["stream-error"].data)["condition"] == "bad-request"
     assert "secret" not in answer.body
     with pytest.raises(InvalidEvent, match="reserved"):
-        send_event(permission.CHANGES, "message", "x")
+        send_event(PERMISSION_CHANGES, "message", "x")
 
 
 # Who the user is

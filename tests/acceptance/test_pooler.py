@@ -13,8 +13,8 @@ from contextlib import ExitStack
 import psycopg
 import pytest
 
-import pg_eventstream.postgres.connector
-from pg_eventstream.postgres.connector import explained
+from pg_eventstream.limits import Limits
+from pg_eventstream.postgres.connector import Connector, explain
 from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
@@ -117,11 +117,9 @@ def test_publisher_behind_a_pooler_says_what_is_wrong_and_delivers_by_polling(
     new_publisher().lead()
 
 
-def test_pooler_is_recognised_while_others_look_for_one(
-    pooled: str, database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pooler_is_recognised_while_others_look_for_one(pooled: str, database: Database) -> None:
     """A publisher's connections do so at the same time, each in sessions of the others."""
-    monkeypatch.setattr(pg_eventstream.postgres.connector, "_PROBE_SECONDS", 0.1)
+    connector = Connector("default", pooled, Limits(probe=0.1))
     over = threading.Event()
 
     def look() -> None:
@@ -133,9 +131,7 @@ def test_pooler_is_recognised_while_others_look_for_one(
         looking = pool.submit(look)
         try:
             for _ in range(20):
-                with pg_eventstream.postgres.connector.Database("default", pooled).connect(
-                    "test"
-                ) as found:
+                with connector.connect("test") as found:
                     assert found.shared
         finally:
             over.set()
@@ -147,11 +143,11 @@ def test_session_that_may_only_read_is_not_taken_for_a_standby(
 ) -> None:
     """What a direct connection turns off for itself, a pooler's session is set up with."""
     database.execute(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
-    with pg_eventstream.postgres.connector.Database("default", pooled).connect("test") as session:
+    with Connector("default", pooled).connect("test") as session:
         with pytest.raises(psycopg.errors.ReadOnlySqlTransaction) as raised:
             session.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', '')")
-        assert "default_transaction_read_only is on" in explained(raised.value)
-        assert "standby" not in explained(raised.value)
+        assert "default_transaction_read_only is on" in explain(raised.value)
+        assert "standby" not in explain(raised.value)
 
 
 @pytest.mark.thorough

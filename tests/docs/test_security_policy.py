@@ -12,8 +12,8 @@ from pg_eventstream.postgres.locks import (
     BELL_LOCK,
     LEADER_LOCK,
     LOCK_SPACE,
+    PRUNE_LOCK,
     SEQUENCE_LOCK,
-    SWEEP_LOCK,
 )
 from tests.integration.test_grants import as_role, make_old, prune_only, sequence, serve
 from tests.support.database import Database
@@ -25,7 +25,7 @@ POLICY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 LOCKS = example("SECURITY.md", "FROM pg_locks").code
 ROWS = example("SECURITY.md", "ENABLE ROW LEVEL SECURITY").code
 
-LOCKS_TAKEN = (BELL_LOCK, LEADER_LOCK, SEQUENCE_LOCK, SWEEP_LOCK)
+LOCKS_TAKEN = (BELL_LOCK, LEADER_LOCK, SEQUENCE_LOCK, PRUNE_LOCK)
 
 
 def test_every_file_that_it_names_is_there() -> None:

@@ -13,7 +13,7 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 from pg_eventstream import get_events, send_events, sse
-from pg_eventstream.streams import replay as recovery
+from pg_eventstream.streams import replay
 from tests.support.database import Database
 from tests.support.origin import Origin, behind_a_proxy, prune, sequence, signature
 
@@ -155,7 +155,7 @@ def test_replay_merges_channels_in_commit_order_and_every_id_resumes(
 
 
 def test_a_page_ends_where_the_next_begins(database: Database, origin: Origin) -> None:
-    send_events([(f"c{n % 3}", "message", n) for n in range(2 * recovery.PAGE_EVENTS + 7)])
+    send_events([(f"c{n % 3}", "message", n) for n in range(2 * replay.PAGE_EVENTS + 7)])
     sequence(database)
     got: list[str] = []
     answer = origin.open("c0", "c1", "c2", last_event_id="c0:0,c1:0,c2:0")
@@ -164,7 +164,7 @@ def test_a_page_ends_where_the_next_begins(database: Database, origin: Origin) -
         answer = origin.follow(answer)
         assert "stream-open" not in answer.control
         got += answer.data
-    assert got == [str(n) for n in range(2 * recovery.PAGE_EVENTS + 7)]
+    assert got == [str(n) for n in range(2 * replay.PAGE_EVENTS + 7)]
 
 
 @pytest.mark.parametrize("character", ["x", "%", "ü", "好", "🎉", "\n"])
@@ -236,14 +236,14 @@ def test_idle_channel_goes_on_counting_when_all_its_events_are_pruned(
 
 
 def test_reset_in_the_middle_of_a_recovery(database: Database, origin: Origin) -> None:
-    send_events([("c", "message", n) for n in range(recovery.PAGE_EVENTS + 5)])
+    send_events([("c", "message", n) for n in range(replay.PAGE_EVENTS + 5)])
     sequence(database)
     first = origin.open("c", last_event_id="c:0")
     assert not first.held
     prune()
     send(database, "c", "after")
     second = origin.follow(first)
-    assert sse.parse_id(second.control["stream-reset"].id) == {"c": recovery.PAGE_EVENTS + 6}
+    assert sse.parse_id(second.control["stream-reset"].id) == {"c": replay.PAGE_EVENTS + 6}
     assert second.held
 
 
@@ -307,7 +307,7 @@ def test_recovery_reads_by_index_whatever_the_statistics_say(
     newest = 100_000 // channels
     for behind in (1, newest):
         with CaptureQueriesContext(connection) as captured:
-            recovery.recover({f"c{n}": newest - behind for n in range(channels)})
+            replay.replay({f"c{n}": newest - behind for n in range(channels)})
         for query in captured.captured_queries:
             with connection.cursor() as cursor:
                 cursor.execute("EXPLAIN (ANALYZE, COSTS OFF) " + query["sql"])
@@ -315,4 +315,4 @@ def test_recovery_reads_by_index_whatever_the_statistics_say(
             assert "Seq Scan on pg_eventstream_event" not in plan, plan
             assert "Seq Scan on pg_eventstream_stream" not in plan, plan
             read = max(map(int, re.findall(r"rows=(\d+)", plan)))
-            assert read <= channels * (recovery.PAGE_EVENTS + 1), plan
+            assert read <= channels * (replay.PAGE_EVENTS + 1), plan

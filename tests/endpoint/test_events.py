@@ -26,7 +26,7 @@ from pg_eventstream import (
     views,
 )
 from pg_eventstream.channelmanager import DefaultChannelManager
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.pruner import Pruner
 from tests.support.database import Database
 from tests.support.origin import Answer, Origin, behind_a_proxy, prune, sequence, signature
 from tests.support.publisher import PublisherProcess
@@ -154,7 +154,7 @@ def prune_one_by_one(database: Database) -> None:
                 "UPDATE pg_eventstream_stream SET sequenced_at = '2000-01-01' WHERE position = %s",
                 [n + 1],
             )
-            Sweep(connection).run_once()
+            Pruner(connection).run_once()
 
 
 # Pages in Python

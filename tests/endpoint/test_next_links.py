@@ -17,6 +17,7 @@ from django_grip import GripMiddleware
 
 from pg_eventstream import send_events, views
 from pg_eventstream.grip import items, links
+from pg_eventstream.stream_event import StreamEvent
 from tests.support.database import Database
 from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature
 from tests.support.publisher import PublisherProcess
@@ -302,6 +303,6 @@ def test_user_ids_with_commas_quotes_or_line_breaks_are_skipped_too(database: Da
     assert isinstance(response, HttpResponse)
     assert "X" not in response.headers
     meta = response["Grip-Set-Meta"].partition('user="')[2].partition('"')[0]
-    event = items.StreamEvent(1, "c", 1, "message", "x", ["b", Visitor.pk, "7", ""])
+    event = StreamEvent(1, "c", 1, 0, "message", "x", ["b", Visitor.pk, "7", ""])
     skipped = json.loads(items.item(event))["meta"]["skip_users"]
     assert [part for part in skipped.split(",") if part] == ["b", meta, "7"]

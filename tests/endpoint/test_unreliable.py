@@ -14,10 +14,10 @@ from django.db import transaction
 from django.test import override_settings
 
 from pg_eventstream import get_current_event_id, get_events, permission, send_event
-from pg_eventstream.postgres.connector import Database as Where
-from pg_eventstream.publisher import daemon as publisher_module
+from pg_eventstream.limits import Limits
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project.channelmanagers import Volatile
@@ -211,15 +211,14 @@ def call_command_quietly(name: str) -> None:
 
 
 def test_running_publisher_prunes_unreliable_events_by_itself(
-    database: Database, pushpin: Pushpin, channel: str, monkeypatch: pytest.MonkeyPatch
+    database: Database, pushpin: Pushpin, channel: str
 ) -> None:
-    monkeypatch.setattr(publisher_module, "_SWEEP_SECONDS", 0.2)
     send(f"volatile{channel}", *(str(n) for n in range(300)))
     send(channel, "stays")
     sequence(database)
     database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 hour'")
     with override_settings(GRIP_URL=f"{pushpin.control_url}?key={KEY}"):
-        publisher = Publisher(Where("default"))
+        publisher = Publisher(Connector("default"), Limits(prune=0.2))
         thread = threading.Thread(target=publisher.run)
         thread.start()
         try:
@@ -284,7 +283,7 @@ def test_no_id_is_used_again_when_a_channel_was_taken_for_reliable_for_a_while(
         raise ZeroDivisionError
 
     with database.connect() as connection:
-        sweep = Sweep(connection)
+        sweep = Pruner(connection)
 
         def send_and_sweep() -> list[int]:
             send("volatile", "x", "y")
@@ -304,7 +303,7 @@ def test_no_id_is_used_again_when_a_channel_was_taken_for_reliable_for_a_while(
 
 def test_sweep_that_goes_on_skips_no_event(database: Database) -> None:
     with database.connect() as connection:
-        sweep = Sweep(connection)
+        sweep = Pruner(connection)
         for _ in range(3):
             send("volatile", "x")
             sequence(database)

@@ -314,7 +314,7 @@ def lead(database: Database, *names: str, silent: float = 0) -> None:
     """Leave behind what a publisher to these proxies does, so many seconds after it died."""
     with database.connect() as leader:
         proxies = [Proxy({"control_uri": name}) for name in names]
-        publisher._register(leader, "host:1", proxies)
+        publisher.register(leader, "host:1", proxies)
         leader.execute(
             "UPDATE pg_eventstream_publisher SET heartbeat = now() - make_interval(secs => %s)",
             [silent],
@@ -458,7 +458,7 @@ def test_direct_stream_of_a_role_that_may_not_sequence_is_logged(
 def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process sequences by itself."""
     looks: list[object] = []
-    monkeypatch.setattr(liveness, "in_background", looks.append)
+    monkeypatch.setattr(liveness, "run_later", looks.append)
     with override_settings(DEBUG=True):
         with override_settings(GRIP_URL=None):
             send_event("c", "message", 1)
@@ -472,7 +472,7 @@ def test_in_the_tests_of_a_project_nobody_looks(
 ) -> None:
     """A further connection would keep the test database from being removed."""
     looks: list[object] = []
-    monkeypatch.setattr(liveness, "in_background", looks.append)
+    monkeypatch.setattr(liveness, "run_later", looks.append)
     setup_test_environment()
     try:
         with override_settings(DEBUG=True):

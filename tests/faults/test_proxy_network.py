@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 from django.test import override_settings
 
-from pg_eventstream.grip import proxy
-from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.limits import Limits
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.servers.pushpin import Pushpin
@@ -126,17 +126,15 @@ def test_control_port_that_falls_silent_gets_everything_once(
     pushpin: Pushpin,
     network: Network,
     channel: str,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whether it has heard the request or not, which the publisher cannot know."""
-    monkeypatch.setattr(proxy, "_ANSWER_SECONDS", 0.3)
     caplog.set_level(logging.INFO)
     load = Load(database, channel)
     with (
         two_clients(pushpin.url, channel) as clients,
         override_settings(**_proxy(network)),
-        running(Publisher(Connections("default"))),
+        running(Publisher(Connector("default"), Limits(proxy_answer=0.3))),
     ):
         with load.running():
             for n, way in enumerate((None, "server", "client") * (10 if THOROUGH else 1)):

@@ -20,8 +20,9 @@ from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import send_event
+from pg_eventstream.limits import Limits
 from pg_eventstream.postgres import watchdog as silence
-from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.postgres.watchdog import WatchedConnection
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import wait_until
@@ -54,9 +55,8 @@ def network(database: Database) -> Iterator[Network]:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silence, "PATIENCE", 0.4)
-    monkeypatch.setattr(silence, "_LOOK_SECONDS", 0.1)
+def impatient() -> Limits:
+    return Limits(silence=0.4, look=0.1)
 
 
 def through(network: Network, database: Database) -> str:
@@ -73,9 +73,9 @@ def in_thread() -> Iterator[Callable[..., Future[Any]]]:
 
 
 def test_answer_that_was_lost_is_not_waited_for_and_the_session_is_ended(
-    database: Database, network: Network, impatient: None
+    database: Database, network: Network, impatient: Limits
 ) -> None:
-    with Connections("default", through(network, database)).connect("test") as connection:
+    with Connector("default", through(network, database), impatient).connect("test") as connection:
         connection.execute("SELECT pg_advisory_lock(1)")
         network.forget()
         start = time.monotonic()
@@ -89,10 +89,10 @@ def test_answer_that_was_lost_is_not_waited_for_and_the_session_is_ended(
 def test_statement_that_works_or_waits_is_waited_for(
     database: Database,
     network: Network,
-    impatient: None,
+    impatient: Limits,
     in_thread: Callable[..., Future[Any]],
 ) -> None:
-    with Connections("default", through(network, database)).connect("test") as connection:
+    with Connector("default", through(network, database), impatient).connect("test") as connection:
         connection.execute("SELECT pg_sleep(1.5)")
         with locked(database, "LOCK TABLE pg_eventstream_cursor"):
             waiting = in_thread(connection.execute, "SELECT pg_eventstream_sequence()")
@@ -140,7 +140,7 @@ ORDINARILY = ("assume_role, not inherited", "ALTER ROLE SET role", "track_activi
     ]
 )
 def session_as(
-    request: pytest.FixtureRequest, database: Database, network: Network
+    request: pytest.FixtureRequest, database: Database, network: Network, impatient: Limits
 ) -> Iterator[WatchedConnection]:
     """A connection, over the network, of which its own role may perhaps not be told."""
     login = LOGINS[request.param]
@@ -157,7 +157,7 @@ def session_as(
         "OPTIONS": {name: value.format(**names) for name, value in login.options.items()},
     }
     try:
-        with Connections(alias).connect("test") as connection:
+        with Connector(alias, limits=impatient).connect("test") as connection:
             row = connection.execute("SELECT current_user").fetchone()
             assert row == (names["other" if login.is_other else "login"],)
             yield connection
@@ -167,13 +167,13 @@ def session_as(
 
 
 def test_session_whose_role_may_not_be_told_of_it_is_not_given_up_while_it_works(
-    impatient: None, session_as: WatchedConnection
+    session_as: WatchedConnection,
 ) -> None:
     session_as.execute("SELECT pg_sleep(1.5)")
 
 
 def test_session_whose_role_may_not_be_told_of_it_is_given_up_when_its_answer_is_lost(
-    database: Database, network: Network, impatient: None, session_as: WatchedConnection
+    database: Database, network: Network, session_as: WatchedConnection
 ) -> None:
     session_as.execute("SELECT pg_advisory_lock(1)")
     network.forget()
@@ -185,11 +185,11 @@ def test_session_whose_role_may_not_be_told_of_it_is_given_up_when_its_answer_is
 def test_silent_server_that_cannot_be_asked_is_waited_for(
     database: Database,
     network: Network,
-    impatient: None,
+    impatient: Limits,
     in_thread: Callable[..., Future[Any]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with Connections("default", through(network, database)).connect("test") as connection:
+    with Connector("default", through(network, database), impatient).connect("test") as connection:
         network.deaf()
         waiting = in_thread(connection.execute, "SELECT 1")
         wait_until(lambda: "cannot be asked" in caplog.text, timeout=20)
@@ -200,7 +200,6 @@ def test_silent_server_that_cannot_be_asked_is_waited_for(
 def test_connection_that_falls_silent_while_it_is_set_up_fails(
     database: Database, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pg_eventstream.postgres.connector._SET_UP_SECONDS", 0.5)
     connect = silence.WatchedConnection.connect
 
     def connect_then_forget(**params: Any) -> Any:
@@ -210,17 +209,17 @@ def test_connection_that_falls_silent_while_it_is_set_up_fails(
 
     monkeypatch.setattr(silence.WatchedConnection, "connect", connect_then_forget)
     with pytest.raises(psycopg.OperationalError):
-        Connections("default", through(network, database)).connect("test")
+        Connector("default", through(network, database), Limits(set_up=0.5)).connect("test")
 
 
 def test_publisher_whose_connections_died_without_a_word_goes_on(
     database: Database,
     network: Network,
     control: ControlPort,
-    impatient: None,
+    impatient: Limits,
     in_thread: Callable[..., Future[Any]],
 ) -> None:
-    publisher = Publisher(Connections("default", through(network, database)))
+    publisher = Publisher(Connector("default", through(network, database), impatient), impatient)
     with override_settings(EVENTSTREAM_SAFETY_POLL=0.5):
         running = in_thread(publisher.run)
         try:

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import example, given, note
 from hypothesis import strategies as st
 
-from pg_eventstream import get_current_event_id, permission, send_event, send_events, sse
+from pg_eventstream import get_current_event_id, send_event, send_events, sse
+from pg_eventstream.channels import PERMISSION_CHANGES, RESERVED
 from pg_eventstream.errors import InvalidEvent, InvalidRequest, ResumeNotAllowed
 from pg_eventstream.grip import items
 from pg_eventstream.grip.names import escape, events_channel, quote_user
-from pg_eventstream.send import RESERVED
+from pg_eventstream.stream_event import StreamEvent, decode
 from pg_eventstream.streams import direct
-from pg_eventstream.streams.hub import News
 from pg_eventstream.streams.subscription import Batch
 from tests.fuzz.hostile import SEED, Parsed, fuzzed, parse_strictly, storable, texts
 from tests.support.database import Database
@@ -111,13 +111,13 @@ def published(connection: psycopg.Connection[Any], channel: str, after: int) -> 
     """The items that the publisher makes of a channel's events, as the proxy parses them."""
     rows = connection.execute(
         """
-        SELECT position, s.channel, eid, type, data, skip_user_ids
+        SELECT position, s.channel, eid, prev, type, data, skip_user_ids
           FROM pg_eventstream_stream s JOIN pg_eventstream_event e ON e.id = s.event_id
          WHERE s.channel = %s AND eid > %s ORDER BY position
         """,
         [channel, after],
     )
-    bodies = [batch.body for batch in items.batches(items.StreamEvent(*row) for row in rows)]
+    bodies = [batch.body for batch in items.batches(decode(*row) for row in rows)]
     parsed = [item for body in bodies for item in json.loads(body)["items"]]
     for item in parsed:
         item.setdefault("meta", {"skip_users": ""})
@@ -165,12 +165,12 @@ def test_stream_without_a_proxy_parses_exactly_too(
     kind: str, data: str, channels: list[str]
 ) -> None:
     note(SEED)
-    news = [News(channel, 5, kind, data, [], reliable=True) for channel in channels]
-    ids = dict.fromkeys(channels, 5)
-    pieces = b"".join(direct._encode(Batch([(event, ids) for event in news]))).decode()
+    event_id = sse.make_id(dict.fromkeys(channels, 5))
+    events = [(StreamEvent(5, channel, 5, 4, kind, data, []), event_id) for channel in channels]
+    pieces = b"".join(direct._encode(Batch(events))).decode()
     safe = re.sub("[\r\n\0]", "", kind)
     assert parse_strictly(pieces.replace("\0", "")) == [
-        Parsed(safe, as_lines(data.replace("\0", "")), sse.make_id(ids)) for _ in channels
+        Parsed(safe, as_lines(data.replace("\0", "")), event_id) for _ in channels
     ]
 
 
@@ -199,7 +199,7 @@ def test_id_from_anywhere_is_parsed_or_refused(text: str) -> None:
 @given(st.lists(texts, max_size=4), texts)
 def test_user_is_skipped_by_exactly_the_own_name(skipped: list[str], user: str) -> None:
     note(SEED)
-    event = items.StreamEvent(1, "c", 1, "message", "", skipped)
+    event = StreamEvent(1, "c", 1, 0, "message", "", skipped)
     meta = json.loads(items.item(event)).get("meta", {"skip_users": ""})["skip_users"]
     quoted = quote_user(user)
     assert (quoted in meta.split(",")) == (user in (skipped or [""]))
@@ -208,14 +208,14 @@ def test_user_is_skipped_by_exactly_the_own_name(skipped: list[str], user: str) 
 
 @fuzzed(200, 3000)
 @given(
-    texts.filter(lambda channel: channel != permission.CHANGES),
+    texts.filter(lambda channel: channel != PERMISSION_CHANGES),
     texts.filter(is_for_applications),
     texts,
 )
 def test_item_is_the_json_that_it_should_be(channel: str, kind: str, data: str) -> None:
     note(SEED)
     for reliable in (True, False):
-        event = items.StreamEvent(7, channel, 7, kind, data, [channel], reliable)
+        event = StreamEvent(7, channel, 7, 6, kind, data, [channel], reliable)
         ids = {"id": "7", "prev-id": "6"} if reliable else {"id": "7"}
         own_id = escape(sse.make_id({channel: 7})) + "%I" if reliable else None
         content = sse.encode_event(escape(kind), escape(data), own_id)

@@ -15,12 +15,10 @@ from django.test import override_settings
 from pg_eventstream import get_current_event_id
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.liveness import _look_at_publisher
-from pg_eventstream.postgres import connector as connection
-from pg_eventstream.publisher import feed
-from pg_eventstream.publisher.daemon import _register
-from pg_eventstream.publisher.pruner import Sweep
-from pg_eventstream.streams import hub
-from pg_eventstream.streams import replay as recovery
+from pg_eventstream.postgres import connector
+from pg_eventstream.publisher import daemon, feed
+from pg_eventstream.publisher.pruner import Pruner
+from pg_eventstream.streams import hub, replay
 from tests.support.database import Database
 
 #: So many are dead in one channel, which is pruned wholly; and in all of a table.
@@ -72,15 +70,15 @@ def sequence(database: Database) -> int:
 
 
 def resume(database: Database) -> int:
-    return in_django(lambda: recovery.recover({"pruned": PRUNED}))
+    return in_django(lambda: replay.replay({"pruned": PRUNED}))
 
 
 def resume_from_what_is_pruned(database: Database) -> int:
-    return in_django(lambda: recovery.recover({"pruned": 5}))
+    return in_django(lambda: replay.replay({"pruned": 5}))
 
 
 def read_from_the_earliest(database: Database) -> int:
-    return in_django(lambda: recovery.recover({"pruned": recovery.EARLIEST}))
+    return in_django(lambda: replay.replay({"pruned": replay.EARLIEST}))
 
 
 def find_the_current_id(database: Database) -> int:
@@ -98,7 +96,7 @@ def follow(database: Database) -> int:
 
 
 def publish(database: Database) -> int:
-    work = feed.Feed(PROXY, connection.Database("default"), threading.Event())
+    work = feed.Feed(PROXY, connector.Connector("default"), threading.Event())
     work._connect()
     assert work._connection is not None
     pages = PagesRead(work._connection)
@@ -110,7 +108,7 @@ def publish(database: Database) -> int:
 def register(database: Database) -> int:
     with database.connect() as session:
         pages = PagesRead(session)
-        _register(session, "me", [PROXY])
+        daemon.register(session, "me", [PROXY])
         return pages.count
 
 
@@ -142,12 +140,12 @@ def pruned(database: Database) -> Iterator[Database]:
     )
     with database.connect(autocommit=False) as old, database.connect() as session:
         session.execute("SELECT pg_eventstream_sequence()")
-        _register(session, "me", [PROXY])
+        daemon.register(session, "me", [PROXY])
         session.execute("UPDATE pg_eventstream_proxy SET position = %s", [PRUNED])
         session.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '2 days'")
         old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         old.execute("SELECT count(*) FROM pg_eventstream_event")
-        assert Sweep(session).run_once() == PRUNED
+        assert Pruner(session).run_once() == PRUNED
         yield database
 
 

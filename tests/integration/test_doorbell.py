@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from pg_eventstream.publisher.daemon import sequence
+from pg_eventstream.postgres.sequence import sequence
 from pg_eventstream.publisher.doorbell import Doorbell, State
 from pg_eventstream.servers.processes import wait_until
 from tests.faults.test_crash import seeded

@@ -18,7 +18,7 @@ from django.test import override_settings
 
 from pg_eventstream import get_events
 from pg_eventstream.models import Channel, Cursor, Event, Outbox, Stream
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.postgres import Postgres
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
@@ -75,7 +75,7 @@ def fill(database: Database) -> None:
     sequence(database)
     database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '2 days'")
     with database.connect() as connection, override_settings(GRIP_URL=None):
-        assert Sweep(connection).run_once() == 6
+        assert Pruner(connection).run_once() == 6
     for n in range(4, 7):
         database.send("a", f"sequenced {n}")
         database.send("b", f'sequenced "{n}" <&>\nSüß')
@@ -122,7 +122,7 @@ def check(database: Database, *more: str) -> None:
     assert database.value("SELECT count(*) FROM pg_eventstream_cursor") == 1
     # A sweep understands what is there, too.
     with database.connect() as connection, override_settings(GRIP_URL=None):
-        assert Sweep(connection).run_once() == 0
+        assert Pruner(connection).run_once() == 0
 
 
 def dumped(path: Path, *models: str, **options: object) -> Path:

@@ -12,13 +12,13 @@ from django.db import ProgrammingError, connections
 from django.test import override_settings
 
 from pg_eventstream import liveness
-from pg_eventstream.postgres.connector import Database as Where
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.processes import Process, accepts, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from pg_eventstream.streams.hub import Hub, _Reader
-from pg_eventstream.streams.replay import recover
+from pg_eventstream.streams.replay import replay
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
 from tests.support.publisher import PublisherProcess
@@ -117,12 +117,12 @@ def test_publisher_prunes_with_its_grants_only(
 
 
 def publish(dsn: str) -> None:
-    Publisher(Where("default", dsn)).run_once()
+    Publisher(Connector("default", dsn)).run_once()
 
 
 def prune_only(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
-        Sweep(connection).run_once()
+        Pruner(connection).run_once()
 
 
 def serve(dsn: str) -> None:
@@ -131,7 +131,7 @@ def serve(dsn: str) -> None:
     try:
         connections.close_all()
         wrapper.settings_dict["USER"] = psycopg.conninfo.conninfo_to_dict(dsn)["user"]
-        recover({"old": 0, "new": 0})
+        replay({"old": 0, "new": 0})
         liveness._look_at_publisher()
         with psycopg.connect(dsn, autocommit=True) as connection:
             reader = _Reader(Hub("default"))

@@ -15,7 +15,8 @@ import pytest
 from pg_eventstream import channel_permission_changed, send_event, send_events
 from pg_eventstream.grip.hints import Hints
 from pg_eventstream.grip.items import hint
-from pg_eventstream.streams.hub import Hub, News, PermissionChange, _Reader
+from pg_eventstream.stream_event import Row, StreamEvent
+from pg_eventstream.streams.hub import Hub, _Reader
 from tests.support.database import Database
 from tests.support.origin import sequence
 
@@ -27,14 +28,14 @@ class Client:
 
     def __init__(self, channel: str) -> None:
         self.channels = (channel,)
-        self.offered: list[News | PermissionChange] = []
-        self.anew = 0
+        self.offered: list[Row] = []
+        self.again = 0
 
-    def offer(self, news: News | PermissionChange) -> None:
-        self.offered.append(news)
+    def offer(self, row: Row) -> None:
+        self.offered.append(row)
 
-    def read_anew(self) -> None:
-        self.anew += 1
+    def read_again(self) -> None:
+        self.again += 1
 
 
 class Traffic:
@@ -146,7 +147,7 @@ def test_what_nobody_follows_is_not_read(database: Database) -> None:
         assert followed.reader.position == 60
 
     with_hub(database, read)
-    assert [news.data for news in got[0].offered if isinstance(news, News)] == ['"y"'] * 30
+    assert [news.data for news in got[0].offered if isinstance(news, StreamEvent)] == ['"y"'] * 30
 
 
 def test_events_of_every_size_are_offered_in_order(database: Database) -> None:
@@ -161,7 +162,7 @@ def test_events_of_every_size_are_offered_in_order(database: Database) -> None:
         assert followed.read().statements == 3
 
     with_hub(database, read)
-    news = [news for news in got[0].offered if isinstance(news, News)]
+    news = [news for news in got[0].offered if isinstance(news, StreamEvent)]
     assert [n.number for n in news] == [1, 2, 3, 4, 5, 6]
     # The one that is too large to be handed around is read by each.
     assert [n.data for n in news] == [*texts[:4], None, texts[5]]
@@ -279,7 +280,7 @@ def test_clients_that_come_after_the_beginning_do_not_read_twice(database: Datab
         clients.extend(followed.add("a"))
 
     with_hub(database, begin)
-    assert [client.anew for client in clients] == [1, 0]
+    assert [client.again for client in clients] == [1, 0]
 
 
 @contextmanager

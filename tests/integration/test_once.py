@@ -18,18 +18,16 @@ from typing import Any
 
 import psycopg
 import pytest
-from django.core.management import CommandError, call_command
+from django.core.management import CommandError, call_command, load_command_class
 from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import channel_permission_changed, send_event, send_events
 from pg_eventstream.errors import NotLeading
-from pg_eventstream.management.commands import eventstream_prune as prune_module
+from pg_eventstream.limits import LIMITS, Limits
 from pg_eventstream.postgres import connector as connection_module
-from pg_eventstream.postgres.connector import Database as Connections
-from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE, SWEEP_LOCK
-from pg_eventstream.publisher import daemon as publisher_module
-from pg_eventstream.publisher import drain as once_module
+from pg_eventstream.postgres.connector import Connector
+from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE, PRUNE_LOCK
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
 from tests.support.control_port import ControlPort
@@ -48,13 +46,18 @@ _AT_MOST = 60
 LEAD = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
 
 
-def command(name: str, *arguments: str) -> str:
+IMPATIENT = Limits(command_patience=1.0, join=0.5)
+
+
+def command(name: str, *arguments: str, limits: Limits = LIMITS) -> str:
     """What the command says, in the end or as its error. Fails if it does not end."""
     out = StringIO()
+    command = load_command_class("pg_eventstream", name)
+    command.limits = limits  # type: ignore[attr-defined]
 
     def call() -> str:
         try:
-            call_command(name, *arguments, verbosity=0, stdout=out)
+            call_command(command, *arguments, verbosity=0, stdout=out)
         except CommandError as e:
             return f"failed: {e}"
         finally:
@@ -68,21 +71,14 @@ def command(name: str, *arguments: str) -> str:
         threads.shutdown(wait=False)
 
 
-def once() -> str:
-    return command("eventstream_publisher", "--once")
+def once(limits: Limits = LIMITS) -> str:
+    return command("eventstream_publisher", "--once", limits=limits)
 
 
 @pytest.fixture
 def control() -> Iterator[ControlPort]:
     with ControlPort() as port, override_settings(GRIP_URL=port.url):
         yield port
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (publisher_module, prune_module):
-        monkeypatch.setattr(module, "COMMAND_PATIENCE", 1.0)
-    monkeypatch.setattr(once_module, "_JOIN_SECONDS", 0.5)
 
 
 def send(count: int, channel: str = "a") -> None:
@@ -167,7 +163,6 @@ TAKES_NOTHING = {
 def test_proxy_that_takes_nothing_is_named_and_delays_no_other(
     database: Database,
     control: ControlPort,
-    impatient: None,
     proxy: Callable[[], Any],
     why: str,
     how_many: str,
@@ -176,7 +171,7 @@ def test_proxy_that_takes_nothing_is_named_and_delays_no_other(
     with proxy() as url:
         proxies = [{"control_uri": url}, {"control_uri": control.url}]
         with override_settings(GRIP_URL=None, GRIP_PROXIES=proxies):
-            said = once()
+            said = once(IMPATIENT)
     assert said.startswith("failed: "), said
     (line,) = (line for line in said.splitlines() if url in line)
     assert why in line
@@ -187,24 +182,24 @@ def test_proxy_that_takes_nothing_is_named_and_delays_no_other(
 
 
 def test_what_waits_is_published_once_the_proxy_is_back(
-    database: Database, control: ControlPort, impatient: None
+    database: Database, control: ControlPort
 ) -> None:
     control.answers = [503] * 1000
     send(250)
-    assert "250 events wait" in once()
+    assert "250 events wait" in once(IMPATIENT)
     control.answers = []
     send(1)
-    assert once() == "251 events published.\n"
+    assert once(IMPATIENT) == "251 events published.\n"
     assert published_ids(control) == [str(n) for n in range(1, 252)]
-    assert once() == "0 events published.\n"
+    assert once(IMPATIENT) == "0 events published.\n"
 
 
 def test_proxy_that_stops_taking_events_in_the_middle(
-    database: Database, control: ControlPort, impatient: None
+    database: Database, control: ControlPort
 ) -> None:
     control.answers = [200, 200] + [503] * 1000
     send(250)
-    said = once()
+    said = once(IMPATIENT)
     assert "50 events wait" in said
     assert "200 events published" in said
     assert len(published_ids(control)) == 200
@@ -214,7 +209,6 @@ def test_slow_proxy_is_waited_for_as_long_as_it_takes_events(
     database: Database, control: ControlPort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a second for each of 6 batches, where 2.5 seconds without any are too long."""
-    monkeypatch.setattr(publisher_module, "COMMAND_PATIENCE", 2.5)
 
     def take(body: bytes) -> None:
         time.sleep(0.5)
@@ -368,7 +362,7 @@ def test_application_processes_do_not_keep_a_publisher_from_leading(
     database: Database, control: ControlPort, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "pg_eventstream")
-    publisher = Publisher(Connections("default"))
+    publisher = Publisher(Connector("default"))
     with Application(database):
         thread = threading.Thread(target=publisher.run)
         thread.start()
@@ -384,7 +378,7 @@ def test_publisher_takes_over_whatever_the_application_does(
     database: Database, control: ControlPort, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "pg_eventstream")
-    publisher = Publisher(Connections("default"))
+    publisher = Publisher(Connector("default"))
     with database.connect(application_name="pg_eventstream leader") as leader:
         leader.execute(f"SELECT pg_advisory_lock({LOCK_SPACE}, {LEADER_LOCK})")
         thread = threading.Thread(target=publisher.run)
@@ -400,14 +394,14 @@ def test_publisher_takes_over_whatever_the_application_does(
 
 
 def test_application_that_does_not_give_the_lock_back_is_named(
-    database: Database, control: ControlPort, impatient: None
+    database: Database, control: ControlPort
 ) -> None:
     database.execute(
         "INSERT INTO pg_eventstream_publisher VALUES (1, 'gone.example:1', now(), now())"
     )
     with database.connect(autocommit=False, application_name="a site") as session:
         session.execute(f"SELECT {LEAD}")
-        said = once()
+        said = once(IMPATIENT)
         assert said.startswith("failed: ")
         assert f"session {session.info.backend_pid}" in said
         assert "a site" in said
@@ -425,14 +419,14 @@ def test_leader_is_named_by_who_leads(database: Database, control: ControlPort) 
         leader.execute(take)
         pid = leader.info.backend_pid
         with pytest.raises(NotLeading) as raised:
-            Publisher(Connections("default")).run_once()
+            Publisher(Connector("default")).run_once()
         assert f"session {pid}" in str(raised.value)
         assert "gone.example" not in str(raised.value)
 
         leader.execute("DELETE FROM pg_eventstream_publisher")
         leader.execute(row, ["there.example:2"])
         with pytest.raises(NotLeading, match=f"publisher there.example:2.*session {pid}"):
-            Publisher(Connections("default")).run_once()
+            Publisher(Connector("default")).run_once()
     assert control.items == []
 
 
@@ -468,7 +462,7 @@ def test_signal_ends_it_and_it_says_what_it_left(
 
 
 def test_stop_while_it_waits_for_the_lead(database: Database, control: ControlPort) -> None:
-    publisher = Publisher(Connections("default"))
+    publisher = Publisher(Connector("default"))
     with database.connect(autocommit=False) as session, ThreadPoolExecutor(1) as threads:
         session.execute(f"SELECT {LEAD}")
         running = threads.submit(publisher.run_once)
@@ -509,7 +503,6 @@ LOCKS = {
 def test_transaction_that_holds_a_lock_is_no_reason_to_wait_for_ever(
     database: Database,
     control: ControlPort,
-    impatient: None,
     name: str,
     arguments: list[str],
     lock: str,
@@ -523,19 +516,19 @@ def test_transaction_that_holds_a_lock_is_no_reason_to_wait_for_ever(
     with database.connect(autocommit=False) as session:
         session.execute("SELECT pg_current_xact_id()")
         session.execute(lock)
-        said = command(name, *arguments)
+        said = command(name, *arguments, limits=IMPATIENT)
     assert said.startswith("failed: "), said
     assert "lock" in said
     assert "pg_blocking_pids" in said
 
 
 def test_what_was_published_is_said_though_pruning_fails(
-    database: Database, control: ControlPort, impatient: None
+    database: Database, control: ControlPort
 ) -> None:
     send(3)
     said = StringIO()
     with database.connect(autocommit=False) as session:
-        session.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SWEEP_LOCK})")
+        session.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
         with pytest.raises(CommandError, match="lock timeout"):
             call_command("eventstream_publisher", "--once", verbosity=0, stdout=said)
         assert said.getvalue() == "3 events published.\n"
@@ -570,12 +563,10 @@ def through(database: Database) -> Iterator[Network]:
 def test_database_that_stops_answering_is_not_waited_for_for_ever(
     database: Database,
     control: ControlPort,
-    impatient: None,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     arguments: list[str],
 ) -> None:
-    monkeypatch.setattr("pg_eventstream.postgres.watchdog.PATIENCE", 0.5)
     monkeypatch.setitem(connection_module._PARAMETERS, "connect_timeout", 2)
     send(3)
     with through(database) as network:
@@ -583,18 +574,18 @@ def test_database_that_stops_answering_is_not_waited_for_for_ever(
             monkeypatch.setattr(control, "take", lambda body: network.deaf())
         else:
             monkeypatch.setattr(
-                "pg_eventstream.publisher.pruner.Sweep._forget", _deaf_first(network), raising=True
+                "pg_eventstream.publisher.pruner.Pruner._forget", _deaf_first(network), raising=True
             )
-        said = command(name, *arguments)
+        said = command(name, *arguments, limits=IMPATIENT)
     assert said.startswith("failed: Database: silent, and cannot be asked why"), said
 
 
 def _deaf_first(network: Network) -> Callable[..., None]:
-    from pg_eventstream.publisher.pruner import Sweep
+    from pg_eventstream.publisher.pruner import Pruner
 
-    forget = Sweep._forget
+    forget = Pruner._forget
 
-    def deaf_first(sweep: Sweep) -> None:
+    def deaf_first(sweep: Pruner) -> None:
         network.deaf()
         forget(sweep)
 

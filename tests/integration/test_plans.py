@@ -1,6 +1,6 @@
 """Statements that run all day read what they need by an index, whatever the statistics say.
 
-Each is explained while it runs (auto_explain), on tables of 100,000 rows of which the planner
+Each is explain while it runs (auto_explain), on tables of 100,000 rows of which the planner
 knows nothing yet, as after a burst; and once more without its index, to show that the test
 would notice.
 """
@@ -18,13 +18,12 @@ import pytest
 from django.db import connection as django_connection
 from django.test import override_settings
 
-from pg_eventstream.grip import items
 from pg_eventstream.grip.proxy import Proxy
-from pg_eventstream.postgres import connector as connection
+from pg_eventstream.limits import LIMITS
+from pg_eventstream.postgres import connector
 from pg_eventstream.publisher import feed
 from pg_eventstream.publisher import pruner as retention
-from pg_eventstream.streams import hub
-from pg_eventstream.streams import replay as recovery
+from pg_eventstream.streams import hub, replay
 from tests.support.database import Database
 
 EVENTS, CHANNELS = 100_000, 100
@@ -69,23 +68,23 @@ class Explained:
 
 def recover(database: Database) -> Explained:
     django_connection.ensure_connection()
-    explained = Explained(django_connection.connection)
-    missed = recovery.recover({f"c{n}": NEWEST - 5 for n in range(10)})
+    explain = Explained(django_connection.connection)
+    missed = replay.replay({f"c{n}": NEWEST - 5 for n in range(10)})
     assert len(missed.events) == 50
-    return explained
+    return explain
 
 
 def read_for_proxy(database: Database) -> Explained:
     proxy = Proxy({"control_uri": "http://127.0.0.1:1"})
-    reader = feed.Feed(proxy, connection.Database("default"), threading.Event())
+    reader = feed.Feed(proxy, connector.Connector("default"), threading.Event())
     reader._connect()
     assert reader._connection is not None
-    explained = Explained(reader._connection)
+    explain = Explained(reader._connection)
     reader._position = EVENTS // 2
     reader._read_page()
-    assert sum(len(batch.events) for batch in reader._ready) == items.BATCH_ITEMS
+    assert sum(len(batch.rows) for batch in reader._ready) == LIMITS.batch_items
     reader.close()
-    return explained
+    return explain
 
 
 def read_for_streams(database: Database) -> Explained:
@@ -94,51 +93,51 @@ def read_for_streams(database: Database) -> Explained:
     reader = hub._Reader(followed)
     reader.position = EVENTS // 2
     with database.connect() as session:
-        explained = Explained(session)
+        explain = Explained(session)
         assert reader._read_page(session) > 0
-    return explained
+    return explain
 
 
 def prune_old(database: Database) -> Explained:
     with database.connect() as session, override_settings(EVENTSTREAM_RETENTION=1e-6):
-        sweep = retention.Sweep(session)
+        sweep = retention.Pruner(session)
         assert sweep._prune_old(datetime.now(timezone.utc)) == 1000
-        explained = Explained(session)
+        explain = Explained(session)
         assert sweep._prune_old(datetime.now(timezone.utc)) == 1000
-    return explained
+    return explain
 
 
 def find_channels(database: Database) -> Explained:
     with database.connect() as session:
-        sweep = retention.Sweep(session)
-        explained = Explained(session)
+        sweep = retention.Pruner(session)
+        explain = Explained(session)
         assert len(sweep._channels_after("")) == CHANNELS
-    return explained
+    return explain
 
 
 def prune_outbox(database: Database) -> Explained:
     with database.connect() as session:
-        explained = Explained(session)
-        sweep = retention.Sweep(session)
+        explain = Explained(session)
+        sweep = retention.Pruner(session)
         assert sweep._prune_outbox() == 1000
         assert sweep._prune_outbox() == 1000
-    return explained
+    return explain
 
 
 def look_for_unseen(database: Database) -> Explained:
     with database.connect() as session:
-        explained = Explained(session)
-        sweep = retention.Sweep(session)
+        explain = Explained(session)
+        sweep = retention.Pruner(session)
         assert sweep._unseen.prune(datetime.now(timezone.utc)) is None
-    return explained
+    return explain
 
 
 def sequence(database: Database) -> Explained:
     database.send("c1")
     with database.connect() as session:
-        explained = Explained(session)
+        explain = Explained(session)
         assert session.execute("SELECT pg_eventstream_sequence()").fetchone() == (1,)
-    return explained
+    return explain
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import send_event
-from pg_eventstream.postgres.connector import Database as Connections
-from pg_eventstream.postgres.threads import in_other_thread
+from pg_eventstream.postgres.connector import Connector
+from pg_eventstream.postgres.threads import run
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
 from tests.support.database import Database
@@ -60,13 +60,13 @@ def test_pool_of_the_usual_size_is_there_for_requests_while_streams_read(
 
     def read() -> None:
         while not over.is_set():
-            in_other_thread(lambda: session_of(alias))
+            run(lambda: session_of(alias))
 
     with ThreadPoolExecutor(8) as threads:
         reading = [threads.submit(read) for _ in range(8)]
         try:
             for _ in range(5):
-                in_other_thread(lambda: session_of(alias))
+                run(lambda: session_of(alias))
             pool = connections[alias].pool  # type: ignore[attr-defined]
             with ExitStack() as stack:
                 for _ in range(4):
@@ -82,19 +82,19 @@ def test_connections_of_a_pool_that_were_lost_are_replaced(
 ) -> None:
     alias = pooled()
     for _ in range(3):
-        in_other_thread(lambda: session_of(alias))
+        run(lambda: session_of(alias))
         database.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
-        assert in_other_thread(lambda: session_of(alias))
+        assert run(lambda: session_of(alias))
 
 
 def test_sessions_of_our_own_are_not_of_the_pool(
     database: Database, pooled: Callable[..., str]
 ) -> None:
     alias = pooled({"min_size": 1, "max_size": 1, "timeout": 5})
-    with Connections(alias).connect("one") as one, Connections(alias).connect("two") as two:
+    with Connector(alias).connect("one") as one, Connector(alias).connect("two") as two:
         assert one.info.backend_pid != two.info.backend_pid != session_of(alias)
 
 
@@ -123,7 +123,7 @@ def test_feeds_of_many_proxies_share_a_pool_that_the_channel_manager_asks(
         )
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr("pg_eventstream.permission.get_channelmanager", Manager)
-        publisher = Publisher(Connections("default"))
+        publisher = Publisher(Connector("default"))
         running = threading.Thread(target=publisher.run)
         running.start()
         try:

@@ -9,20 +9,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jwt
+import psycopg
 import pytest
 from django.test import override_settings
 
 from pg_eventstream import send_event, send_events
 from pg_eventstream.conf import conf
-from pg_eventstream.grip import items
 from pg_eventstream.grip.proxy import Proxy
-from pg_eventstream.postgres.connector import Database as Connections
-from pg_eventstream.postgres.incarnation import UNKNOWN
-from pg_eventstream.publisher import daemon as publisher_module
-from pg_eventstream.publisher import feed as feed_module
-from pg_eventstream.publisher.daemon import Publisher, _register, sequence
+from pg_eventstream.limits import LIMITS, Limits
+from pg_eventstream.postgres.connector import Connector
+from pg_eventstream.postgres.sequence import sequence
+from pg_eventstream.publisher import daemon, pruner
+from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.feed import Feed
 from pg_eventstream.servers.postgres import Postgres
 from pg_eventstream.servers.processes import wait_until
@@ -68,7 +69,7 @@ def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
 
 
 def publish_once() -> int:
-    return Publisher(Connections("default")).run_once()
+    return Publisher(Connector("default")).run_once()
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_hints_that_a_killed_publisher_owed_come_from_the_next_one(
     publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
     send_events(("burst", "message", n) for n in range(60))
     send_events(("quiet", "message", n) for n in range(40))
-    send_event("large", "message", "x" * items.EVENT_BYTES)
+    send_event("large", "message", "x" * LIMITS.event_bytes)
     acknowledged = "SELECT position FROM pg_eventstream_proxy"
     wait_until(lambda: database.value(acknowledged) == 101, timeout=20)
     publisher.kill()
@@ -252,17 +253,17 @@ def test_hint_in_place_of_a_refused_event_is_repeated(
 
 
 def test_page_that_is_cut_because_of_its_size_is_followed_by_the_next_at_once(
-    database: Database, control: ControlPort, monkeypatch: pytest.MonkeyPatch
+    database: Database, control: ControlPort
 ) -> None:
     """Nobody has to say that there is news."""
-    monkeypatch.setattr(feed_module, "_ACKNOWLEDGE_SECONDS", 60)
     text = "x" * 390_000
     send_events([("big", "message", text)] * 30)
     over = threading.Event()
     with database.connect() as connection:
         sequence(connection)
-        _register(connection, "a test", [Proxy(config) for config in conf.grip_proxies])
-    feed = Feed(Proxy(conf.grip_proxies[0]), Connections("default"), over)
+        daemon.register(connection, "a test", [Proxy(config) for config in conf.grip_proxies])
+    limits = Limits(acknowledge=60)
+    feed = Feed(Proxy(conf.grip_proxies[0]), Connector("default"), over, limits)
     thread = threading.Thread(target=feed.run)
     thread.start()
     try:
@@ -329,13 +330,18 @@ def test_missing_tables_are_explained_and_waited_for(
     assert publisher.running
 
 
+def leading(connection: psycopg.Connection[Any], limits: Limits = LIMITS) -> Publisher:
+    """What a publisher knows that leads on this connection."""
+    daemon.register(connection, "test", [])
+    return Publisher(Connector("default"), limits)
+
+
 def test_notification_queue_that_fills_up_is_reported(
-    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(publisher_module, "_QUEUE_USAGE_WARNING", 0.0)  # of 8 GB, by default
     with database.connect() as leader, database.connect() as listener:
-        publisher_module._register(leader, "test", [])
-        publisher_module._sequence_and_beat(leader, UNKNOWN)
+        publisher = leading(leader, Limits(queue_usage=0.0))  # of 8 GB, by default
+        publisher._sequence_and_beat(leader)
         assert "notification queue" not in caplog.text
         listener.execute("LISTEN elsewhere")
         listener.execute("BEGIN")
@@ -343,16 +349,16 @@ def test_notification_queue_that_fills_up_is_reported(
             "SELECT pg_notify('elsewhere', repeat('x', 7000) || n) FROM "
             "generate_series(1, 100) AS n"
         )
-        publisher_module._sequence_and_beat(leader, UNKNOWN)
+        publisher._sequence_and_beat(leader)
     assert "notification queue" in caplog.text
 
 
 def test_heartbeat_is_part_of_a_round(database: Database) -> None:
     with database.connect() as leader:
-        publisher_module._register(leader, "test", [])
+        publisher = leading(leader)
         leader.execute("UPDATE pg_eventstream_publisher SET heartbeat = now() - interval '1 hour'")
         send_event("a", "message", 1)
-        sequenced, before = publisher_module._sequence_and_beat(leader, UNKNOWN)
+        sequenced, before = publisher._sequence_and_beat(leader)
         assert (sequenced, before.position) == (1, 0)
     assert database.fetch(
         "SELECT count(*) FROM pg_eventstream_publisher"
@@ -360,22 +366,17 @@ def test_heartbeat_is_part_of_a_round(database: Database) -> None:
     ) == [(1,)]
 
 
-def test_sweeps_are_rare_when_nothing_happens_and_soon_when_something_did(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(publisher_module, "_SWEEP_SECONDS", 0.01)
-    publisher = Publisher(Connections("default"))
+def test_pruner_runs_rarely_when_nothing_happens_and_soon_when_something_did() -> None:
+    limits = Limits(prune=0.01)
 
-    def seconds_to_the_next_sweep() -> float:
+    def seconds_to_the_next_run(last_event_at: float) -> float:
         start = time.monotonic()
-        publisher._wait_for_sweep(threading.Event())
+        pruner._wait(threading.Event(), lambda: last_event_at, 0.0, limits)
         return time.monotonic() - start
 
     with override_settings(EVENTSTREAM_RETENTION=10):
-        publisher._busy_at = time.monotonic() - 2 * publisher_module._QUIET_SECONDS
-        assert seconds_to_the_next_sweep() >= 1
-        publisher._busy_at = time.monotonic()
-        assert seconds_to_the_next_sweep() < 1
+        assert seconds_to_the_next_run(time.monotonic() - 2 * limits.quiet) >= 1
+        assert seconds_to_the_next_run(time.monotonic()) < 1
 
 
 def test_publisher_takes_a_dsn(

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from django.db import ProgrammingError, connection
 
-from pg_eventstream.postgres.threads import in_other_thread
+from pg_eventstream.postgres.threads import run
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 
@@ -20,7 +20,7 @@ def pid() -> int:
 
 def test_many_reads_share_a_few_connections_that_end_with_the_work(database: Database) -> None:
     with ThreadPoolExecutor(30) as pool:
-        pids = list(pool.map(lambda _: in_other_thread(pid), range(200)))
+        pids = list(pool.map(lambda _: run(pid), range(200)))
     assert 1 <= len(set(pids)) <= 4
     others = (
         "SELECT count(*) FROM pg_stat_activity"
@@ -31,7 +31,7 @@ def test_many_reads_share_a_few_connections_that_end_with_the_work(database: Dat
 
 def test_lost_connection_is_replaced(database: Database) -> None:
     for _ in range(5):
-        database.execute("SELECT pg_terminate_backend(%s)", [in_other_thread(pid)])
+        database.execute("SELECT pg_terminate_backend(%s)", [run(pid)])
 
 
 def test_error_is_raised_where_the_result_is_wanted(database: Database) -> None:
@@ -40,5 +40,5 @@ def test_error_is_raised_where_the_result_is_wanted(database: Database) -> None:
             cursor.execute("SELECT nothing")
 
     with pytest.raises(ProgrammingError):
-        in_other_thread(fail)
-    assert in_other_thread(pid)
+        run(fail)
+    assert run(pid)

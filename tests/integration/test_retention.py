@@ -14,10 +14,10 @@ from django.core.management import CommandError, call_command
 from django.test import AsyncClient, override_settings
 
 from pg_eventstream import get_events, send_event, send_events, subscribe
-from pg_eventstream.postgres.connector import Database as Where
-from pg_eventstream.postgres.locks import LOCK_SPACE, SWEEP_LOCK
+from pg_eventstream.postgres.connector import Connector
+from pg_eventstream.postgres.locks import LOCK_SPACE, PRUNE_LOCK
 from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.processes import wait_until
 from tests.integration.test_publisher import publish_once
 from tests.support.control_port import ControlPort
@@ -103,7 +103,7 @@ def test_retention_of_none_keeps_all_events_but_unreliable_ones(
         assert [event.json() for event in get_events(["a"], "a:0").events] == sent
         assert database.value("SELECT count(*) FROM pg_eventstream_outbox") == 0
         with database.connect() as connection:
-            sweep = Sweep(connection)
+            sweep = Pruner(connection)
             assert sweep.run_once() == 0
             with override_settings(EVENTSTREAM_RETENTION=timedelta(days=365_000)):  # the longest
                 assert sweep.run_once() == 0
@@ -139,7 +139,7 @@ def test_number_that_makes_no_sense_lets_no_publisher_and_no_stream_begin(
     (name,) = setting
     with override_settings(**setting):
         with pytest.raises(ImproperlyConfigured, match=name):
-            Publisher(Where("default"))
+            Publisher(Connector("default"))
         with pytest.raises(ImproperlyConfigured, match=name):
             asyncio.run(AsyncClient().get("/events/?channel=a"))
         with pytest.raises(ImproperlyConfigured, match=name):
@@ -184,7 +184,7 @@ def test_idle_channel_goes_on_counting_after_all_its_events_are_pruned(
 
 
 def test_sweep_ends_though_events_are_sequenced_meanwhile(database: Database) -> None:
-    class Busy(Sweep):
+    class Busy(Pruner):
         rounds = 0
 
         def _prune_outbox(self) -> int:
@@ -221,7 +221,7 @@ def test_sweep_stands_in_no_senders_way(database: Database, control: ControlPort
     publish_once()
     age(database, events_of="a", by=2 * DAY)
     with database.connect(autocommit=False) as sweeper:
-        sweeper.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SWEEP_LOCK})")
+        sweeper.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
         sweeper.execute("DELETE FROM pg_eventstream_stream")
         sweeper.execute("DELETE FROM pg_eventstream_event")
         with database.connect() as sender:
@@ -263,7 +263,7 @@ def test_one_sweep_finds_what_becomes_visible_late(
         database.connect(autocommit=False) as late,
         override_settings(EVENTSTREAM_RETENTION=1e-6, GRIP_URL=None),
     ):
-        sweep = Sweep(connection)
+        sweep = Pruner(connection)
         late.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', 'late')")
         for _ in range(2):  # with higher transaction ids, and pruned before
             send_event("a", "message", "before")
@@ -284,7 +284,7 @@ def test_young_event_in_front_holds_nothing_else_up_and_is_pruned_in_its_time(
     database.execute("SELECT pg_eventstream_sequence()")
     age(database, events_of="old", by=2 * DAY)
     with database.connect() as connection:
-        sweep = Sweep(connection)
+        sweep = Pruner(connection)
         assert sweep.run_once() == 2
         age(database, events_of="young", by=2 * DAY)
         assert sweep.run_once() == 1
@@ -302,7 +302,7 @@ def test_what_is_left_of_a_channel_is_known_exactly(database: Database, seed: in
     )
     kept = list(everything)
     with database.connect() as connection, override_settings(GRIP_URL=None):
-        sweep = Sweep(connection)
+        sweep = Pruner(connection)
         while kept:
             # Mostly the oldest, sometimes the clock was wrong.
             due = kept[: chance.randrange(1, 1 + len(kept))]
@@ -360,7 +360,7 @@ def test_sweep_leaves_what_becomes_due_meanwhile_to_the_next(database: Database)
         database.connect() as connection,
         override_settings(EVENTSTREAM_RETENTION=1e-6, GRIP_URL=None),
     ):
-        sweep = Sweep(connection)
+        sweep = Pruner(connection)
         assert 1000 <= sweep.run_once() < 20_000
 
 
@@ -373,7 +373,7 @@ def test_batch_does_not_walk_over_what_was_pruned_below_a_held_snapshot(
     with database.connect(autocommit=False) as holder, database.connect() as connection:
         holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         holder.execute("SELECT 1")
-        sweep = Sweep(connection)
+        sweep = Pruner(connection)
 
         def pages_read() -> int:
             """Pages of the stream's indexes, by all sessions so far."""

@@ -18,8 +18,9 @@ from django.test import override_settings
 
 from pg_eventstream import get_events, send_event, subscribe
 from pg_eventstream.management.importing import import_events
-from pg_eventstream.postgres.connector import Database as Connections
-from pg_eventstream.publisher.daemon import Publisher, sequence
+from pg_eventstream.postgres.connector import Connector
+from pg_eventstream.postgres.sequence import sequence
+from pg_eventstream.publisher.daemon import Publisher
 from tests.support.database import Database
 from tests.support.faults import locked
 from tests.support.http_service import HttpService, body_of, respond
@@ -145,7 +146,7 @@ def old_tables(database: Database) -> None:
 def everything_works(database: Database, proxy: Proxy, role: Role, channel: str) -> None:
     """Publisher, stream, prune and import, each as this role."""
     text = f'"{channel}日本"'
-    sessions = Connections(role.name, f"{role.dsn}?connect_timeout=5")
+    sessions = Connector(role.name, f"{role.dsn}?connect_timeout=5")
     with override_settings(GRIP_URL=proxy.url):
         database.send(channel, text)
         assert Publisher(sessions).run_once() >= 1
@@ -173,7 +174,7 @@ def everything_works(database: Database, proxy: Proxy, role: Role, channel: str)
         "INSERT INTO django_eventstream_eventcounter (name, value) VALUES (%s, 7)",
         [f"old-{channel}"],
     )
-    with Connections(role.name).connect("import") as connection:
+    with Connector(role.name).connect("import") as connection:
         assert import_events("default", connection).events == 1
     assert get_events([f"old-{channel}"], "earliest").events[0].data == '"日本"'
 
@@ -228,7 +229,7 @@ def test_connection_outlasts_all_timeouts_of_the_role(database: Database, role: 
     assert len(names) >= 4
     for name in names:
         assert role.set(name, "250ms")
-    with Connections(role.name).connect("test") as connection, ThreadPoolExecutor(1) as threads:
+    with Connector(role.name).connect("test") as connection, ThreadPoolExecutor(1) as threads:
         connection.execute("SELECT pg_sleep(0.4)")
         time.sleep(0.4)
         with connection.transaction():
@@ -250,7 +251,7 @@ def test_sequencing_takes_longer_than_a_transaction_of_the_role_may(
         "INSERT INTO pg_eventstream_event (channel, data)"
         " SELECT 'c', '{}' FROM generate_series(1, 20000)"
     )
-    assert Publisher(Connections(role.name)).run_once() == 0  # no proxy
+    assert Publisher(Connector(role.name)).run_once() == 0  # no proxy
     assert database.value("SELECT max(eid) FROM pg_eventstream_stream") == 20_000
 
 
@@ -260,7 +261,7 @@ def test_database_whose_encoding_says_nothing_is_read_as_utf8(database: Database
     try:
         dsn = database.postgres.dsn(name)
         for encoding in ("", "?client_encoding=SQL_ASCII"):
-            with Connections("default", f"{dsn}{encoding}").connect("test") as connection:
+            with Connector("default", f"{dsn}{encoding}").connect("test") as connection:
                 row = connection.execute("SELECT 'a', '日本'::text, ARRAY['ü']").fetchone()
                 assert row == ("a", "日本", ["ü"])
     finally:

@@ -15,9 +15,9 @@ from django.core.management import call_command
 from django.test import override_settings
 
 from pg_eventstream import subscribe
-from pg_eventstream.postgres.connector import Database as Where
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.environment import THOROUGH
@@ -145,7 +145,7 @@ def test_slices_give_the_order_in_which_places_were_drawn(
         senders = Senders(database, seed, stack)
         caller = stack.enter_context(call(database, how))
         look = stack.enter_context(database.connect())
-        sweep = Sweep(stack.enter_context(database.connect()))
+        sweep = Pruner(stack.enter_context(database.connect()))
         for _ in range(6):
             senders.run(60)
             expected += waiting(look)
@@ -313,7 +313,7 @@ def send_at_once(database: Database, events: int) -> None:
 def test_publisher_goes_on_until_nothing_is_left(database: Database) -> None:
     """It was asleep, and no poll ends that."""
     cut_small(database)
-    publisher = Publisher(Where("default"))
+    publisher = Publisher(Connector("default"))
     thread = threading.Thread(target=publisher.run)
     thread.start()
     try:

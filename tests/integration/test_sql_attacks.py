@@ -11,19 +11,18 @@ import psycopg
 import pytest
 from django.test import override_settings
 
-from pg_eventstream.postgres.connector import Database as Where
+from pg_eventstream.postgres.connector import Connector
+from pg_eventstream.postgres.listener import BELL, NEWS
 from pg_eventstream.postgres.locks import (
     BELL_LOCK,
     LEADER_LOCK,
     LOCK_SPACE,
+    PRUNE_LOCK,
     SEQUENCE_LOCK,
-    SWEEP_LOCK,
 )
 from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.publisher.doorbell import CHANNEL
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.processes import wait_until
-from pg_eventstream.streams.hub import NEWS
 from tests.support.database import Database
 from tests.support.faults import wait_for_waiting
 from tests.support.roles import granted
@@ -234,10 +233,10 @@ def test_when_an_event_says_it_was_created_is_nothing_to_the_retention(database:
         )
     assert database.value(SEQUENCE) == len(rows)
     with database.connect() as connection, override_settings(GRIP_URL=None):
-        assert Sweep(connection).run_once() == 0
+        assert Pruner(connection).run_once() == 0
         old = "UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '25 hours'"
         connection.execute(f"{old} WHERE eid <= 3")
-        assert Sweep(connection).run_once() == 3
+        assert Pruner(connection).run_once() == 3
     assert database.fetch("SELECT id FROM pg_eventstream_event") == [(-1,)]
 
 
@@ -257,17 +256,17 @@ def stranger(database: Database) -> Iterator[psycopg.Connection[tuple[object, ..
 def test_who_listens_learns_that_something_was_sent_and_nothing_else(
     database: Database, stranger: psycopg.Connection[tuple[object, ...]]
 ) -> None:
-    for channel in (CHANNEL, NEWS):
+    for channel in (BELL, NEWS):
         stranger.execute(f"LISTEN {channel}")
     database.send("secret channel", "secret")
     database.value(SEQUENCE)
     heard = list(stranger.notifies(timeout=10, stop_after=2))
-    assert sorted((n.channel, n.payload) for n in heard) == [(CHANNEL, ""), (NEWS, "")]
+    assert sorted((n.channel, n.payload) for n in heard) == [(BELL, ""), (NEWS, "")]
 
 
 @contextmanager
 def publisher_in_thread() -> Iterator[Publisher]:
-    publisher = Publisher(Where("default"))
+    publisher = Publisher(Connector("default"))
     thread = threading.Thread(target=publisher.run)
     thread.start()
     try:
@@ -285,15 +284,15 @@ def test_who_takes_the_lock_of_the_sweep_keeps_it_from_pruning_until_the_session
         connection.execute(INSERT)
         connection.execute(SEQUENCE)
         connection.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '9 d'")
-        stranger.execute(f"SELECT pg_advisory_lock({LOCK_SPACE}, {SWEEP_LOCK})")
+        stranger.execute(f"SELECT pg_advisory_lock({LOCK_SPACE}, {PRUNE_LOCK})")
         connection.execute("SET lock_timeout = '100ms'")
         with pytest.raises(psycopg.errors.LockNotAvailable):
-            Sweep(connection).run_once()
+            Pruner(connection).run_once()
         connection.execute(INSERT)  # waits for nobody
         assert connection.execute(SEQUENCE).fetchone() == (1,)
         stranger.close()
         connection.execute("SET lock_timeout = '20s'")
-        assert Sweep(connection).run_once() == 1
+        assert Pruner(connection).run_once() == 1
 
 
 @override_settings(GRIP_URL=None, EVENTSTREAM_SAFETY_POLL=1.0)
@@ -338,7 +337,7 @@ def test_who_takes_the_locks_delays_events_until_the_session_ends_and_does_nothi
         stranger.execute(f"SELECT pg_advisory_unlock({LOCK_SPACE}, {SEQUENCE_LOCK})")
         sequenced(12)
         # Who rings for no reason, or says something, wakes it up and no more.
-        stranger.execute("SELECT pg_notify(%s, repeat('x', 7999))", [CHANNEL])
+        stranger.execute("SELECT pg_notify(%s, repeat('x', 7999))", [BELL])
         stranger.execute("SELECT pg_notify(%s, E'\\x01''; %%s')", [NEWS])
         send(1)
         sequenced(13)

@@ -14,7 +14,7 @@ import pytest
 from django.db import connections
 
 from pg_eventstream import EventsPruned, InvalidRequest, ReceivedEvent, send_event, subscribe
-from pg_eventstream.postgres.threads import in_thread
+from pg_eventstream.postgres.threads import arun
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.environment import child_environment
@@ -193,11 +193,11 @@ def test_readers_do_not_wait_for_each_other(database: Database) -> None:
     meeting = threading.Barrier(2, timeout=20)
 
     async def two_at_once() -> None:
-        await asyncio.gather(in_thread(meeting.wait), in_thread(meeting.wait))
+        await asyncio.gather(arun(meeting.wait), arun(meeting.wait))
 
     async def one_then_two() -> None:
         for _ in range(20):
-            await in_thread(lambda: None)  # there is a thread, and it has nothing to do
+            await arun(lambda: None)  # there is a thread, and it has nothing to do
             await asyncio.sleep(0.01)
             await two_at_once()
 

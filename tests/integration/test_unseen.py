@@ -15,7 +15,7 @@ from django.db import connections, transaction
 from django.test import override_settings
 
 from pg_eventstream import send_event, send_events
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.publisher.unseen import SEND_AGAIN
 from tests.support.database import Database
 
@@ -188,12 +188,12 @@ def test_role_that_may_only_send_can_check(database: Database) -> None:
 
 
 @pytest.fixture
-def sweep(database: Database) -> Iterator[Sweep]:
+def sweep(database: Database) -> Iterator[Pruner]:
     with database.connect() as connection, override_settings(GRIP_URL=None):
-        yield Sweep(connection)
+        yield Pruner(connection)
 
 
-def test_unseen_events_are_pruned_when_they_are_old(database: Database, sweep: Sweep) -> None:
+def test_unseen_events_are_pruned_when_they_are_old(database: Database, sweep: Pruner) -> None:
     insert_unseen(database, 3, "24 hours 1 second")
     insert_unseen(database, 2, "23 hours")
     assert sweep.run_once() == 3
@@ -204,7 +204,7 @@ def test_unseen_events_are_pruned_when_they_are_old(database: Database, sweep: S
 
 
 def test_pruning_unseen_events_says_so(
-    database: Database, sweep: Sweep, caplog: pytest.LogCaptureFixture
+    database: Database, sweep: Pruner, caplog: pytest.LogCaptureFixture
 ) -> None:
     insert_unseen(database, 3, "2 days")
     sweep.run_once()
@@ -250,7 +250,7 @@ def at_the_upper_end_of_many(database: Database) -> None:
     ],
 )
 def test_event_with_a_place_stays_however_old_it_is(
-    database: Database, sweep: Sweep, place: Callable[[Database], None]
+    database: Database, sweep: Pruner, place: Callable[[Database], None]
 ) -> None:
     """By its own time, which is when its transaction began, or what somebody has set."""
     database.execute(
@@ -270,7 +270,7 @@ def test_event_with_a_place_stays_however_old_it_is(
 
 @pytest.mark.parametrize("prepared", [False, True])
 def test_event_of_a_transaction_that_is_open_stays(
-    database: Database, sweep: Sweep, prepared: bool
+    database: Database, sweep: Pruner, prepared: bool
 ) -> None:
     with database.connect(autocommit=False) as late:
         late.execute("SET LOCAL pg_eventstream.bell = off")
@@ -292,7 +292,7 @@ def test_event_of_a_transaction_that_is_open_stays(
     assert data(database) == ["late"]
 
 
-def test_young_events_in_front_hold_up_no_older_one(database: Database, sweep: Sweep) -> None:
+def test_young_events_in_front_hold_up_no_older_one(database: Database, sweep: Pruner) -> None:
     insert_unseen(database, 50, "-9 years")  # a clock was wrong
     insert_unseen(database, 1500, "2 days")
     insert_unseen(database, 2, "1 hour")
@@ -300,7 +300,7 @@ def test_young_events_in_front_hold_up_no_older_one(database: Database, sweep: S
     assert len(data(database)) == 52
 
 
-def test_events_that_stay_are_looked_for_once(database: Database, sweep: Sweep) -> None:
+def test_events_that_stay_are_looked_for_once(database: Database, sweep: Pruner) -> None:
     """Those that no proxy has acknowledged for days: not again with each sweep."""
     send_events([("a", "message", n) for n in range(15_000)])
     sequenced_for_a_proxy_that_is_away(database)
@@ -338,7 +338,7 @@ def test_event_that_is_sent_again_meanwhile_is_not_lost(database: Database) -> N
     ):
         admin.execute(SEND_AGAIN)
         pruned: list[int] = []
-        thread = threading.Thread(target=lambda: pruned.append(Sweep(connection).run_once()))
+        thread = threading.Thread(target=lambda: pruned.append(Pruner(connection).run_once()))
         thread.start()
         while not database.fetch("SELECT FROM pg_locks WHERE NOT granted AND pid = %s", [
             connection.info.backend_pid

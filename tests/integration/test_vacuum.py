@@ -16,10 +16,10 @@ from django.db import connections, transaction
 
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.management.importing import import_events
-from pg_eventstream.publisher.daemon import _register
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.daemon import register
+from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.send import send_event
-from pg_eventstream.streams import replay as recovery
+from pg_eventstream.streams import replay
 from pg_eventstream.tables.fixtures import forget_cursor
 from tests.support.database import Database
 from tests.support.faults import locked
@@ -51,7 +51,7 @@ def sequencing(database: Database) -> Iterator[None]:
 def pruning(database: Database) -> Iterator[None]:
     database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '2 days'")
     with _ours(database) as connection:
-        assert Sweep(connection).run_once() == 1
+        assert Pruner(connection).run_once() == 1
         yield
 
 
@@ -73,7 +73,7 @@ def importing(database: Database) -> Iterator[None]:
 @contextmanager
 def registering(database: Database) -> Iterator[None]:
     with _ours(database) as connection:
-        _register(connection, "me", [Proxy({"control_uri": "http://127.0.0.1:1"})])
+        register(connection, "me", [Proxy({"control_uri": "http://127.0.0.1:1"})])
         yield
 
 
@@ -100,7 +100,7 @@ def sending(database: Database) -> AbstractContextManager[None]:
 
 
 def recovering(database: Database) -> AbstractContextManager[None]:
-    return _in_django(database, lambda: recovery.recover({"a": 0}))
+    return _in_django(database, lambda: replay.replay({"a": 0}))
 
 
 WORK = [sequencing, pruning, importing, registering, loading, sending, recovering]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from pg_eventstream.permission import CHANGES
+from pg_eventstream.channels import PERMISSION_CHANGES
 
 #: A user, as the library names them, and a channel.
 Right = tuple[str, str]
@@ -157,4 +157,4 @@ def is_unreliable(channel: str) -> bool:
 
 
 def is_reliable(channel: str) -> bool:
-    return not is_unreliable(channel) and channel != CHANGES
+    return not is_unreliable(channel) and channel != PERMISSION_CHANGES

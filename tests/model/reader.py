@@ -7,9 +7,8 @@ import json
 import pytest
 
 from pg_eventstream import EventPermissionError, get_current_event_id, get_events, sse
-from pg_eventstream.grip import items
 from tests.model.model import Event, Model, is_reliable, is_unreliable
-from tests.model.world import POISON, World
+from tests.model.world import LIMITS, POISON, World
 from tests.support.grip_proxy import Proxy, Session
 from tests.support.origin import Answer
 from tests.support.sse_client import Received, eids_of
@@ -174,4 +173,4 @@ class Reader:
 
 def is_published(event: Event) -> bool:
     """Whether it goes to proxies itself, and not as a hint."""
-    return len(event.data) <= items.EVENT_BYTES and POISON not in event.data
+    return len(event.data) <= LIMITS.event_bytes and POISON not in event.data

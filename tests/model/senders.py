@@ -10,7 +10,7 @@ from typing import Any
 from django.db import connections, transaction
 
 from pg_eventstream import NewEvent, channel_permission_changed, send_event, send_events
-from pg_eventstream.permission import CHANGES
+from pg_eventstream.channels import PERMISSION_CHANGES
 from tests.model.model import Event, Grant, Model, Transaction
 from tests.model.world import POISON, World
 from tests.project.app.models import Membership
@@ -93,7 +93,7 @@ class Senders:
             Membership.objects.using(sender).filter(**row).delete()
             channel_permission_changed(user, act.channel, using=sender)
             data = json.dumps({"user": right[0], "channel": act.channel})
-            own.done.append(Event(CHANGES, data, revokes=right))
+            own.done.append(Event(PERMISSION_CHANGES, data, revokes=right))
 
     def _savepoint(self, sender: str, act: str, own: Transaction) -> None:
         if act == "SAVEPOINT":

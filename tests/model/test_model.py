@@ -19,23 +19,22 @@ import pytest
 from django.test import override_settings
 from hypothesis import strategies as st
 
-from pg_eventstream import sse, views
-from pg_eventstream.grip import items, names
-from pg_eventstream.grip.hints import Hints
+from pg_eventstream import endpoint, sse
+from pg_eventstream.grip import names
 from pg_eventstream.grip.proxy import Proxy
-from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.publisher import drain as once
 from pg_eventstream.publisher import feed
 from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.publisher.pruner import Sweep
-from pg_eventstream.streams import replay as recovery
+from pg_eventstream.publisher.pruner import Pruner
+from pg_eventstream.streams import replay
 from tests.faults.test_crash import seeded
 from tests.model.model import DAY, Model, is_reliable
 from tests.model.reader import Reader, is_published
 from tests.model.senders import Permit, Send, Senders
 from tests.model.steps import steps
-from tests.model.world import CHANNELS, SENDERS, Killed, World
+from tests.model.world import CHANNELS, LIMITS, SENDERS, Killed, World
 from tests.support.database import Database
 from tests.support.environment import THOROUGH
 
@@ -99,7 +98,7 @@ class Run:
         self.world.prepare_faults(faults, between)
         self.model.sequence()
         try:
-            Publisher(Connections("default")).run_once()
+            Publisher(Connector("default"), LIMITS).run_once()
         except Killed:
             self.world.pass_items_on()
             for session in self.world.sessions:
@@ -119,7 +118,7 @@ class Run:
             self.world.time_out()  # again and again, before it is over
         self.world.pass_time(time)
         self.model.pass_time(time)
-        sweep = self.world.sweep if lasting else Sweep(self.world.connection)
+        sweep = self.world.sweep if lasting else Pruner(self.world.connection)
         acknowledged = self.world.acknowledged()
         assert sweep.run_once() == self.model.sweep(acknowledged)
         self.check_stream()
@@ -237,16 +236,9 @@ def in_turn(drain: once.Drain) -> bool:
 
 @pytest.fixture
 def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    # Limits that a few events reach.
-    monkeypatch.setattr(items, "EVENT_BYTES", 200)
-    monkeypatch.setattr(items, "BATCH_ITEMS", 3)
-    monkeypatch.setattr(Hints, "MANY", 8)
-    monkeypatch.setattr(feed, "_PAGE_EVENTS", 3)
-    monkeypatch.setattr(recovery, "PAGE_BYTES", 150)
-    monkeypatch.setattr(views, "_FIRST_BYTES", 300)
-    # No waiting.
-    monkeypatch.setattr(feed, "_FIRST_RETRY", 0)
-    monkeypatch.setattr(feed, "_ACKNOWLEDGE_SECONDS", 0)
+    # Pages that a few events fill.
+    monkeypatch.setattr(replay, "PAGE_BYTES", 150)
+    monkeypatch.setattr(endpoint, "_FIRST_BYTES", 300)
     with World(database) as world:
         monkeypatch.setattr(Proxy, "post", lambda *args, **kw: world.post(*args, **kw))
         monkeypatch.setattr(feed.Feed, "settle", lambda feed: world.settle(feed))

@@ -15,9 +15,10 @@ from django.contrib.auth.models import User
 from django.db import connections
 
 from pg_eventstream.grip import proxy as control_endpoint
+from pg_eventstream.limits import Limits
 from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.publisher.feed import Feed
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.publisher.pruner import Pruner
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.environment import KEY
@@ -122,7 +123,7 @@ class World:
         self._end_transactions()
         for table in self.tables:
             self.connection.execute(f"DELETE FROM {table}")
-        self.sweep = Sweep(self.sweeper)
+        self.sweep = Pruner(self.sweeper)
         #: What the proxies do between the publisher's next requests.
         self.between: deque[str] = deque()
         #: Whether the proxies have forgotten ids that they knew.
@@ -233,4 +234,6 @@ class World:
         return "anonymous" if user is None else str(user.pk)
 
 
+#: That a few events reach, without waiting.
+LIMITS = Limits(event_bytes=200, batch_items=3, burst=8, retry=(0, 10), acknowledge=0)
 POST, SETTLE = control_endpoint.Proxy.post, Feed.settle

@@ -22,9 +22,9 @@ from django.db import connections  # noqa: E402
 
 from pg_eventstream import asend_event, get_events, send_event, subscribe  # noqa: E402
 from pg_eventstream.errors import NotLeading  # noqa: E402
-from pg_eventstream.postgres import watchdog as silence  # noqa: E402
-from pg_eventstream.postgres.connector import Database  # noqa: E402
-from pg_eventstream.postgres.threads import in_other_thread  # noqa: E402
+from pg_eventstream.limits import Limits  # noqa: E402
+from pg_eventstream.postgres.connector import Connector  # noqa: E402
+from pg_eventstream.postgres.threads import run  # noqa: E402
 from pg_eventstream.publisher.daemon import Publisher  # noqa: E402
 from pg_eventstream.servers.processes import wait_until  # noqa: E402
 from tests.project.asgi import application  # noqa: E402
@@ -67,9 +67,7 @@ async def stream(see: Callable[[str], bool]) -> None:
 
 def read(see: Callable[[str], bool]) -> None:
     """Again and again, so that something is under way at any time."""
-    while not any(
-        see(e.data) for e in in_other_thread(lambda: get_events([CHANNEL], "earliest")).events
-    ):
+    while not any(see(e.data) for e in run(lambda: get_events([CHANNEL], "earliest")).events):
         pass
 
 
@@ -82,7 +80,7 @@ def asend(see: Callable[[str], bool]) -> None:
 
 def publish(see: Callable[[str], bool]) -> None:
     """Leads, and says what it has sequenced."""
-    publisher = Publisher(Database("default"))
+    publisher = Publisher(Connector("default"))
     threading.Thread(target=publisher.run, daemon=True).start()
     read(see)
     publisher.stop()
@@ -104,7 +102,7 @@ def use_all() -> None:
     for n, use in enumerate((USES["subscribe"], USES["stream"])):
         use(_live(f"{os.getpid()}-{n}"))
     try:
-        Publisher(Database("default")).run_once()
+        Publisher(Connector("default")).run_once()
     except NotLeading:
         assert sys.argv[2] == "publish"
     USES["subscribe"](_live(f"{os.getpid()}-last"))
@@ -184,7 +182,7 @@ def main() -> None:
 
 def lead_and_fork() -> None:
     """Lead until killed, with a child that does nothing."""
-    threading.Thread(target=Publisher(Database("default")).run, daemon=True).start()
+    threading.Thread(target=Publisher(Connector("default")).run, daemon=True).start()
     wait_until(lambda: len(sessions()) == 2, timeout=60)
     if (pid := os.fork()) == 0:
         signal.alarm(120)
@@ -214,14 +212,14 @@ def stop_a_child() -> None:
 
 def fork_while_a_statement_runs() -> None:
     """A child that asks why its parent's session does nothing would end it."""
-    silence.PATIENCE, silence._LOOK_SECONDS = 0.3, 0.1
-    with Database("default").connect("parent") as connection:
+    impatient = Limits(silence=0.3, look=0.1)
+    with Connector("default", limits=impatient).connect("parent") as connection:
         running = threading.Thread(target=connection.execute, args=["SELECT pg_sleep(1)"])
         running.start()
         wait_until(lambda: connection._heard_at is not None, timeout=30)
 
         def look() -> None:
-            with Database("default").connect("child") as own:
+            with Connector("default", limits=impatient).connect("child") as own:
                 own.execute("SELECT pg_sleep(3)")
 
         assert in_child(look) == 0

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pg_eventstream.grip.hints import Hints
-from pg_eventstream.grip.items import Batch, StreamEvent, hint, item
+from pg_eventstream.grip.items import Batch, hint, item
+from pg_eventstream.stream_event import Row, StreamEvent
 
 HINT = hint("c")
 
 
 def batch(*eids: int) -> Batch:
-    events = [StreamEvent(eid, "c", eid, "message", "{}", []) for eid in eids]
-    return Batch(events, [item(event) for event in events])
+    rows: list[Row] = [StreamEvent(eid, "c", eid, eid - 1, "message", "{}", []) for eid in eids]
+    return Batch(rows, [item(row) for row in rows])
 
 
 def times(hints: Hints, moments: Iterable[float]) -> list[float]:

@@ -9,8 +9,9 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import Error, connections
 
 from pg_eventstream.conf import conf
+from pg_eventstream.limits import LIMITS
 from pg_eventstream.management.importing import Imported, import_events, missing_tables
-from pg_eventstream.postgres.connector import COMMAND_PATIENCE, Database, explained
+from pg_eventstream.postgres.connector import Connector, explain
 
 
 class Command(BaseCommand):
@@ -23,6 +24,7 @@ class Command(BaseCommand):
         " not stored who they were."
     )
     requires_migrations_checks = False
+    limits = LIMITS
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(
@@ -59,7 +61,9 @@ class Command(BaseCommand):
                     f" {' and no table '.join(missing)}. If they are in another one, name its"
                     " alias with --from."
                 )
-            with Database(target).connect("import", patience=COMMAND_PATIENCE) as connection:
+            with Connector(target, limits=self.limits).connect(
+                "import", patience=self.limits.command_patience
+            ) as connection:
                 imported = import_events(
                     source,
                     connection,
@@ -70,7 +74,7 @@ class Command(BaseCommand):
         except ImproperlyConfigured as e:
             raise CommandError(str(e)) from e
         except psycopg.Error as e:
-            raise CommandError(f"Database: {explained(e)}") from e
+            raise CommandError(f"Database: {explain(e)}") from e
         except Error as e:
             raise CommandError(f"Database {source!r}: {e}") from e
         for line in _summary(imported, dry_run=options["dry_run"]):

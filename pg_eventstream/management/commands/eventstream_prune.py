@@ -9,8 +9,9 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import connections
 
 from pg_eventstream.conf import conf
-from pg_eventstream.postgres.connector import COMMAND_PATIENCE, Database, explained
-from pg_eventstream.publisher.pruner import Sweep
+from pg_eventstream.limits import LIMITS
+from pg_eventstream.postgres.connector import Connector, explain
+from pg_eventstream.publisher.pruner import Pruner
 
 
 class Command(BaseCommand):
@@ -19,6 +20,7 @@ class Command(BaseCommand):
         " small batches. A running eventstream_publisher does the same by itself."
     )
     requires_migrations_checks = False
+    limits = LIMITS
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(
@@ -32,10 +34,12 @@ class Command(BaseCommand):
                 f"There is no database {alias!r} in DATABASES; there are: {', '.join(connections)}."
             )
         try:
-            with Database(alias).connect("prune", patience=COMMAND_PATIENCE) as connection:
-                pruned = Sweep(connection).run_once()
+            with Connector(alias, limits=self.limits).connect(
+                "prune", patience=self.limits.command_patience
+            ) as connection:
+                pruned = Pruner(connection).run_once()
         except ImproperlyConfigured as e:
             raise CommandError(str(e)) from e
         except psycopg.Error as e:
-            raise CommandError(f"Database: {explained(e)}") from e
+            raise CommandError(f"Database: {explain(e)}") from e
         self.stdout.write(f"{pruned} events pruned.")

@@ -11,7 +11,8 @@ from django.db import connections
 
 from pg_eventstream.conf import conf
 from pg_eventstream.errors import NotLeading, NotPublished
-from pg_eventstream.postgres.connector import Database, explained
+from pg_eventstream.limits import LIMITS
+from pg_eventstream.postgres.connector import Connector, explain
 from pg_eventstream.publisher.daemon import Publisher
 
 
@@ -21,6 +22,7 @@ class Command(BaseCommand):
         " start several and one leads while the others stand by."
     )
     requires_migrations_checks = False
+    limits = LIMITS
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         where = parser.add_mutually_exclusive_group()
@@ -46,7 +48,7 @@ class Command(BaseCommand):
             )
         _log_to_stderr(options["verbosity"])
         try:
-            publisher = Publisher(Database(alias, options["dsn"]))
+            publisher = Publisher(Connector(alias, options["dsn"], self.limits), self.limits)
             if options["once"]:
                 publisher.run_once(say=self.stdout.write)
             else:
@@ -54,7 +56,7 @@ class Command(BaseCommand):
         except (NotLeading, NotPublished, ImproperlyConfigured) as e:
             raise CommandError(str(e)) from e
         except psycopg.Error as e:
-            raise CommandError(f"Database: {explained(e)}") from e
+            raise CommandError(f"Database: {explain(e)}") from e
 
 
 def _log_to_stderr(verbosity: int) -> None:
