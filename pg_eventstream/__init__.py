@@ -2,25 +2,47 @@
 
 The way of an event:
 
-    send            one INSERT, in the caller's transaction
-    models          the tables; a deferred trigger fills the outbox at COMMIT
-    sql/            the functions in the database: enqueue (of the trigger), sequence
+    send            writes it, with one INSERT in the caller's transaction
+    models          the tables; at COMMIT a deferred trigger fills the outbox
+    sql/            the functions in the database: enqueue (called by the trigger), sequence
     publisher/      the daemon: puts events in order and publishes them
-    grip/           the GRIP protocol: a proxy's control port, and the instructions to hold a stream
+    grip/           the GRIP protocol, which the proxies speak: Pushpin and Fanout
     streams/        the web process: what a client missed, and streams without a proxy
-    views           the endpoint
+    endpoint        opens and continues streams; `views` makes Django views of it
     static/         the browser's client
+    events          reads events in Python
 
-Below them: `postgres/` opens database sessions that live long. `sse` is the wire format,
-`permission` ends streams of users who may no longer read them, `users` names users, `caching` and
-`cors` set response headers. `conf` holds the settings, `checks/` validates them, `tables/` decides
-which databases get the tables. `liveness` warns that no publisher runs, and `rarely` limits how
-often. `errors` lists what can be raised.
+What these share:
 
-For projects: `channelmanager` decides who reads what, `router` and `routing` are for
-``DATABASE_ROUTERS`` and for Channels, `viewsets` and `renderers` for Django REST Framework,
-`testing` for a project's tests. `management/` holds the commands, and the import from
-django-eventstream.
+    postgres/       long-lived database sessions, the order of events, LISTEN
+    stream_event    a row of the stream, decoded
+    sse             the wire format
+    channels        what a channel may be called, and whether its events have ids
+    users           how users are named in links, at the proxy and in lists of users to skip
+    permission      who may read; ends the streams of users who no longer may
+    caching, cors   headers of answers
+    liveness        warns that no publisher runs
+    limits          limits and delays that are no settings
+    backoff         how long to wait before the next try
+    rarely          limits how often a warning is logged
+    errors          what can be raised
+
+For a project:
+
+    conf            the settings
+    checks/         validates them, and the tables
+    tables/         which databases get the tables
+    channelmanager  what a project overrides to decide who reads what
+    router          for ``DATABASE_ROUTERS``
+    routing         for Channels
+    viewsets        the endpoint for Django REST Framework, with its `renderers`
+    testing         for a project's tests
+    management/     the commands
+    templatetags/   ``{% load pg_eventstream %}``
+    servers/        PostgreSQL and Pushpin for the demo, the tests and the benchmarks
+    demo/           ``python -m pg_eventstream.demo``
+
+A folder's ``__init__.py`` says what it may import.
 """
 
 from __future__ import annotations

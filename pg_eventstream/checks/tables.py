@@ -14,7 +14,6 @@ from django.db.migrations.recorder import MigrationRecorder
 
 from .. import models
 from ..conf import conf
-from ..publisher.unseen import SEND_AGAIN
 from ..tables.placement import migrate_command, recorded_without_tables
 from .registration import register_check
 
@@ -22,6 +21,17 @@ _FUNCTIONS = ("pg_eventstream_enqueue()", "pg_eventstream_sequence()")
 _INSTALL_TRIGGER = "python manage.py pgtrigger install pg_eventstream.Event:enqueue"
 # The limit up to which unseen events are counted.
 _MOST = 1000
+
+#: Sends again what has no place, with new ids and the present time.
+SEND_AGAIN = """\
+WITH unseen AS (
+    DELETE FROM pg_eventstream_event AS e
+     WHERE NOT EXISTS (SELECT FROM pg_eventstream_stream AS s WHERE s.event_id = e.id)
+       AND NOT EXISTS (SELECT FROM pg_eventstream_outbox AS o WHERE o.event_id = e.id)
+    RETURNING *
+)
+INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)
+SELECT channel, type, data, skip_user_ids FROM unseen ORDER BY id;"""
 
 
 @register_check(Tags.database)

@@ -45,17 +45,6 @@ _DELETE = """
         EXCEPT SELECT event_id FROM old JOIN pg_eventstream_outbox ON event_id = id))
 """
 
-#: Sends again what has no place, with new ids and the present time.
-SEND_AGAIN = """\
-WITH unseen AS (
-    DELETE FROM pg_eventstream_event AS e
-     WHERE NOT EXISTS (SELECT FROM pg_eventstream_stream AS s WHERE s.event_id = e.id)
-       AND NOT EXISTS (SELECT FROM pg_eventstream_outbox AS o WHERE o.event_id = e.id)
-    RETURNING *
-)
-INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)
-SELECT channel, type, data, skip_user_ids FROM unseen ORDER BY id;"""
-
 
 class UnseenEvents:
     """Prunes them when they were created longer ago than ``EVENTSTREAM_RETENTION``, unless that

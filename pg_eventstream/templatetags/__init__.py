@@ -1,0 +1,1 @@
+"""Template tags: `pg_eventstream` is what a page needs to begin its stream."""

@@ -48,7 +48,7 @@ def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def said(log: Log, module: Any) -> list[str]:
-    return [record.getMessage() for record in log.records if record.name == module.__name__]
+    return [record.getMessage() for record in log.records if record.name == module.logger.name]
 
 
 class Server(Process):

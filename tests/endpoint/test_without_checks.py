@@ -18,7 +18,7 @@ from django.http import HttpRequest, HttpResponseBase
 from django.test import AsyncClient, Client, override_settings
 from django.urls import include, path
 
-from pg_eventstream import send_event, send_events, subscribe, views
+from pg_eventstream import endpoint, send_event, send_events, subscribe, views
 from pg_eventstream.checks import first_use, proxies
 from pg_eventstream.checks import settings as checks
 from pg_eventstream.rarely import Rarely
@@ -106,7 +106,7 @@ def test_first_request_logs_what_the_checks_would_have_said(
         expected = {message.id: message for message in checks.check_settings()}
         for _ in range(2):
             Client(raise_request_exception=False).get("/nothing/")
-    logged = [r.getMessage() for r in caplog.records if r.name == first_use.__name__]
+    logged = [r.getMessage() for r in caplog.records if r.name == first_use.logger.name]
     assert len(logged) == len(expected)  # once
     message = expected[f"pg_eventstream.{number}"]
     assert f"{message.msg} {message.hint} (pg_eventstream.{number})" in logged
@@ -189,14 +189,14 @@ def test_answer_501_says_why_and_so_does_the_log_where_no_stream_can_come(
     says: str,
     logged: bool,
 ) -> None:
-    monkeypatch.setattr(views, "_rarely", Rarely())
+    monkeypatch.setattr(endpoint, "_rarely", Rarely())
     middleware = [] if "GRIP_PROXY_REQUIRED" in settings else MIDDLEWARE
     with override_settings(MIDDLEWARE=middleware, **settings):
         for _ in range(2):
             response = Client().get("/events/?channel=a")
             assert response.status_code == 501
             assert says in response.content.decode()
-    lines = [r.getMessage() for r in caplog.records if r.name == views.__name__]
+    lines = [r.getMessage() for r in caplog.records if r.name == endpoint.logger.name]
     assert len(lines) == logged
     assert all(says in line for line in lines)
 

@@ -15,8 +15,8 @@ from django.db import connections, transaction
 from django.test import override_settings
 
 from pg_eventstream import send_event, send_events
+from pg_eventstream.checks.tables import SEND_AGAIN
 from pg_eventstream.publisher.pruner import Pruner
-from pg_eventstream.publisher.unseen import SEND_AGAIN
 from tests.support.database import Database
 
 EVENT = "pg_eventstream_event"
