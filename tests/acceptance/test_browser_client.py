@@ -28,7 +28,7 @@ from tests.support.documentation import example
 from tests.support.network import Network
 from tests.support.publisher import PublisherProcess
 from tests.support.scripted_server import Answer, Request, ScriptedServer, answer
-from tests.support.sse_client import SSEClient
+from tests.support.sse_client import OpenStream
 
 Serve = Callable[..., ScriptedServer]
 
@@ -272,7 +272,7 @@ def test_page_that_comes_back_from_the_history_goes_on(
     application: Process,
     pushpin: Pushpin,
     publisher: PublisherProcess,
-    stream: Callable[..., SSEClient],
+    stream: OpenStream,
     page: Page,
     kind: str,
     channel: str,

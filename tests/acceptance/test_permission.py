@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,11 +23,10 @@ from tests.project.app.models import Membership
 from tests.project.channelmanagers import Racing, SlowMembers
 from tests.support.database import Database
 from tests.support.environment import KEY
-from tests.support.origin import Origin, behind_a_proxy, log_in, sequence
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-Stream = Callable[..., SSEClient]
+from tests.support.origin import Origin, behind_a_proxy, log_in
+from tests.support.publisher import NewPublisher, PublisherProcess
+from tests.support.rounds import sequence
+from tests.support.sse_client import OpenStream, SSEClient
 
 
 @pytest.fixture(autouse=True, params=["Members"])
@@ -72,7 +70,7 @@ ODD_NAMES = ["a b", "a,b;c:d", "ключ 🔑", '100% "%41" <x>', "line\ttab", "
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_revoked_user_loses_that_stream_at_once_and_no_other(
-    publisher: PublisherProcess, stream: Stream, channel: str, name: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str, name: str
 ) -> None:
     room, other_room = f"{channel}{name}", f"{channel}other{name}"
     ann, ann_cookie = log_in("ann")
@@ -98,7 +96,7 @@ def test_revoked_user_loses_that_stream_at_once_and_no_other(
 
 
 def test_stream_of_as_many_channels_as_there_can_be_ends_at_once_and_more_are_refused(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     rooms = [f"{channel}{n:02}" for n in range(20)]
@@ -130,7 +128,7 @@ def test_channel_by_which_a_user_is_told_is_the_last_that_a_proxy_would_cut_off(
 
 
 def test_second_revocation_within_a_minute_ends_the_stream_too(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     for _ in range(3):
@@ -141,7 +139,7 @@ def test_second_revocation_within_a_minute_ends_the_stream_too(
 
 
 def test_visitors_who_are_not_logged_in_can_be_revoked(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     for user in (None, ann):
@@ -155,7 +153,7 @@ def test_visitors_who_are_not_logged_in_can_be_revoked(
 
 
 def test_nothing_that_commits_after_the_revocation_reaches_the_user(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     bob, bob_cookie = log_in("bob")
@@ -176,7 +174,7 @@ def test_nothing_that_commits_after_the_revocation_reaches_the_user(
 
 
 def test_revocation_that_is_rolled_back_does_nothing(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     join(ann, channel)
@@ -192,7 +190,7 @@ def test_revocation_that_is_rolled_back_does_nothing(
 
 
 def test_user_who_may_still_read_keeps_the_stream_and_misses_nothing(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     join(ann, channel)
@@ -205,7 +203,7 @@ def test_user_who_may_still_read_keeps_the_stream_and_misses_nothing(
 
 
 def test_revocation_that_is_published_late_does_not_end_what_is_granted_again(
-    new_publisher: Callable[..., PublisherProcess], stream: Stream, channel: str
+    new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     join(ann, channel)
@@ -221,7 +219,7 @@ def test_revocation_that_is_published_late_does_not_end_what_is_granted_again(
 @pytest.mark.parametrize("manager", ["SlowMembers"], indirect=True)
 @pytest.mark.parametrize("by_whom", ["this publisher", "the next one"])
 def test_stream_that_was_allowed_before_the_revocation_and_held_after_it_ends_soon(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str, by_whom: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str, by_whom: str
 ) -> None:
     """The hint is repeated: the first may find a stream that is still being opened."""
     ann, cookie = log_in("ann")
@@ -256,7 +254,7 @@ _ACKNOWLEDGED = "SELECT coalesce(min(position), 0) >= %s FROM pg_eventstream_pro
 
 @pytest.mark.parametrize("manager", ["Volatile"], indirect=True)
 def test_only_streams_of_the_channel_ask_again_and_not_all_of_the_user(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     """For visitors who are not logged in, these would be all streams there are."""
     for changed, other in ((f"a{channel}", f"b{channel}"), (f"volatile{channel}", f"d{channel}")):
@@ -316,7 +314,7 @@ FORGED = [
 def test_forged_change_of_permission_stops_nothing(
     database: Database,
     publisher: PublisherProcess,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
     data: str,
 ) -> None:
@@ -334,8 +332,8 @@ def test_revocation_counts_at_every_proxy(
     app: Process,
     pushpin: Pushpin,
     app_port: int,
-    new_publisher: Callable[..., PublisherProcess],
-    stream: Stream,
+    new_publisher: NewPublisher,
+    stream: OpenStream,
     tmp_path: Path,
     channel: str,
 ) -> None:
@@ -404,7 +402,7 @@ def test_manager_sees_the_request_and_says_who_the_user_is(database: Database) -
 
 @pytest.mark.parametrize("manager", ["Tokens"], indirect=True)
 def test_stream_of_a_token_goes_on_behind_the_proxy(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann = User.objects.create_user(channel)
     room = f"of {channel}"

@@ -19,7 +19,8 @@ from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.browser import Browser
 from tests.support.database import Database
 from tests.support.http_service import HttpService, respond
-from tests.support.origin import Origin, behind_a_proxy, sequence, signature
+from tests.support.origin import Origin, behind_a_proxy, signature
+from tests.support.rounds import sequence
 
 PAGE = "https://app.example"
 NAMED = {"EVENTSTREAM_ALLOW_ORIGINS": [PAGE, "http://localhost:3000"]}

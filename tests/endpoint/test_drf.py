@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,35 +19,25 @@ from django.urls import resolve
 from pg_eventstream import send_events
 from pg_eventstream.servers.processes import Process
 from pg_eventstream.servers.pushpin import Pushpin
-from tests.project import settings
 from tests.project.app.models import Membership
+from tests.project.drf_settings import APPS, DRF
 from tests.support.browser import Page
 from tests.support.database import Database
 from tests.support.environment import child_environment
-from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature
+from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, signature
 from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.rounds import sequence
+from tests.support.sse_client import OpenStream, SSEClient
 
-APPS = [*settings.INSTALLED_APPS, "django.contrib.staticfiles", "rest_framework"]
-PROJECT = {
-    "ROOT_URLCONF": "tests.project.drf_urls",
-    "INSTALLED_APPS": APPS,
-    "MIDDLEWARE": [*settings.MIDDLEWARE, "tests.project.drf_urls.own_scripts_only"],
-    "STATIC_URL": "/static/",
-    "EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.Members",
-    "EVENTSTREAM_NEXT_LINK_TIMEOUT": 5,
-}
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 EVENT_SOURCE = {"Accept": "text/event-stream"}
-
-Stream = Callable[..., SSEClient]
 
 
 @pytest.fixture(autouse=True)
 def project(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """These settings here, and in the servers of the test."""
-    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(PROJECT))
-    with behind_a_proxy, override_settings(**PROJECT):
+    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(DRF))
+    with behind_a_proxy, override_settings(**DRF):
         yield
 
 
@@ -57,7 +47,7 @@ def origin() -> Origin:
 
 
 @pytest.fixture
-def stream(app: Process, pushpin: Pushpin) -> Iterator[Stream]:
+def stream(app: Process, pushpin: Pushpin) -> Iterator[OpenStream]:
     """Opens streams of paths through the proxy, and closes them with the test."""
     opened: list[SSEClient] = []
 
@@ -319,7 +309,7 @@ def test_default_renderers_decide_whether_there_is_a_page(
     configured: Sequence[str] | None, ours: list[str]
 ) -> None:
     rest_framework = {"DEFAULT_RENDERER_CLASSES": configured} if configured else {}
-    more = json.dumps({**PROJECT, "REST_FRAMEWORK": rest_framework})
+    more = json.dumps({**DRF, "REST_FRAMEWORK": rest_framework})
     script = (
         "import django; django.setup()\n"
         "from pg_eventstream.viewsets import EventsViewSet\n"
@@ -344,7 +334,7 @@ def schema(urlconf: str) -> dict[str, Any]:
         "call_command('spectacular', fail_on_warn=True, validate=True, format='openapi-json')"
     )
     project = {
-        **PROJECT,
+        **DRF,
         "ROOT_URLCONF": urlconf,
         "INSTALLED_APPS": [*APPS, "drf_spectacular"],
         "REST_FRAMEWORK": {"DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema"},
@@ -454,7 +444,7 @@ def test_page_renderer_leaves_other_views_as_they_are(origin: Origin) -> None:
 
 @pytest.mark.parametrize("path", ["/events/{}/", "/bare/{}", "/nested/events/{}/"])
 def test_events_arrive_and_are_resumed_page_by_page(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str, path: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str, path: str
 ) -> None:
     channel = f"public-{channel}"
     path = path.format(channel)
@@ -474,7 +464,7 @@ def test_events_arrive_and_are_resumed_page_by_page(
 
 
 def test_stream_outlasts_its_links_until_the_permission_is_gone(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(f"/members/{channel}/", headers=token(member("ada", channel))).wait_open()
     # Too large to be published: it comes by the link.

@@ -15,7 +15,8 @@ from django.test.utils import CaptureQueriesContext
 from pg_eventstream import get_events, send_events, sse
 from pg_eventstream.streams import replay as recovery
 from tests.support.database import Database
-from tests.support.origin import Origin, behind_a_proxy, prune, sequence, signature
+from tests.support.origin import Origin, behind_a_proxy, signature
+from tests.support.rounds import prune, sequence
 
 
 @pytest.fixture(autouse=True)

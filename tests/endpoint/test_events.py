@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -28,9 +27,10 @@ from pg_eventstream import (
 from pg_eventstream.channelmanager import DefaultChannelManager
 from pg_eventstream.publisher.pruner import Sweep
 from tests.support.database import Database
-from tests.support.origin import Answer, Origin, behind_a_proxy, prune, sequence, signature
+from tests.support.origin import Answer, Origin, behind_a_proxy, signature
 from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.rounds import prune, sequence
+from tests.support.sse_client import OpenStream
 
 staff_only = override_settings(
     EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.StaffOnly"
@@ -97,7 +97,7 @@ def test_new_client_may_ask_for_the_earliest_event_that_is_kept(database: Databa
 
 
 def test_stream_from_the_earliest_goes_on_live(
-    database: Database, publisher: PublisherProcess, stream: Callable[..., SSEClient], channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     texts = [f"{n} {'x' * 500}" for n in range(300)]  # several pages
     send_events([(channel, "message", text, None, False) for text in texts])

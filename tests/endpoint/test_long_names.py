@@ -20,8 +20,9 @@ from pg_eventstream.servers.processes import HOST, Process, accepts, free_port
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
-from tests.support.origin import Answer, Origin, behind_a_proxy, sequence
+from tests.support.origin import Answer, Origin, behind_a_proxy
 from tests.support.publisher import PublisherProcess
+from tests.support.rounds import sequence
 from tests.support.sse_client import SSEClient
 
 SHAPES = {

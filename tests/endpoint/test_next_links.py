@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -19,11 +19,10 @@ from pg_eventstream import send_events, views
 from pg_eventstream.grip import hold
 from pg_eventstream.grip import proxy as grip
 from tests.support.database import Database
-from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature
+from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, signature
 from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-Stream = Callable[..., SSEClient]
+from tests.support.rounds import sequence
+from tests.support.sse_client import OpenStream
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +196,7 @@ def test_stream_ends_when_the_permission_for_one_of_its_channels_does(origin: Or
 
 @asks_at_once
 def test_open_stream_ends_with_an_error_soon_after_the_permission_does(
-    server_settings: None, stream: Stream, channel: str
+    server_settings: None, stream: OpenStream, channel: str
 ) -> None:
     staff = f"staff{channel} 100%"
     user, cookie = log_in("ann", is_staff=True)
@@ -216,7 +215,7 @@ def test_open_stream_ends_with_an_error_soon_after_the_permission_does(
 
 
 def test_users_on_one_path_get_their_own_events_when_both_are_fetched_at_once(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, ann_cookie = log_in("ann")
     bob, bob_cookie = log_in("bob")
@@ -243,7 +242,7 @@ def test_users_on_one_path_get_their_own_events_when_both_are_fetched_at_once(
 
 
 def test_skipped_user_gets_the_event_neither_live_nor_replayed_and_the_ids_advance(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     headers = {"Cookie": cookie}

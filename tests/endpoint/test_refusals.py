@@ -16,7 +16,8 @@ from pg_eventstream.errors import InvalidRequest
 from pg_eventstream.servers.processes import Process
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
-from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature
+from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, signature
+from tests.support.rounds import sequence
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,8 @@ from pg_eventstream.servers.processes import Process
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.environment import KEY
-from tests.support.origin import Origin, behind_a_proxy, sequence, signature
+from tests.support.origin import Origin, behind_a_proxy, signature
+from tests.support.rounds import sequence
 
 SESSION = hold.Session(("c",), "7")
 SESSION_COOKIES = "django.contrib.sessions.backends.signed_cookies"

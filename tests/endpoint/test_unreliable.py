@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from io import StringIO
 
@@ -23,11 +23,10 @@ from pg_eventstream.servers.pushpin import Pushpin
 from tests.project.channelmanagers import Volatile
 from tests.support.database import Database
 from tests.support.environment import KEY
-from tests.support.origin import Origin, behind_a_proxy, log_in, sequence
+from tests.support.origin import Origin, behind_a_proxy, log_in
 from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-Stream = Callable[..., SSEClient]
+from tests.support.rounds import sequence
+from tests.support.sse_client import OpenStream, SSEClient
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def texts(client: SSEClient) -> list[str]:
 
 
 def test_unreliable_event_has_no_id_and_is_delivered_if_its_transaction_commits(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(f"volatile{channel}").wait_open()
     assert client.control[0].id == ""
@@ -65,7 +64,7 @@ def test_unreliable_event_has_no_id_and_is_delivered_if_its_transaction_commits(
 
 
 def test_unreliable_and_reliable_channels_of_one_stream_do_not_disturb_each_other(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     names = [channel, f"more{channel}", f"volatile{channel}"]
     client = stream(*names).wait_open()
@@ -99,7 +98,7 @@ def test_unreliable_and_reliable_channels_of_one_stream_do_not_disturb_each_othe
 
 
 def test_gap_in_a_reliable_channel_is_still_found_beside_an_unreliable_one(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel, f"volatile{channel}").wait_open()
     send(channel, "1")
@@ -115,7 +114,7 @@ def test_gap_in_a_reliable_channel_is_still_found_beside_an_unreliable_one(
 
 
 def test_users_are_skipped_on_unreliable_channels_too(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     client = stream(f"volatile{channel}", headers={"Cookie": cookie}).wait_open()
@@ -128,7 +127,7 @@ def test_users_are_skipped_on_unreliable_channels_too(
 
 
 def test_private_unreliable_channels_stay_private_when_all_next_links_are_fetched_at_once(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     """The proxy shares one fetch among sessions whose links have the same path."""
     users = [log_in(f"user{n}") for n in range(6)]

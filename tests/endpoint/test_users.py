@@ -3,7 +3,7 @@ r"""Visitors are nobody's user: not even of one whose primary key is the text "a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,11 +23,10 @@ from pg_eventstream.grip import hold
 from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.testing import captured_events
 from tests.support.database import Database
-from tests.support.origin import Origin, behind_a_proxy, sequence
+from tests.support.origin import Origin, behind_a_proxy
 from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-Stream = Callable[..., SSEClient]
+from tests.support.rounds import sequence
+from tests.support.sse_client import OpenStream
 
 MANAGER = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.TextKeys"}
 #: Users whose names look alike; None is a visitor.
@@ -124,7 +123,7 @@ def test_get_events_asks_for_the_permission_of_the_user_that_it_is_given(
 
 
 def test_proxy_tells_them_apart(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     public = f"public{channel}"
     clients = {key: stream(public, headers=headers(key)).wait_open() for key in KEYS[:4]}
@@ -139,7 +138,7 @@ def test_proxy_tells_them_apart(
 
 
 def test_change_of_permission_asks_the_streams_of_that_user_alone(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     """A stream that asks gets what nobody has published."""
     public = f"public{channel}"

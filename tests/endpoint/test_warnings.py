@@ -26,9 +26,10 @@ from pg_eventstream.servers.pushpin import Pushpin
 from tests.project import settings
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, KEY, child_environment
-from tests.support.origin import Origin, behind_a_proxy, sequence, signature
-from tests.support.publisher import PublisherProcess
+from tests.support.origin import Origin, behind_a_proxy, signature
+from tests.support.publisher import NewPublisher, PublisherProcess
 from tests.support.roles import granted
+from tests.support.rounds import sequence
 from tests.support.sse_client import SSEClient
 
 HERE = "tests.endpoint.test_warnings"
@@ -396,7 +397,7 @@ def test_proxy_that_takes_nothing_is_noticed_when_something_waits(
 
 
 def test_proxy_that_cannot_be_reached_is_noticed(
-    database: Database, new_publisher: Callable[..., PublisherProcess], caplog: Log
+    database: Database, new_publisher: NewPublisher, caplog: Log
 ) -> None:
     send_event("c", "message", 1)
     new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=f"http://127.0.0.1:1?key={KEY}").lead()

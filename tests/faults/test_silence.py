@@ -25,22 +25,17 @@ from pg_eventstream.postgres.connector import Database as Connections
 from pg_eventstream.postgres.watchdog import WatchedConnection
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import wait_until
-from tests.acceptance.test_direct import Serve, serve
-from tests.integration.test_publisher import control
+from tests.support.application import Serve
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.faults import OURS, locked, suspended
 from tests.support.load import Load
 from tests.support.network import Network
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-__all__ = ["control", "serve"]  # fixtures
+from tests.support.publisher import NewPublisher
+from tests.support.sse_client import OpenStream, SSEClient
 
 pytestmark = pytest.mark.faults
 
-NewPublisher = Callable[..., PublisherProcess]
-Stream = Callable[..., SSEClient]
 
 #: How long the silence lasts that ends by itself.
 PAUSE = 30
@@ -244,7 +239,7 @@ def test_clients_get_everything_when_the_database_is_heard_again(
     database: Database,
     network: Network,
     new_publisher: NewPublisher,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
     fault: str,
 ) -> None:
@@ -277,7 +272,7 @@ def test_standby_with_another_way_to_the_database_takes_over(
     database: Database,
     network: Network,
     new_publisher: NewPublisher,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
 ) -> None:
     """The server has noticed that the leader is gone; the leader has not."""

@@ -6,7 +6,6 @@ The safety poll is off in all of these, so nothing but the doorbell helps an eve
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -16,13 +15,10 @@ import pytest
 from pg_eventstream.publisher.daemon import sequence
 from pg_eventstream.publisher.doorbell import Doorbell, State
 from pg_eventstream.servers.processes import wait_until
-from tests.faults.test_crash import seeded
+from tests.support.chance import seeded
 from tests.support.database import Database
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-NewPublisher = Callable[..., PublisherProcess]
-Stream = Callable[..., SSEClient]
+from tests.support.publisher import NewPublisher, PublisherProcess
+from tests.support.sse_client import OpenStream
 
 #: Far above what a delivery takes, far below "never".
 PROMPTLY = 2.0
@@ -60,7 +56,7 @@ def burst(database: Database, channel: str, publisher: PublisherProcess) -> int:
 
 
 def test_event_is_delivered_promptly_in_every_state(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     chance = seeded()
     client = stream(channel).wait_open()
@@ -86,7 +82,7 @@ def test_event_is_delivered_promptly_in_every_state(
 
 
 def test_event_that_found_the_publisher_awake_is_delivered_when_it_is_not_any_more(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     """The sender did not ring, as the publisher was awake; but it commits much later."""
     client = stream(channel).wait_open()
@@ -158,7 +154,7 @@ def test_where_listen_does_not_work_the_publisher_says_so_and_polls(
 
 
 def test_sender_that_rang_and_lingers_does_not_stop_the_publisher_from_waking_up(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     """It shares the bell lock until its transaction ends; the publisher only queues for it."""
     client = stream(channel).wait_open()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from pg_eventstream.servers.postgres import Postgres
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.environment import child_environment
-from tests.support.publisher import PublisherProcess
+from tests.support.publisher import NewPublisher
 
 ROOT = Path(__file__).parents[2]
 
@@ -275,7 +275,7 @@ def test_place_whose_event_was_sent_after_the_events_were_dumped_is_left_out(
 def test_loaded_while_a_publisher_runs(
     database: Database,
     other: Database,
-    new_publisher: Callable[..., PublisherProcess],
+    new_publisher: NewPublisher,
     tmp_path: Path,
 ) -> None:
     fill(database)

@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
-from django.db import ProgrammingError, connections
+from django.db import ProgrammingError
 from django.test import override_settings
 
-from pg_eventstream import liveness
-from pg_eventstream.postgres.connector import Database as Where
-from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.publisher.pruner import Sweep
-from pg_eventstream.servers.processes import Process, accepts, wait_until
+from pg_eventstream.servers.processes import Process, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
-from pg_eventstream.streams.hub import Hub, _Reader
-from pg_eventstream.streams.replay import recover
+from tests.support.application import application
 from tests.support.database import Database
-from tests.support.environment import DIRECTORY, child_environment
-from tests.support.publisher import PublisherProcess
-from tests.support.roles import MIGRATIONS, granted, run_file
-from tests.support.sse_client import SSEClient
-
-
-def as_role(database: Database, role: str) -> str:
-    return database.postgres.dsn(database.name, role)
-
-
-def make_old(database: Database) -> None:
-    """Everything in the stream is past the retention now."""
-    database.execute(
-        "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - interval '2 days'"
-    )
+from tests.support.publisher import NewPublisher
+from tests.support.role_work import prune_only, publish, send, sequence, serve
+from tests.support.roles import MIGRATIONS, as_role, granted, make_old, run_file
+from tests.support.sse_client import OpenStream, SSEClient
 
 
 @pytest.fixture
 def app(database: Database, pushpin: Pushpin, app_port: int) -> Iterator[Process]:
     """The application server, connected as a role that is an endpoint and nothing else."""
-    process = Process(
-        "the application server",
-        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={app_port}"],
-        log_path=DIRECTORY / "app.log",
-        environment=child_environment(
-            pushpin, PG_EVENTSTREAM_TEST_DSN=as_role(database, granted(database, "endpoint"))
-        ),
-    )
-    process.start(ready=lambda: accepts(app_port))
+    dsn = as_role(database, granted(database, "endpoint"))
+    process = application(app_port, pushpin, PG_EVENTSTREAM_TEST_DSN=dsn)
     yield process
     process.stop(timeout=5)
 
 
 def test_events_arrive_when_every_role_has_its_grants_only(
     database: Database,
-    new_publisher: Callable[..., PublisherProcess],
-    stream: Callable[..., SSEClient],
+    new_publisher: NewPublisher,
+    stream: OpenStream,
     channel: str,
 ) -> None:
     publisher = new_publisher(
@@ -81,13 +57,7 @@ def test_server_alone_streams_with_its_grants_only(
     database: Database, app_port: int, channel: str
 ) -> None:
     role = granted(database, "endpoint", "sequencer")
-    server = Process(
-        "the application server",
-        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={app_port}"],
-        log_path=DIRECTORY / "app.log",
-        environment=child_environment(PG_EVENTSTREAM_TEST_DSN=as_role(database, role)),
-    )
-    server.start(ready=lambda: accepts(app_port))
+    server = application(app_port, PG_EVENTSTREAM_TEST_DSN=as_role(database, role))
     try:
         with SSEClient(f"http://127.0.0.1:{app_port}/events/", [channel]) as client:
             client.wait_open()
@@ -98,7 +68,7 @@ def test_server_alone_streams_with_its_grants_only(
 
 
 def test_publisher_prunes_with_its_grants_only(
-    database: Database, new_publisher: Callable[..., PublisherProcess], channel: str
+    database: Database, new_publisher: NewPublisher, channel: str
 ) -> None:
     role = granted(database, "publisher")
     for _ in range(3):
@@ -111,48 +81,6 @@ def test_publisher_prunes_with_its_grants_only(
     publisher = new_publisher(PG_EVENTSTREAM_TEST_DSN=as_role(database, role)).lead()
     wait_until(lambda: database.value("SELECT count(*) FROM pg_eventstream_event") == 0, timeout=20)
     assert "permission denied" not in publisher.log
-
-
-# The work of each role, all of it, against a database with a bit of everything in it.
-
-
-def publish(dsn: str) -> None:
-    Publisher(Where("default", dsn)).run_once()
-
-
-def prune_only(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        Sweep(connection).run_once()
-
-
-def serve(dsn: str) -> None:
-    wrapper = connections["default"]
-    owner = wrapper.settings_dict["USER"]
-    try:
-        connections.close_all()
-        wrapper.settings_dict["USER"] = psycopg.conninfo.conninfo_to_dict(dsn)["user"]
-        recover({"old": 0, "new": 0})
-        liveness._look_at_publisher()
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            reader = _Reader(Hub("default"))
-            reader.position = 0
-            reader._read_page(connection)
-    finally:
-        connections.close_all()
-        wrapper.settings_dict["USER"] = owner
-
-
-def sequence(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute("SELECT pg_eventstream_sequence()")
-
-
-def send(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(
-            "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)"
-            " VALUES ('new', 'type', '{}', '{}')"
-        )
 
 
 @pytest.fixture

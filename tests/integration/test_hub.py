@@ -16,7 +16,7 @@ from pg_eventstream import channel_permission_changed, send_event, send_events
 from pg_eventstream.grip.proxy import Hints, hint
 from pg_eventstream.streams.hub import Hub, News, PermissionChange, _Reader
 from tests.support.database import Database
-from tests.support.origin import sequence
+from tests.support.rounds import sequence
 
 FEW, MANY = 10, 2000
 

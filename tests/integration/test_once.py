@@ -38,10 +38,8 @@ from tests.support.environment import DIRECTORY, child_environment
 from tests.support.http_service import HttpService, body_of
 from tests.support.load import Load
 from tests.support.network import Network
-from tests.support.publisher import PublisherProcess
+from tests.support.publisher import NewPublisher
 from tests.support.sse_client import SSEClient
-
-NewPublisher = Callable[..., PublisherProcess]
 
 #: Nothing may wait for longer, on whatever machine.
 _AT_MOST = 60

@@ -10,8 +10,8 @@ import psycopg
 import pytest
 
 from tests.support.database import Database
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.publisher import NewPublisher, PublisherProcess
+from tests.support.sse_client import OpenStream
 
 WRITERS = 8
 
@@ -60,7 +60,7 @@ def inversions(values: list[int]) -> int:
 def test_clients_see_commit_order(
     database: Database,
     publisher: PublisherProcess,
-    stream: Callable[..., SSEClient],
+    stream: OpenStream,
     channel: str,
 ) -> None:
     client = stream(channel).wait_open()
@@ -74,7 +74,7 @@ def test_clients_see_commit_order(
 def test_order_by_id_would_not_do(
     database: Database,
     publisher: PublisherProcess,
-    stream: Callable[..., SSEClient],
+    stream: OpenStream,
     channel: str,
 ) -> None:
     """The same with the sequence ordered by the events' ids: it shows what this guards against."""
@@ -93,7 +93,7 @@ def test_order_by_id_would_not_do(
 def test_events_of_a_transaction_keep_their_order(
     database: Database,
     publisher: PublisherProcess,
-    stream: Callable[..., SSEClient],
+    stream: OpenStream,
     channel: str,
 ) -> None:
     client = stream(channel).wait_open()
@@ -132,8 +132,8 @@ def only_hold_a_snapshot(connection: psycopg.Connection[object], channel: str) -
 )
 def test_open_transaction_delays_nobody(
     database: Database,
-    new_publisher: Callable[..., PublisherProcess],
-    stream: Callable[..., SSEClient],
+    new_publisher: NewPublisher,
+    stream: OpenStream,
     channel: str,
     begin: Callable[[psycopg.Connection[object], str], None],
     late: list[str],

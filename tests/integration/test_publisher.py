@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jwt
@@ -29,11 +28,9 @@ from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.environment import KEY
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-NewPublisher = Callable[..., PublisherProcess]
-Stream = Callable[..., SSEClient]
+from tests.support.publisher import NewPublisher
+from tests.support.rounds import publish_once
+from tests.support.sse_client import OpenStream, SSEClient
 
 
 def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
@@ -41,7 +38,7 @@ def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
     new_publisher: NewPublisher,
     pushpin: Pushpin,
     second_pushpin: Pushpin,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
 ) -> None:
     urls = " ".join(f"{p.control_url}?key={KEY}" for p in (second_pushpin, pushpin))
@@ -64,16 +61,6 @@ def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
         lambda: database.fetch("SELECT DISTINCT position FROM pg_eventstream_proxy") == [(51,)],
         timeout=5,
     )
-
-
-def publish_once() -> int:
-    return Publisher(Connections("default")).run_once()
-
-
-@pytest.fixture
-def control() -> Iterator[ControlPort]:
-    with ControlPort() as port, override_settings(GRIP_URL=port.url):
-        yield port
 
 
 @pytest.mark.parametrize(
@@ -378,7 +365,7 @@ def test_sweeps_are_rare_when_nothing_happens_and_soon_when_something_did(
 
 
 def test_publisher_takes_a_dsn(
-    new_publisher: NewPublisher, database: Database, stream: Stream, channel: str
+    new_publisher: NewPublisher, database: Database, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     environment = {"PG_EVENTSTREAM_TEST_DSN": "host=127.0.0.1 port=1 dbname=nowhere"}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from pg_eventstream.servers.postgres import Postgres
-from pg_eventstream.servers.processes import Process, accepts
 from pg_eventstream.servers.pushpin import Pushpin
+from tests.support.application import application
 from tests.support.database import Database
-from tests.support.environment import DIRECTORY, child_environment
-from tests.support.publisher import PublisherProcess
+from tests.support.environment import DIRECTORY
+from tests.support.publisher import NewPublisher
 from tests.support.sse_client import SSEClient
-
-NewPublisher = Callable[..., PublisherProcess]
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +81,6 @@ def in_order(database: Database, channel: str) -> list[tuple[int, str]]:
     )
 
 
-def application(database: Database, pushpin: Pushpin, port: int) -> Process:
-    process = Process(
-        "the application server",
-        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={port}"],
-        log_path=DIRECTORY / "app.log",
-        environment=child_environment(pushpin, PG_EVENTSTREAM_TEST_DSN=database.dsn),
-    )
-    process.start(ready=lambda: accepts(port))
-    return process
-
-
 def test_clients_and_publisher_go_on_in_the_new_cluster(
     database: Database,
     other_cluster: Postgres,
@@ -104,7 +90,7 @@ def test_clients_and_publisher_go_on_in_the_new_cluster(
     channel: str,
     tmp_path: Path,
 ) -> None:
-    app = application(database, pushpin, app_port)
+    app = application(app_port, pushpin, PG_EVENTSTREAM_TEST_DSN=database.dsn)
     try:
         events_url = f"{pushpin.url}/events/"
         with (
@@ -136,7 +122,7 @@ def test_clients_and_publisher_go_on_in_the_new_cluster(
             app.stop()
 
             new = restore(tmp_path / "dump", other_cluster, database.name)
-            app = application(new, pushpin, app_port)
+            app = application(app_port, pushpin, PG_EVENTSTREAM_TEST_DSN=new.dsn)
             moved = new_publisher(PG_EVENTSTREAM_TEST_DSN=new.dsn).lead()
             for n in range(11, 14):
                 new.send(channel, f"new {n}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from io import StringIO
 
@@ -19,11 +19,11 @@ from pg_eventstream.postgres.locks import LOCK_SPACE, SWEEP_LOCK
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Sweep
 from pg_eventstream.servers.processes import wait_until
-from tests.integration.test_publisher import publish_once
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.publisher import NewPublisher
+from tests.support.rounds import publish_once
+from tests.support.sse_client import OpenStream
 
 DAY = timedelta(hours=24)
 
@@ -233,8 +233,8 @@ def test_sweep_stands_in_no_senders_way(database: Database, control: ControlPort
 
 def test_running_publisher_sweeps(
     database: Database,
-    new_publisher: Callable[..., PublisherProcess],
-    stream: Callable[..., SSEClient],
+    new_publisher: NewPublisher,
+    stream: OpenStream,
     channel: str,
 ) -> None:
     client = stream(channel).wait_open()

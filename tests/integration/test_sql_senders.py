@@ -18,9 +18,8 @@ from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.publisher import PublisherProcess
 from tests.support.roles import granted, psql
-from tests.support.sse_client import SSEClient
+from tests.support.sse_client import OpenStream
 
-Stream = Callable[..., SSEClient]
 ROOT = Path(__file__).parents[2]
 NODE = ROOT / "tests" / "node"
 TABLES = "event", "outbox", "stream", "channel", "cursor", "publisher", "proxy"
@@ -85,7 +84,7 @@ def node(node_directory: Path) -> Callable[[str, Sequence[Any]], list[Result]]:
 
 
 def test_what_psql_inserts_arrives(
-    database: Database, role: str, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, role: str, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     script = rf"""
@@ -127,7 +126,7 @@ def test_what_node_inserts_arrives(
     sender: str,
     node: Callable[[str, Sequence[Any]], list[Result]],
     publisher: PublisherProcess,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
 ) -> None:
     client = stream(channel).wait_open()

@@ -1,17 +1,17 @@
-"""Pages in a real Chromium, as fixtures: ``from .browser import browser, page`` in conftest."""
+"""Pages in a real Chromium."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import pytest
 from playwright import async_api
+
+from tests.support.programs import installed
 
 _T = TypeVar("_T")
 
@@ -33,7 +33,7 @@ class Browser:
         self._playwright = self.run(async_api.async_playwright().start())
         self._browser = self.run(
             self._playwright.chromium.launch(
-                executable_path=shutil.which("chromium"),
+                executable_path=installed("chromium"),
                 args=["--no-sandbox"],
                 # As users have it: a page that one leaves is frozen, and comes back as it was.
                 ignore_default_args=["--disable-back-forward-cache"],
@@ -112,16 +112,3 @@ class Page:
 
     def close(self) -> None:
         self._browser.run(self._context.close())
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    with Browser() as started:
-        yield started
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    opened = browser.new_page()
-    yield opened
-    opened.close()

@@ -20,7 +20,7 @@ from tests.support.database import Database
 from tests.support.environment import KEY
 from tests.support.http_service import HttpService, body_of, respond
 from tests.support.load import Load
-from tests.support.publisher import PublisherProcess
+from tests.support.publisher import NewPublisher, PublisherProcess
 
 OURS = (
     "FROM pg_stat_activity WHERE datname = current_database()"
@@ -154,7 +154,7 @@ class Stage:
     database: Database
     load: Load
     relay: Relay
-    new_publisher: Callable[..., PublisherProcess]
+    new_publisher: NewPublisher
     chance: random.Random
 
     def start(self) -> PublisherProcess:

@@ -102,6 +102,12 @@ class Load:
                 raise
             self.committed += batch
 
+    def wait_delivered(self, *clients: SSEClient) -> None:
+        """Until the clients have all that is committed now, and one event more."""
+        count = len(self.committed)
+        for client in clients:
+            client.wait_count(count + 1, timeout=60)
+
     def settle(self) -> None:
         """Ask the database what became of `unknown`."""
         there = self.database.fetch(

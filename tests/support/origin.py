@@ -5,19 +5,15 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from datetime import timedelta
-from io import StringIO
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import jwt
 from django.contrib.auth.models import User
-from django.core.management import call_command
 from django.http import HttpResponse
 from django.test import Client, override_settings
 
 from pg_eventstream import sse
-from tests.support.database import Database
 from tests.support.environment import KEY
 from tests.support.sse_client import Received
 
@@ -95,17 +91,6 @@ def parse_event(block: str) -> Received | None:
     if "data" not in fields:
         return None  # padding
     return Received(fields["event"][0], "\n".join(fields["data"]), fields.get("id", [""])[0], 0)
-
-
-def sequence(database: Database) -> None:
-    """What the publisher does first."""
-    database.value("SELECT pg_eventstream_sequence()")
-
-
-def prune() -> None:
-    """Prune all that is sequenced, as if its retention were over."""
-    with override_settings(EVENTSTREAM_RETENTION=timedelta(microseconds=1), GRIP_URL=None):
-        call_command("eventstream_prune", stdout=StringIO())
 
 
 def log_in(name: str, **attributes: Any) -> tuple[User, str]:

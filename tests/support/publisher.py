@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pg_eventstream.servers.processes import Process, wait_until
+
+#: What its log says of a proxy.
+BACK = "takes events again"
+UNREACHABLE = "cannot be reached: "
 
 
 class PublisherProcess(Process):
@@ -24,6 +29,10 @@ class PublisherProcess(Process):
     def log(self) -> str:
         return self.log_file.read_text() if self.log_file.exists() else ""
 
+    def lines_with(self, text: str) -> int:
+        """How many lines of the log have the text."""
+        return sum(text in line for line in self.log.splitlines())
+
     def wait_for_log(self, text: str, timeout: float = 20) -> None:
         try:
             wait_until(lambda: text in self.log or not self.running, timeout=timeout)
@@ -36,3 +45,7 @@ class PublisherProcess(Process):
         self.start()
         self.wait_for_log(": leading")
         return self
+
+
+#: Makes publishers that end with the test (the fixture ``new_publisher``).
+NewPublisher = Callable[..., PublisherProcess]

@@ -49,3 +49,14 @@ def granted(database: Database, *kinds: str) -> str:
     )
     run_file(database, MIGRATIONS / "grants.sql", **dict.fromkeys(kinds, role))
     return role
+
+
+def as_role(database: Database, role: str) -> str:
+    return database.postgres.dsn(database.name, role)
+
+
+def make_old(database: Database) -> None:
+    """Everything in the stream is past the retention now."""
+    database.execute(
+        "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - interval '2 days'"
+    )

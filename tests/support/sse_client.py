@@ -161,3 +161,7 @@ class SSEClient:
             own = received.type.startswith("stream-") or received.type == "keep-alive"
             (self.control if own else self.events).append(received)
             self._changed.notify_all()
+
+
+#: Opens streams that are closed with the test (the fixture ``stream``).
+OpenStream = Callable[..., SSEClient]

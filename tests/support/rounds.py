@@ -1,0 +1,29 @@
+"""What a publisher does in one round, done here and once."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from io import StringIO
+
+from django.core.management import call_command
+from django.test import override_settings
+
+from pg_eventstream.postgres.connector import Database as Connections
+from pg_eventstream.publisher.daemon import Publisher
+from tests.support.database import Database
+
+
+def publish_once() -> int:
+    """A whole round: sequence, publish, prune."""
+    return Publisher(Connections("default")).run_once()
+
+
+def sequence(database: Database) -> None:
+    """What the publisher does first."""
+    database.value("SELECT pg_eventstream_sequence()")
+
+
+def prune() -> None:
+    """Prune all that is sequenced, as if its retention were over."""
+    with override_settings(EVENTSTREAM_RETENTION=timedelta(microseconds=1), GRIP_URL=None):
+        call_command("eventstream_prune", stdout=StringIO())

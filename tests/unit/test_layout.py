@@ -1,0 +1,61 @@
+"""How the tests are laid out: files of tests do not lean on each other."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+FILES = sorted(
+    path for path in TESTS.rglob("*.py") if "fixtures" not in path.relative_to(TESTS).parts
+)
+
+
+def imported(source: str) -> Iterator[str]:
+    """The modules that a file of tests may import by its import statements, within functions too.
+
+    "from tests.a import b" may mean the module tests.a.b.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield module
+            yield from (f"{module}.{name.name}" for name in node.names)
+
+
+def is_of_tests(module: str) -> bool:
+    """Whether pytest collects it, or reads fixtures from it."""
+    name = module.rpartition(".")[2]
+    return module.startswith(("tests.", ".")) and (name.startswith("test_") or name == "conftest")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from tests.faults.test_crash import seeded",
+        "from tests.faults import test_crash",
+        "import tests.faults.test_crash as crash",
+        "from .test_crash import seeded",
+        "from . import test_crash",
+        "def later():\n    from tests.conftest import database",
+        "from tests import conftest",
+    ],
+)
+def test_import_of_a_test_is_found(statement: str) -> None:
+    assert [module for module in imported(statement) if is_of_tests(module)]
+
+
+def test_no_file_imports_a_test_or_a_conftest() -> None:
+    assert len(FILES) > 100
+    wrong = [
+        f"{path.relative_to(TESTS)} imports {module}; move what it needs into tests/support"
+        for path in FILES
+        for module in imported(path.read_text(encoding="utf-8"))
+        if is_of_tests(module)
+    ]
+    assert wrong == []
