@@ -55,9 +55,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
+#: What starts a program, and the folders whose tests need wheels only (`make quick`) with what
+#: their tests may start.
+STARTING = {"postgres", "pushpin", "second_pushpin", "app", "serve", "new_publisher"}
+STARTING |= {"browser", "node_directory"}
+QUICK: dict[str, set[str]] = {"unit": set(), "integration": {"postgres"}, "endpoint": {"postgres"}}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(folder)
+        started = STARTING.intersection(getattr(item, "fixturenames", ()))
+        if folder in QUICK and started - QUICK[folder]:
+            raise pytest.UsageError(
+                f"{item.nodeid} starts {', '.join(sorted(started))}, which tests in {folder}/ do"
+                " not. Move it to acceptance/ or faults/."
+            )
     if not THOROUGH:
         long = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if item not in long]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import psycopg
 import pytest
 from django.db import transaction
 
@@ -164,14 +163,3 @@ def test_once_leaves_a_running_publisher_alone(
     wait_until(lambda: not once.running, timeout=30)
     assert once.returncode == 1
     assert "leads and publishes already" in once.log
-
-
-def test_two_phase_commit_is_refused_and_writes_nothing(database: Database, channel: str) -> None:
-    with database.connect() as connection:
-        connection.execute("BEGIN")
-        connection.execute(
-            "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, '1')", [channel]
-        )
-        with pytest.raises(psycopg.errors.FeatureNotSupported, match="NOTIFY"):
-            connection.execute("PREPARE TRANSACTION 'two-phase'")
-    assert database.value("SELECT count(*) FROM pg_eventstream_event") == 0

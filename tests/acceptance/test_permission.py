@@ -6,24 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-from django.contrib.auth.models import AnonymousUser, User
+from django.contrib.auth.models import User
 from django.db import transaction
-from django.test import override_settings
 
 from pg_eventstream import (
-    InvalidEvent,
     channel_permission_changed,
-    get_events,
     permission,
     send_event,
 )
 from pg_eventstream.servers.processes import Process, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project.app.models import Membership
-from tests.project.channelmanagers import Racing, SlowMembers
+from tests.project.channelmanagers import SlowMembers
 from tests.support.database import Database
 from tests.support.environment import KEY
-from tests.support.origin import Origin, behind_a_proxy, log_in
+from tests.support.origin import log_in
 from tests.support.publisher import NewPublisher, PublisherProcess
 from tests.support.rounds import sequence
 from tests.support.sse_client import OpenStream, SSEClient
@@ -116,15 +113,6 @@ def test_stream_of_as_many_channels_as_there_can_be_ends_at_once_and_more_are_re
         assert_ended(client, revoked)
         assert "secret" not in {json.loads(event.data) for event in client.events}
         join(ann, revoked)
-
-
-@behind_a_proxy
-def test_channel_by_which_a_user_is_told_is_the_last_that_a_proxy_would_cut_off(
-    database: Database,
-) -> None:
-    opened = Origin().open("public-a", "public-b")
-    names = [part.partition(";")[0] for part in opened.response["Grip-Channel"].split(", ")]
-    assert names == ["user-anonymous", "events-public-a", "events-public-b"]
 
 
 def test_second_revocation_within_a_minute_ends_the_stream_too(
@@ -275,33 +263,6 @@ def test_only_streams_of_the_channel_ask_again_and_not_all_of_the_user(
         assert there.events == []
 
 
-@behind_a_proxy
-@override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.Racing")
-@pytest.mark.parametrize("how", ["open", "go on", "get_events"])
-def test_nothing_is_read_before_permission_is_asked_for(
-    database: Database, channel: str, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    origin = Origin()
-    monkeypatch.setattr(Racing, "allowed", True)
-    first = origin.open(channel)
-
-    def revoke() -> None:
-        Racing.allowed = False
-        channel_permission_changed(None, channel)
-        send_event(channel, "message", "secret")
-        sequence(database)
-
-    Racing.meanwhile.append(revoke)
-    if how == "open":
-        answer = origin.open(channel, last_event_id="earliest").body
-    elif how == "go on":
-        answer = origin.follow(first).body
-    else:
-        answer = str(get_events([channel], "earliest", user=None))
-    assert not Racing.allowed
-    assert "secret" not in answer
-
-
 FORGED = [
     *("x", "{}", "[]", "", "9" * 5000, "[" * 100_000, '{"user": 1, "channel": "c"}'),
     *(json.dumps({"user": "%" * 190_000, "channel": "c"}),),
@@ -352,52 +313,6 @@ def test_revocation_counts_at_every_proxy(
             leave(ann, channel)
             for client in (here, there):
                 assert_ended(client, channel)
-
-
-def test_user_without_a_primary_key_is_no_one_whose_streams_could_end(database: Database) -> None:
-    ann = User.objects.create_user("ann")
-    ann.delete()
-    with pytest.raises(InvalidEvent, match="call this before"):
-        channel_permission_changed(ann, "c")
-    for name in ("", "a\nb", "x" * 300, 5):
-        with pytest.raises(InvalidEvent, match="channel"):
-            channel_permission_changed(None, name)  # type: ignore[arg-type]
-    channel_permission_changed(AnonymousUser(), "c")
-    assert database.fetch("SELECT data FROM pg_eventstream_event") == [
-        ('{"user": "anonymous", "channel": "c"}',)
-    ]
-
-
-# Channels of our own
-
-
-@behind_a_proxy
-def test_nobody_reads_or_sends_on_a_channel_of_our_own(database: Database) -> None:
-    channel_permission_changed(None, "secret room")
-    sequence(database)
-    answer = Origin().open(permission.CHANGES, last_event_id="earliest")
-    assert json.loads(answer.control["stream-error"].data)["condition"] == "bad-request"
-    assert "secret" not in answer.body
-    with pytest.raises(InvalidEvent, match="reserved"):
-        send_event(permission.CHANGES, "message", "x")
-
-
-# Who the user is
-
-
-@behind_a_proxy
-@override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.Tokens")
-def test_manager_sees_the_request_and_says_who_the_user_is(database: Database) -> None:
-    User.objects.create_user("ann")
-    origin = Origin()
-    ask = {"Authorization": "Bearer user-ann"}
-    stream = origin.ask("/events/?channel=of%20ann", ask)
-    assert stream.held
-    # The proxy's own requests have no token, and go on as the same user.
-    assert origin.follow(stream).held
-    assert origin.ask("/events/?channel=of%20bob", ask).control["stream-error"]
-    assert origin.open("of ann").control["stream-error"]
-    assert origin.ask("/events/?channel=of%20ann", {"Authorization": "Basic x"}).status == 403
 
 
 @pytest.mark.parametrize("manager", ["Tokens"], indirect=True)

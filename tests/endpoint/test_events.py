@@ -28,9 +28,7 @@ from pg_eventstream.channelmanager import DefaultChannelManager
 from pg_eventstream.publisher.pruner import Sweep
 from tests.support.database import Database
 from tests.support.origin import Answer, Origin, behind_a_proxy, signature
-from tests.support.publisher import PublisherProcess
 from tests.support.rounds import prune, sequence
-from tests.support.sse_client import OpenStream
 
 staff_only = override_settings(
     EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.StaffOnly"
@@ -94,19 +92,6 @@ def test_new_client_may_ask_for_the_earliest_event_that_is_kept(database: Databa
         assert "stream-reset" not in answer.control
         assert answer.events[-1].eids == {"c": 4, "d": 1}
     assert origin.open("e", last_event_id="earliest").opened_at == {"e": 0}
-
-
-def test_stream_from_the_earliest_goes_on_live(
-    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
-) -> None:
-    texts = [f"{n} {'x' * 500}" for n in range(300)]  # several pages
-    send_events([(channel, "message", text, None, False) for text in texts])
-    client = stream(channel, f"{channel}quiet", last_event_id="earliest")
-    client.wait_count(len(texts))
-    send_event(channel, "message", "live", json_encode=False)
-    client.wait_count(len(texts) + 1)
-    assert [event.data for event in client.events] == [*texts, "live"]
-    assert client.connections == 1
 
 
 @behind_a_proxy

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hmac
-import http.client
 import json
 import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from typing import Any
 from unittest import mock
 
@@ -21,17 +19,13 @@ from django.core import signing
 from django.test import Client, override_settings
 from django.utils.crypto import constant_time_compare
 
-from pg_eventstream import send_events
 from pg_eventstream.conf import conf
 from pg_eventstream.errors import InvalidRequest
 from pg_eventstream.grip import hold
 from pg_eventstream.grip import proxy as grip
-from pg_eventstream.servers.processes import Process
-from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.environment import KEY
-from tests.support.origin import Origin, behind_a_proxy, signature
-from tests.support.rounds import sequence
+from tests.support.origin import behind_a_proxy, signature
 
 SESSION = hold.Session(("c",), "7")
 SESSION_COOKIES = "django.contrib.sessions.backends.signed_cookies"
@@ -172,23 +166,6 @@ def test_link_works_for_as_long_as_the_proxy_needs_it(
         clock.time.return_value = hour + refused
         with pytest.raises(InvalidRequest, match="expired"):
             hold.unsign(token)
-
-
-def test_client_cannot_go_on_with_the_link_of_a_stream_that_somebody_holds(
-    database: Database, app: Process, pushpin: Pushpin, channel: str
-) -> None:
-    """Grip-Last, without which it is refused, is the proxy's to say."""
-    send_events([(channel, "message", "secret", None, False)])
-    sequence(database)
-    link = f"/events/{hold.NEXT}{hold.sign(hold.Session((channel,), 'anonymous'))}"
-    last = {"Grip-Last": f"events-{channel}; last-id=0"}
-    assert "secret" in Origin().ask(link, last).body  # as the proxy says it
-    for headers in ({}, last, {"grip-last": last["Grip-Last"], "Grip-Sig": signature()}):
-        connection = http.client.HTTPConnection(pushpin.url.removeprefix("http://"), timeout=10)
-        with closing(connection):
-            connection.request("GET", link, headers=headers)
-            response = connection.getresponse()
-            assert (response.status, response.read()) == (403, b"Grip-Last lacks a channel.\n")
 
 
 # Time

@@ -1,4 +1,4 @@
-r"""Visitors are nobody's user: not even of one whose primary key is the text "anonymous"."""
+"""Visitors are nobody's user: not even of one whose primary key is the text "anonymous"."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from pg_eventstream import (
     channel_permission_changed,
     get_events,
     send_event,
-    users,
 )
 from pg_eventstream.grip import hold
-from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.testing import captured_events
 from tests.support.database import Database
 from tests.support.origin import Origin, behind_a_proxy
-from tests.support.publisher import PublisherProcess
 from tests.support.rounds import sequence
-from tests.support.sse_client import OpenStream
 
 MANAGER = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.TextKeys"}
 #: Users whose names look alike; None is a visitor.
@@ -46,12 +42,6 @@ def user(key: str | None) -> Any:
 
 def headers(key: str | None) -> dict[str, str]:
     return {} if key is None else {"X-User": key}
-
-
-def test_no_two_have_the_same_name_and_each_name_leads_back_to_its_user() -> None:
-    names = [users.user_id(user(key)) for key in KEYS]
-    assert len(set(names)) == len(KEYS)
-    assert [users.primary_key(name) for name in names] == KEYS
 
 
 @pytest.mark.parametrize("how", ["users", "keys"])
@@ -120,47 +110,3 @@ def test_get_events_asks_for_the_permission_of_the_user_that_it_is_given(
     for wrong in ((["visitors"], user("anonymous")), (["of anonymous"], None)):
         with pytest.raises(EventPermissionError):
             get_events(wrong[0], user=wrong[1])
-
-
-def test_proxy_tells_them_apart(
-    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
-) -> None:
-    public = f"public{channel}"
-    clients = {key: stream(public, headers=headers(key)).wait_open() for key in KEYS[:4]}
-    for key in clients:
-        send_event(public, "message", key, skip_user_ids=[user(key)])
-    send_event(public, "message", "last")
-    for key, client in clients.items():
-        assert json.loads(client.wait_count(len(clients))[-1].data) == "last"
-        got = [json.loads(event.data) for event in client.events]
-        assert got == [*(other for other in clients if other != key), "last"]
-        assert client.connections == 1
-
-
-def test_change_of_permission_asks_the_streams_of_that_user_alone(
-    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
-) -> None:
-    """A stream that asks gets what nobody has published."""
-    public = f"public{channel}"
-    clients = {key: stream(public, headers=headers(key)).wait_open() for key in KEYS[:3]}
-    send_event(public, "message", 1)
-    for client in clients.values():
-        client.wait_count(1)
-    wait_until(lambda: database.value(_ACKNOWLEDGED), timeout=20)
-    publisher.kill()
-    send_event(public, "message", 2)
-    sequence(database)
-    database.execute(
-        "UPDATE pg_eventstream_proxy"
-        " SET position = (SELECT max(position) FROM pg_eventstream_stream)"
-    )
-    publisher.lead()
-    channel_permission_changed(user("anonymous"), public)
-    clients["anonymous"].wait_count(2)
-    channel_permission_changed(user(r"\anonymous"), public)
-    clients[r"\anonymous"].wait_count(2)
-    assert len(clients[None].events) == 1
-
-
-_ACKNOWLEDGED = """SELECT (SELECT max(position) FROM pg_eventstream_stream)
-                        = (SELECT min(position) FROM pg_eventstream_proxy)"""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import sys
 import threading
@@ -38,7 +36,6 @@ from tests.support.environment import DIRECTORY, child_environment
 from tests.support.http_service import HttpService, body_of
 from tests.support.load import Load
 from tests.support.network import Network
-from tests.support.publisher import NewPublisher
 from tests.support.sse_client import SSEClient
 
 #: Nothing may wait for longer, on whatever machine.
@@ -68,12 +65,6 @@ def command(name: str, *arguments: str) -> str:
 
 def once() -> str:
     return command("eventstream_publisher", "--once")
-
-
-@pytest.fixture
-def control() -> Iterator[ControlPort]:
-    with ControlPort() as port, override_settings(GRIP_URL=port.url):
-        yield port
 
 
 @pytest.fixture
@@ -443,26 +434,6 @@ def test_two_at_once_publish_everything_and_both_succeed(
     counts = sorted(int(line.split()[0]) for line in said)
     assert counts == [0, 0, 500], said
     assert published_ids(control) == [str(n) for n in range(1, 501)]
-
-
-# Signals
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=RARER)])
-def test_signal_ends_it_and_it_says_what_it_left(
-    database: Database, control: ControlPort, new_publisher: NewPublisher, number: signal.Signals
-) -> None:
-    control.silent.set()
-    send(3)
-    publisher = new_publisher("--once", PG_EVENTSTREAM_TEST_GRIP_URL=control.url)
-    publisher.start()
-    wait_until(lambda: len(control.bodies) == 1, timeout=20)
-    os.kill(publisher.pid, number)
-    wait_until(lambda: not publisher.running, timeout=10)
-    assert publisher.returncode == 1
-    assert "3 events wait" in publisher.log
-    assert control.url in publisher.log
-    assert "Traceback" not in publisher.log
 
 
 def test_stop_while_it_waits_for_the_lead(database: Database, control: ControlPort) -> None:

@@ -126,10 +126,6 @@ def test_sql_file_says_what_the_migration_says(database: Database, name: str) ->
     )
 
 
-def test_every_migration_has_its_sql_file_and_no_other_is_left() -> None:
-    assert sorted(path.stem for path in MIGRATIONS.glob("[0-9]*.sql")) == generate.names()
-
-
 @pytest.mark.parametrize("schema", ["public", OTHER_SCHEMA])
 def test_psql_and_django_make_the_same_schema(new_database: NewDatabase, schema: str) -> None:
     by_psql, by_django = new_database(schema), new_database(schema)
