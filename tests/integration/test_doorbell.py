@@ -12,12 +12,11 @@ from typing import Any
 import psycopg
 import pytest
 
+from pg_eventstream.postgres import listener as listener_module
+from pg_eventstream.postgres.listener import DEAF_POLL
 from pg_eventstream.publisher.daemon import sequence
 from pg_eventstream.publisher.doorbell import Doorbell, State
 from tests.support.database import Database
-
-#: Far above what a delivery takes, far below "never".
-PROMPTLY = 2.0
 
 
 def test_publisher_does_not_sleep_before_the_newest_transaction_that_found_it_awake_is_over(
@@ -52,18 +51,29 @@ class Pooled(psycopg.Connection[Any]):
 
 
 def test_where_listen_does_not_work_the_publisher_says_so_and_polls(
-    database: Database, caplog: pytest.LogCaptureFixture
+    database: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    waits: list[float | None] = []
+    wait_readable = listener_module._wait_readable
+
+    def recorded(timeout: float | None, *files: int) -> None:
+        waits.append(timeout)
+        wait_readable(timeout, *files)
+
     with (
         Pooled.connect(database.dsn, autocommit=True) as listener,
         database.connect() as locker,
         closing(Doorbell(listener, locker, safety_poll=None)) as doorbell,
     ):
+        assert f"polls every {DEAF_POLL * 1000:.0f} ms" in caplog.text
         assert "give it a direct connection" in caplog.text
         deadline = time.monotonic() + 10
         while doorbell.state is not State.ASLEEP:
             doorbell.wait(0)
             assert time.monotonic() < deadline
-        asleep_at = time.monotonic()
+        monkeypatch.setattr(listener_module, "_wait_readable", recorded)
+        database.send("c")
         doorbell.wait(0)
-        assert time.monotonic() < asleep_at + PROMPTLY
+        # One poll, and not the sleep without an end.
+        assert waits == [DEAF_POLL]
+        assert sequence(listener) == 1
