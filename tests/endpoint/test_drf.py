@@ -135,7 +135,7 @@ def test_channels_and_types_that_are_fixed_are_not_to_be_asked_for(
     for accept in (EVENT_SOURCE, BROWSER):
         answer = origin.ask(path, accept)
         assert answer.status == 400
-        assert "are fixed: leave" in answer.body
+        assert "are fixed. Remove" in answer.body
     assert refusal(origin.ask(path))["condition"] == "bad-request"
 
 

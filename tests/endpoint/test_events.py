@@ -275,7 +275,7 @@ def test_view_of_ones_own_without_an_endpoint_says_what_is_missing(database: Dat
 
 
 def test_string_in_place_of_a_list_of_channels_is_refused(database: Database) -> None:
-    with behind_a_proxy, pytest.raises(Exception, match=r"must be a list of channels: \['abc'\]"):
+    with behind_a_proxy, pytest.raises(Exception, match=r"must be a list of channels.*\['abc'\]"):
         GripMiddleware(lambda request: views.events(request, channels="abc"))(
             RequestFactory().get("/x", headers={"Grip-Sig": signature()})
         )

@@ -70,7 +70,7 @@ def test_nothing_is_read_before_permission_is_asked_for(
 def test_user_without_a_primary_key_is_no_one_whose_streams_could_end(database: Database) -> None:
     ann = User.objects.create_user("ann")
     ann.delete()
-    with pytest.raises(InvalidEvent, match="call this before"):
+    with pytest.raises(InvalidEvent, match="before it is deleted"):
         channel_permission_changed(ann, "c")
     for name in ("", "a\nb", "x" * 300, 5):
         with pytest.raises(InvalidEvent, match="channel"):
