@@ -84,10 +84,10 @@ def test_closed_source_keeps_no_program_alive() -> None:
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("/events/", "no absolute URL, and there is no page"),
-        ("//example.com/", "no absolute URL"),
-        ("", "no absolute URL"),
-        ("http://:0:0/", "no absolute URL"),
+        ("/events/", "not an absolute URL, and there is no page"),
+        ("//example.com/", "not an absolute URL"),
+        ("", "not an absolute URL"),
+        ("http://:0:0/", "not an absolute URL"),
     ],
 )
 def test_relative_url_without_a_page_is_refused_with_the_reason(url: str, says: str) -> None:
@@ -133,7 +133,7 @@ def test_environment_that_lacks_something_is_told_what(name: str) -> None:
     """
     is_ours, message = node(code, name)
     assert is_ours
-    assert f"needs {name}, which this environment lacks" in message
+    assert f"needs {name}, which this environment does not have" in message
 
 
 def test_answer_without_an_address_is_read_too() -> None:
@@ -175,4 +175,4 @@ def test_worker_follows_streams(page: Page) -> None:
         page.wait_for("window.fromWorker")
         data, origin, refusal = page.evaluate("fromWorker")
         assert (data, origin) == ("1", server.url)
-        assert refusal.startswith("TypeError: /events/ is no valid URL (in blob:")
+        assert refusal.startswith("TypeError: /events/ is not a valid URL (relative to blob:")
