@@ -150,7 +150,7 @@ def test_publisher_takes_a_dsn(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--database=nowhere"], "There is no database 'nowhere' in DATABASES"),
+        (["--database=nowhere"], "The database 'nowhere' is not in DATABASES"),
         (["--database=default", "--dsn=x"], "not allowed with argument"),
     ],
 )

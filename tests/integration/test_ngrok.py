@@ -222,7 +222,7 @@ def test_missing_proxy_is_explained(ngrok: Service) -> None:
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(401, "check iss and key"), (500, "500 no"), (302, "302 no"), (405, "only Fanout Cloud")],
+    [(401, "Check iss and key"), (500, "500 no"), (302, "302 no"), (405, "only with Fanout Cloud")],
 )
 def test_proxy_that_refuses_is_explained(
     ngrok: Service, cloud: Service, status: int, message: str

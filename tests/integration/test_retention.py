@@ -217,7 +217,7 @@ def test_sweep_stands_in_no_senders_way(database: Database, control: ControlPort
 
 
 def test_prune_of_an_unknown_database_is_explained(database: Database) -> None:
-    with pytest.raises(CommandError, match="There is no database 'nowhere' in DATABASES"):
+    with pytest.raises(CommandError, match="database 'nowhere' is not in DATABASES"):
         call_command("eventstream_prune", database="nowhere")
 
 
