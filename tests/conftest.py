@@ -1,7 +1,7 @@
 """Fixtures: real servers, each started for the first test that needs it, once per run.
 
-Each test gets a database of its own, a copy of a migrated template, so that no lock, notification
-or row of one test reaches another.
+Each test gets a separate database, a copy of a migrated template, so that no lock, notification or
+row of one test reaches another.
 """
 
 from __future__ import annotations
@@ -46,17 +46,19 @@ def pytest_unconfigure() -> None:
     directory.cleanup()
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that nobody's time limit runs meanwhile
+@pytest.hookimpl(
+    wrapper=True, tryfirst=True
+)  # so that the time limit of the test does not run while it waits
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Several tests run at once; with one that is marked ``alone`` none does."""
+    """Run several tests at once, but none together with a test marked ``alone``."""
     alone = item.get_closest_marker("alone") is not None
     with (item.config.rootpath / "pyproject.toml").open() as turn:
         fcntl.flock(turn, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         return (yield)
 
 
-#: What starts a program, and the folders whose tests need wheels only (`make quick`) with what
-#: their tests may start.
+#: The fixtures that start a program, and the folders whose tests need only wheels (`make quick`),
+#: with the fixtures that their tests may use.
 STARTING = {"postgres", "pushpin", "second_pushpin", "app", "serve", "new_publisher"}
 STARTING |= {"browser", "node_directory"}
 QUICK: dict[str, set[str]] = {"unit": set(), "integration": {"postgres"}, "endpoint": {"postgres"}}
@@ -86,7 +88,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture
 def database(postgres: Postgres) -> Iterator[Database]:
-    """A fresh, migrated database, which Django and every child process of the test use."""
+    """A new, migrated database that Django and every child process of the test use."""
     with new_database(postgres) as made:
         yield made
 
@@ -98,9 +100,9 @@ def app_port() -> int:
 
 @pytest.fixture(scope="session")
 def pushpin(app_port: int) -> Iterator[Pushpin]:
-    """A proxy in front of `app_port`, which takes /stripped off the paths that begin with it.
+    """A proxy in front of `app_port`, which removes /stripped from the beginning of paths.
 
-    It remembers ids of a channel for a minute, so every test uses channels of its own.
+    It remembers ids of a channel for a minute, so every test uses separate channels.
     """
     app = f"127.0.0.1:{app_port}"
     with Pushpin(
@@ -168,7 +170,7 @@ def serve(database: Database) -> Iterator[Serve]:
 
 @pytest.fixture
 def control() -> Iterator[ControlPort]:
-    """A control port without a proxy behind it, to which this process publishes."""
+    """A control port without a proxy, to which this process publishes."""
     with ControlPort() as port, override_settings(GRIP_URL=port.url):
         yield port
 

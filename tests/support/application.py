@@ -25,7 +25,7 @@ def application(
     log_path: Path = DIRECTORY / "app.log",
     **environment: str,
 ) -> Process:
-    """A server that accepts connections, behind the proxy if there is one."""
+    """Start a server, behind the proxy if there is one, and wait until it accepts connections."""
     process = Process(
         f"the application server ({kind})",
         [sys.executable, "-m", *_PROGRAMS[kind].format(port=port).split()],
@@ -37,14 +37,14 @@ def application(
 
 
 class Serve:
-    """Starts application servers without any proxy, each with settings of its own."""
+    """Starts application servers without a proxy, each with its own settings."""
 
     def __init__(self, name: str) -> None:
         self.servers: list[Process] = []
         self._name = name
 
     def __call__(self, **settings: Any) -> str:
-        """The URL of the endpoint of a new one."""
+        """Start a server. Returns the URL of its endpoint."""
         port = free_port()
         server = application(
             port,

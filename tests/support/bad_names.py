@@ -1,4 +1,4 @@
-"""Names that the table refuses, and what PostgreSQL answers."""
+"""Names that the table refuses, and PostgreSQL's errors for them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The run's PostgreSQL, which starts when a test asks for it, and a database for each test.
+"""The PostgreSQL of a run, which starts when a test needs it, and a database for each test.
 
-Its address is known before that: Django is set up with it. Until a test has a database, the name
-in it is one that does not exist.
+Its address is known earlier, because Django is set up with it. Until a test has a database, the
+database in that address does not exist.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pg_eventstream.servers.processes import HOST, free_port
 from tests.support.environment import DIRECTORY
 
 _PORT = free_port()
-#: What Django is set up with.
+#: The address that Django is set up with.
 ADDRESS = f"postgresql://postgres@{HOST}:{_PORT}/of_no_test"
 _TEMPLATE = "template_migrated"
 
 
 class Database:
-    """A test's own database."""
+    """The database of one test."""
 
     def __init__(self, postgres: Postgres, name: str) -> None:
         self.name = name
@@ -50,7 +50,7 @@ class Database:
             connection.execute(query, params)
 
     def send(self, channel: str, data: str = "{}") -> None:
-        """As a service that is not Python does."""
+        """Send an event as a service without Python does."""
         self.execute(
             "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)", [channel, data]
         )
@@ -58,8 +58,8 @@ class Database:
 
 @contextmanager
 def running_postgres() -> Iterator[Postgres]:
-    """The server, with a migrated database to copy."""
-    # The programs of another version, for instance /usr/lib/postgresql/15/bin.
+    """Start the server, with a migrated database to copy."""
+    # The programs of another version, for example /usr/lib/postgresql/15/bin.
     bin_dir = os.environ.get("PG_EVENTSTREAM_TEST_POSTGRES")
     postgres = Postgres(
         DIRECTORY / "postgres",
@@ -83,7 +83,7 @@ def running_postgres() -> Iterator[Postgres]:
 
 @contextmanager
 def new_database(postgres: Postgres) -> Iterator[Database]:
-    """A fresh, migrated database, which Django and every child process use."""
+    """Create a migrated database that Django and every child process use."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     server = Database(postgres, "postgres")
     server.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")

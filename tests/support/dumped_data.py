@@ -1,4 +1,4 @@
-"""Events of all kinds, dumped by Django and loaded again."""
+"""Events of all kinds that Django dumps and loads again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sequence(database: Database) -> int:
 
 
 def in_order(database: Database, channel: str) -> list[tuple[int, str]]:
-    """What clients get of a channel: eid and data, in the order of the stream."""
+    """What clients get of a channel: eids and data, in the order of the stream."""
     return database.fetch(
         """
         SELECT s.eid, e.data FROM pg_eventstream_stream s
@@ -45,7 +45,7 @@ def in_order(database: Database, channel: str) -> list[tuple[int, str]]:
 
 
 def fill(database: Database) -> None:
-    """Events of all kinds: pruned, sequenced, committed, of transactions that overlap."""
+    """Send events of all kinds: pruned, sequenced, committed, of overlapping transactions."""
     for n in range(1, 4):
         database.send("a", f"pruned {n}")
         database.send("idle", f"pruned {n}")
@@ -77,7 +77,7 @@ A = [
 
 
 def check(database: Database, *more: str) -> None:
-    """Everything is there once, in order, with the ids that it had; more can be sent."""
+    """Assert that all events exist once, in order, with their ids, and that more can be sent."""
     database.send("a", "new")
     database.send("idle", "new")
     sequence(database)
@@ -85,7 +85,7 @@ def check(database: Database, *more: str) -> None:
     sent = [*A, *enumerate([*more, "new"], start=9)]
     assert in_order(database, "a") == sent
     if connections["default"].settings_dict["NAME"] == database.name:
-        # A client that has been away since before goes on where it was.
+        # A client that was away during all this resumes where it was.
         for known in ("earliest", "a:5"):
             page = get_events(["a"], known)
             assert page.reset == []
@@ -97,7 +97,7 @@ def check(database: Database, *more: str) -> None:
         "SELECT data, skip_user_ids FROM pg_eventstream_event WHERE skip_user_ids <> '{}'"
     ) == [("committed 8", ["7", "x"])]
     assert database.value("SELECT count(*) FROM pg_eventstream_cursor") == 1
-    # A sweep understands what is there, too.
+    # The pruner can handle these rows, too.
     with database.connect() as connection, override_settings(GRIP_URL=None):
         assert Sweep(connection).run_once() == 0
 

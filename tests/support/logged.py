@@ -1,4 +1,4 @@
-"""What the library logged."""
+"""The log of the library."""
 
 from __future__ import annotations
 

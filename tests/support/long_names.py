@@ -1,4 +1,4 @@
-"""Channels with names as long as there can be."""
+"""Channels with names of the maximum length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def names(shape: str, run: str, count: int = 19, length: int = 255) -> list[str]:
-    """Channels that nothing shortens, of the longest names that there can be."""
+    """Channel names of the maximum length that do not compress."""
     length = 10 if shape == "short" else length
     choose = random.Random(shape)
     tail = length - len(run) - 3
@@ -27,7 +27,7 @@ def names(shape: str, run: str, count: int = 19, length: int = 255) -> list[str]
 
 
 class ByShape(DefaultChannelManager):
-    """Names channels as a URLconf could: the header X-Names says the shape, and so on."""
+    """Names channels as a URLconf could, according to the request header X-Names."""
 
     def get_channels_for_request(self, request: Any, view_kwargs: Any) -> Any:
         if "X-Names" not in request.headers:

@@ -1,4 +1,4 @@
-"""runserver_ngrok, and a stand-in for the services that it asks."""
+"""runserver_ngrok, and a substitute for the services that it calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.http_service import HttpService, body_of, respond
 
 
 class Service(HttpService):
-    """Answers every request alike, and writes down what was asked."""
+    """Gives the same response to every request, and records the requests."""
 
     def __init__(self, status: int = 200, body: str = "") -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Service(HttpService):
 
 
 def tunnel(url: str, to: str = "http://localhost:8000") -> dict[str, Any]:
-    """An entry of ngrok's list."""
+    """An entry of ngrok's list of tunnels."""
     return {
         "name": "command_line",
         "public_url": url,
@@ -40,7 +40,7 @@ def tunnel(url: str, to: str = "http://localhost:8000") -> dict[str, Any]:
 
 
 def run(ngrok: Service, **options: Any) -> None:
-    """Up to the moment when it would serve."""
+    """Run the command up to the moment when it would serve."""
     call_command(
         "runserver_ngrok", ngrok_api=f"{ngrok.url}/api", use_reloader=False, stdout=StringIO(),
         **options,

@@ -1,4 +1,4 @@
-"""Programs that no wheel brings."""
+"""Programs that no wheel contains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _PACKAGES = {"node": "nodejs"}
 
 
 def installed(program: str) -> str:
-    """The path of a program. Raises LookupError, which says how to install it."""
+    """The path of a program. The LookupError for a missing one says how to install it."""
     path = shutil.which(program)
     if path is None:
         package = _PACKAGES.get(program, program)

@@ -1,4 +1,4 @@
-"""A publisher in a process of its own."""
+"""A publisher in a separate process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from pg_eventstream.servers.processes import Process, wait_until
 
-#: What its log says of a proxy.
+#: The messages about a proxy in its log.
 BACK = "takes events again"
 UNREACHABLE = "cannot be reached: "
 
 
 class PublisherProcess(Process):
-    """``manage.py eventstream_publisher`` in a process of its own."""
+    """``manage.py eventstream_publisher`` in a separate process."""
 
     def __init__(self, log_path: Path, environment: dict[str, str], *arguments: str) -> None:
         super().__init__(
@@ -30,7 +30,7 @@ class PublisherProcess(Process):
         return self.log_file.read_text() if self.log_file.exists() else ""
 
     def lines_with(self, text: str) -> int:
-        """How many lines of the log have the text."""
+        """The number of lines in the log that contain the text."""
         return sum(text in line for line in self.log.splitlines())
 
     def wait_for_log(self, text: str, timeout: float = 20) -> None:

@@ -1,4 +1,4 @@
-"""Events of the types that are the server's own."""
+"""Events of the types that are reserved for the server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CONSTRAINT = "pg_eventstream_type_not_reserved"
 
 
 def send_as_before(database: Database, channel: str) -> None:
-    """An event of each type, as senders could before the table refused it, between others."""
+    """Send an event of each type, which the table used to accept, between other events."""
     with database.connect(autocommit=False) as sender:
         sender.execute(f"ALTER TABLE pg_eventstream_event DROP CONSTRAINT {CONSTRAINT}")
         for event_type in ["message", *TYPES, "message"]:

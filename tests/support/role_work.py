@@ -1,6 +1,6 @@
-"""The work of each role, all of it, against a database with a bit of everything in it.
+"""The complete work of each role, on a database that contains a bit of everything.
 
-Each takes the address of the database, with the role in it.
+Each function takes the address of the database, which includes the role.
 """
 
 from __future__ import annotations

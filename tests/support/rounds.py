@@ -1,4 +1,4 @@
-"""What a publisher does in one round, done here and once."""
+"""One round of a publisher, run in this process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.support.database import Database
 
 
 def publish_once() -> int:
-    """A whole round: sequence, publish, prune."""
+    """Run a whole round: sequence, publish, prune."""
     return Publisher(Connections("default")).run_once()
 
 
 def sequence(database: Database) -> None:
-    """What the publisher does first."""
+    """Sequence, as the publisher does first."""
     database.value("SELECT pg_eventstream_sequence()")
 
 
 def prune() -> None:
-    """Prune all that is sequenced, as if its retention were over."""
+    """Prune all sequenced events, as if they were older than the retention."""
     with override_settings(EVENTSTREAM_RETENTION=timedelta(microseconds=1), GRIP_URL=None):
         call_command("eventstream_prune", stdout=StringIO())

@@ -1,4 +1,4 @@
-"""What the tables hold, and since when."""
+"""The content of the tables, and its age."""
 
 from __future__ import annotations
 
