@@ -1,4 +1,4 @@
-"""Pages of other origins: who may read, who may not, and what a browser makes of it."""
+"""Pages of other origins: which may read, and which may not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def proxied() -> Iterator[None]:
 
 
 def ask(origin: str | None, path: str = STREAM, method: str = "GET", **headers: str) -> Any:
-    """The endpoint's answer to a request that a page of this origin makes."""
+    """The endpoint's response to a request from a page of this origin."""
     headers["Grip-Sig"] = signature()
     if origin is not None:
         headers["Origin"] = origin
@@ -34,20 +34,20 @@ def ask(origin: str | None, path: str = STREAM, method: str = "GET", **headers: 
 
 
 def ask_first(origin: str, **headers: str) -> Any:
-    """What a browser asks before it lets a page send headers of its own."""
+    """The browser's preflight before a page may send additional headers."""
     headers["Access-Control-Request-Method"] = "GET"
     return ask(origin, method="OPTIONS", **headers)
 
 
 def allowed(response: Any) -> dict[str, str]:
-    """The answer's CORS headers, without the beginning that they all have."""
+    """The CORS headers of the response, without their common prefix."""
     headers = {name.lower(): value for name, value in response.headers.items()}
     prefix = "access-control-"
     return {n.removeprefix(prefix): v for n, v in headers.items() if n.startswith(prefix)}
 
 
 def depends_on_origin(response: Any) -> bool:
-    """Whether a cache must keep the answers to different origins apart."""
+    """Whether caches must keep the responses to different origins apart."""
     return "origin" in response.headers.get("Vary", "").lower().split(", ")
 
 
@@ -134,7 +134,7 @@ def test_every_answer_says_who_may_read_it(database: Database) -> None:
         response = ask(PAGE, path)
         assert response.status_code == status
         assert allowed(response) == {"allow-origin": PAGE}
-        # A cache must not keep it for another page, nor this page's for lack of an Origin.
+        # A cache must not use it for another page, nor for a request without an Origin.
         for other in (PAGE, "https://evil.example", None):
             assert depends_on_origin(ask(other, path))
     assert allowed(Client().get(STREAM, headers={"Origin": PAGE})) == {"allow-origin": PAGE}  # 501

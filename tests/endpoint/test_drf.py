@@ -1,4 +1,4 @@
-"""Views of Django REST Framework: whom they let in, what they stream, and their page."""
+"""Views of Django REST Framework: whom they admit, what they stream, and their page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVENT_SOURCE = {"Accept": "text/event-stream"}
 
 @pytest.fixture(autouse=True)
 def project(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """These settings here, and in the servers of the test."""
+    """Use these settings here and in the servers of the test."""
     monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(DRF))
     with behind_a_proxy, override_settings(**DRF):
         yield
@@ -42,14 +42,14 @@ def origin() -> Origin:
 
 
 def refusal(answer: Answer) -> Any:
-    """The stream-error that the answer consists of."""
+    """The stream-error that is the whole response."""
     assert not any(name.startswith("Grip-") for name in answer.response.headers)
     [error] = answer.all
     assert error.type == "stream-error"
     return json.loads(error.data)
 
 
-# Addresses, their channels, and the names of the routes of their links.
+# URLs, their channels, and the names of the routes of their links.
 ADDRESSES = [
     ("/events/?channels=public-a,public-b", ["public-a", "public-b"], "events-next-link"),
     ("/events/?channels=public-a&channels=public-b", ["public-a", "public-b"], "events-next-link"),
@@ -89,7 +89,7 @@ def test_mounted_in_every_form_it_opens_the_streams_and_follows_its_links(
 
 
 def test_links_keep_the_prefix_that_the_server_took_off(origin: Origin) -> None:
-    with override_script_prefix("/app/"):  # as the handlers of Django's servers do
+    with override_script_prefix("/app/"):  # as Django's handlers do
         assert origin.ask("/function/").next_link.startswith("/app/function/next/")
         assert origin.ask("/events/public-a/").next_link.startswith("/app/events/next/")
 
@@ -292,7 +292,7 @@ def test_default_renderers_decide_whether_there_is_a_page(
 
 
 def schema(urlconf: str) -> dict[str, Any]:
-    """What ``manage.py spectacular --fail-on-warn --validate`` makes of a URLconf."""
+    """The schema by ``manage.py spectacular --fail-on-warn --validate`` for a URLconf."""
     script = (
         "import django; django.setup()\n"
         "from django.core.management import call_command\n"
@@ -361,7 +361,7 @@ def test_page_tells_whom_the_proxy_is_missing(origin: Origin) -> None:
     ("asgi", "settings", "hint"),
     [
         (True, {"GRIP_URL": None}, ""),
-        (True, {}, ""),  # past the proxy, which is no mistake: the stream comes from here
+        (True, {}, ""),  # past the proxy, which is allowed: the application streams
         (True, {"GRIP_PROXY_REQUIRED": True}, "Open it at the proxy"),
         (False, {}, "Open it at the proxy"),
         (False, {"GRIP_URL": None}, "an ASGI server"),

@@ -1,4 +1,4 @@
-"""Reading events in Python: ids to begin with, pages of what is kept."""
+"""Reading events in Python: ids to begin with, and pages of stored events."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_from_the_earliest_page_by_page(database: Database) -> None:
 
 
 def test_page_is_read_in_one_snapshot(database: Database) -> None:
-    """So that no sweep can come between the events and what the channel says of them."""
+    """Otherwise the pruner could run between reading the events and reading their channel."""
     send(database, "1", "2", "3")
     for start in ("earliest", "c:1", None):
         with CaptureQueriesContext(connection) as captured:
@@ -158,7 +158,7 @@ def test_pages_follow_each_other_without_a_gap(database: Database) -> None:
         last, more = page.last_event_id, page.more
     assert got == [(channel, n) for channel in "cd" for n in range(25)]
     assert get_events(["c", "d"], last).events == []
-    # Any event's id is one to go on from.
+    # One can continue from the id of any event.
     third = get_events(["c", "d"], "earliest").events[2]
     assert get_events(["c", "d"], third.id).events[0].data == "3"
 
@@ -236,7 +236,7 @@ def test_page_for_a_user_has_only_what_this_user_may_see(database: Database) -> 
         assert raised.value.channels == ["staff"]
 
 
-# The endpoint, called by a view of one's own
+# The endpoint called by a project's own view
 
 
 def my_events(request: HttpRequest, room: str) -> HttpResponseBase:

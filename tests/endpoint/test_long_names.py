@@ -1,4 +1,4 @@
-"""What opens resumes and goes on, however long the names of its channels are; or it is refused."""
+"""A stream that opens also resumes and continues, or is refused, with names of any length."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_streams_that_were_held_by_names_in_full_go_on(database: Database) -> No
     assert Origin().follow(answer).held
 
 
-# What is refused
+# Refusals
 
 
 def refusal(answer: Answer) -> str:
@@ -69,7 +69,7 @@ def test_link_that_is_too_long_for_a_request_line_is_refused_at_opening(
         answer = origin.ask("/events/", {"X-Names": f"letters,run,{length}"})
         held.append(answer.held)
         if answer.held:
-            # Also when it has the ids of all channels, each as long as it can be.
+            # Also with the ids of all channels at their maximum length.
             channels = tuple(sorted(names("letters", "run", length=length)))
             ids = {c: random.Random(c).randrange(10**17, 10**18) for c in channels}
             token = hold.sign(hold.Session(channels, "anonymous", ids))

@@ -1,4 +1,4 @@
-"""Where a project may mount the endpoint, and which channels the URLconf chooses."""
+"""Where a project can mount the endpoint, and which channels the URLconf selects."""
 
 from __future__ import annotations
 

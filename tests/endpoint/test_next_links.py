@@ -1,4 +1,4 @@
-"""Next links, by which a stream goes on: what they are worth, and to whom."""
+"""Next links, by which a stream continues: what they allow, and to whom."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def is_refused(origin: Origin, link: str) -> bool:
     return answer.status == 403
 
 
-# What a link is
+# The content of a link
 
 
 def test_equal_sessions_get_equal_links_so_that_the_proxy_fetches_them_once(
@@ -71,7 +71,7 @@ def test_different_sessions_never_share_a_link(origin: Origin) -> None:
         for cookie in ("", ann, bob)
         for channels in (["a"], ["b"], ["a", "b"], ["a,b"])
     ]
-    # What differs stands in the path: the proxy ignores the query when it shares.
+    # The differences are in the path, because the proxy ignores the query when it shares.
     assert len({link.partition("?")[0] for link in links}) == 12
 
 
@@ -140,7 +140,7 @@ def test_held_stream_goes_on_from_what_the_proxy_sent_and_not_from_where_it_open
     assert origin.ask(link, {"Grip-Last": "events-c; last-id=1"}).data == ["1"]
 
 
-# Whose stream it is
+# The user of a stream
 
 
 def test_stream_of_a_user_who_is_gone_ends(origin: Origin) -> None:

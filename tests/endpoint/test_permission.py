@@ -1,4 +1,4 @@
-"""Who may read, and what becomes of open streams when that changes."""
+"""Who may read, and what happens to open streams when that changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.rounds import sequence
 
 @pytest.fixture(autouse=True, params=["Members"])
 def manager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The channel manager of the test's servers; parametrize indirectly with another."""
+    """Set the channel manager of the test's servers; parametrize indirectly with another."""
     settings = {
         "EVENTSTREAM_CHANNELMANAGER_CLASS": f"tests.project.channelmanagers.{request.param}",
         "EVENTSTREAM_CHANNEL_LIMIT": 19,
@@ -81,7 +81,7 @@ def test_user_without_a_primary_key_is_no_one_whose_streams_could_end(database: 
     ]
 
 
-# Channels of our own
+# Reserved channels
 
 
 @behind_a_proxy
@@ -95,7 +95,7 @@ def test_nobody_reads_or_sends_on_a_channel_of_our_own(database: Database) -> No
         send_event(permission.CHANGES, "message", "x")
 
 
-# Who the user is
+# The user
 
 
 @behind_a_proxy
@@ -106,7 +106,7 @@ def test_manager_sees_the_request_and_says_who_the_user_is(database: Database) -
     ask = {"Authorization": "Bearer user-ann"}
     stream = origin.ask("/events/?channel=of%20ann", ask)
     assert stream.held
-    # The proxy's own requests have no token, and go on as the same user.
+    # The proxy's own requests have no token and continue as the same user.
     assert origin.follow(stream).held
     assert origin.ask("/events/?channel=of%20bob", ask).control["stream-error"]
     assert origin.open("of ann").control["stream-error"]

@@ -1,4 +1,4 @@
-"""What the endpoint refuses, and that hostile input is refused in order: no 500, no injection."""
+"""What the endpoint refuses. Hostile input is refused properly: no 500, no injection."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def send(database: Database, channel: str, *data: str) -> None:
 
 
 def error_of(answer: Answer) -> Any:
-    """The stream-error that the answer consists of; nothing is held, nothing follows."""
+    """The stream-error that is the whole response. Nothing is held, nothing follows."""
     assert answer.status == 200
     assert answer.response["Content-Type"] == "text/event-stream; charset=utf-8"
     assert not any(name.startswith("Grip-") for name in answer.response.headers)
@@ -52,7 +52,7 @@ def test_more_channels_than_the_limit_are_a_bad_request(origin: Origin) -> None:
         error = error_of(origin.open("a", "b", "c", "d"))
     assert error["condition"] == "bad-request"
     assert "4 > 3" in error["text"]
-    with override_settings(EVENTSTREAM_CHANNEL_LIMIT=100):  # more than a proxy holds
+    with override_settings(EVENTSTREAM_CHANNEL_LIMIT=100):  # more than a proxy allows
         assert origin.open(*map(str, range(19))).held
         assert "20 > 19" in error_of(origin.open(*map(str, range(20))))["text"]
 
@@ -73,7 +73,7 @@ def test_client_cannot_resume_after_a_stream_error(origin: Origin) -> None:
         origin.open("c", last_event_id="error"),
         origin.open("c", lastEventId=["c:1", "error"]),
     ):
-        # A status other than 200 is what makes an EventSource stop trying.
+        # Only a status other than 200 makes an EventSource stop reconnecting.
         assert answer.status == 400
         assert not any(name.startswith("Grip-") for name in answer.response.headers)
 

@@ -1,4 +1,4 @@
-"""By some types of events the server speaks of the stream itself: nobody else sends these."""
+"""Some types of events are reserved for the server, which reports on the stream by them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.origin import Origin, behind_a_proxy
 from tests.support.reserved_types import CONSTRAINT, TYPES, send_as_before
 from tests.support.rounds import sequence
 
-#: To an EventSource, types are what they are, to the letter.
+#: An EventSource compares types exactly.
 OTHERS = ["Stream-Error", "stream-error ", " keep-alive", "stream-closed", "error", "open"]
 
 

@@ -1,4 +1,4 @@
-"""Signatures and links: made for one purpose, worth nothing for any other, nor to anybody else."""
+"""Signatures and links are valid for one purpose and for one holder only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def in_base64(data: bytes) -> str:
 
 
 def sealed(header: Any, claims: Any, key: str = KEY, digest: str = "sha256") -> str:
-    """A token with anything in it, sealed as HS256 tokens are; PyJWT would refuse to make it."""
+    """A token with any content, signed like HS256 tokens. PyJWT would refuse to make it."""
     head, body = (
         in_base64(part if isinstance(part, bytes) else json.dumps(part).encode())
         for part in (header, claims)
@@ -156,7 +156,7 @@ def test_link_is_nothing_else_that_the_application_signs() -> None:
 def test_link_works_for_as_long_as_the_proxy_needs_it(
     cursor: dict[str, int] | None, works: int, refused: int
 ) -> None:
-    """Behind a page the proxy asks at once; and it needs to say nothing that only it can say."""
+    """The proxy requests the next link right after a page, and needs to send no secret."""
     hour = time.time() // 3600 * 3600
     with mock.patch("pg_eventstream.grip.hold.time") as clock:
         clock.time.return_value = hour
@@ -172,7 +172,7 @@ def test_link_works_for_as_long_as_the_proxy_needs_it(
 
 
 def test_seals_are_compared_in_constant_time() -> None:
-    """By the functions that are there for it, however much of a seal is right."""
+    """By the functions made for it, no matter how much of a signature is correct."""
     token = hold.sign(SESSION)
     with mock.patch(
         "django.core.signing.constant_time_compare", wraps=constant_time_compare
@@ -187,7 +187,7 @@ def test_seals_are_compared_in_constant_time() -> None:
         assert Client().get("/events/?channel=c", headers=headers).status_code == 200
         headers["Grip-Sig"] = sealed(HS256, good(), "another key")
         assert Client().get("/events/?channel=c", headers=headers).status_code == 501
-    assert compare.call_count >= 2  # once more for what the log says
+    assert compare.call_count >= 2  # and once for the log
 
 
 # Logs

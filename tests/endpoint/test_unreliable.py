@@ -1,4 +1,4 @@
-"""Unreliable channels: no ids, no replay, gone soon; and still transactional."""
+"""Unreliable channels: no ids, no replay, pruned soon; and still transactional."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.sse_client import SSEClient
 
 @pytest.fixture(autouse=True)
 def volatile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Channels whose name begins with "volatile" are unreliable, here and in the servers."""
+    """Make channels whose names begin with "volatile" unreliable, here and in the servers."""
     settings = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.Volatile"}
     monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(settings))
     with override_settings(**settings):
@@ -69,7 +69,7 @@ def kept(database: Database) -> list[str]:
 def test_unreliable_events_are_pruned_after_a_minute_whoever_took_them(
     database: Database, channel: str, taken: int
 ) -> None:
-    # Not sooner: a process that streams by itself may not have read yet what a proxy has.
+    # Not sooner: a process that streams directly can be behind a proxy.
     send(f"volatile{channel}", "1", "2", "3")
     send(channel, "stays")
     sequence(database)
@@ -133,7 +133,7 @@ def test_manager_that_fails_stops_nothing(
 def test_change_of_permission_is_kept_like_a_reliable_event(
     database: Database, channel: str, proxied: bool
 ) -> None:
-    # However late a proxy or a process is, it ends the streams that may not go on.
+    # A proxy or a process that is late still ends the streams that may not continue.
     permission.channel_permission_changed(None, channel)
     sequence(database)
     database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '23 hours'")

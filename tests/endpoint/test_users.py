@@ -1,4 +1,4 @@
-"""Visitors are nobody's user: not even of one whose primary key is the text "anonymous"."""
+"""Visitors are not users, not even a user whose primary key is the text "anonymous"."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_who_is_skipped_misses_the_event_and_nobody_else_does(
     send_event("public", "message", 1, skip_user_ids=[user(key) if how == "users" else key])
     sequence(database)
     skipped = {k for k in KEYS if not get_events(["public"], "earliest", user=user(k)).events}
-    # The bare text says both: so that nobody gets what was not for him.
+    # The bare text stands for both, so that no one receives an event that skips them.
     assert skipped == ({key, None} if (how, key) == ("keys", "anonymous") else {key})
 
 

@@ -1,4 +1,4 @@
-"""What nobody would notice stands in the log: what is wrong, what to do, and not too often."""
+"""Silent faults are logged: what is wrong and what to do, and not too often."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GRIP = "django_grip.GripMiddleware"
 
 @pytest.fixture(autouse=True)
 def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing has been logged yet."""
+    """Reset the warnings that are logged once."""
     for module in (next_links, signatures, liveness):
         monkeypatch.setattr(module, "_rarely", Rarely())
     monkeypatch.setattr(liveness, "_look_is_due", Rarely())
@@ -90,7 +90,7 @@ def test_what_no_proxy_asks_is_not_logged(caplog: Log) -> None:
             Client().get(path, headers=headers)
     # Links of another application with such channels, which has a view for them.
     Client().get("/rooms/a/events/", headers={"Grip-Sig": signature(), **last})
-    # An answer of ours is an answer, whatever it is.
+    # Any response of this package counts.
     for path in (link, f"{link}x"):
         assert Client().get(path, headers={"Grip-Sig": signature()}).status_code in (403, 404)
     assert said(caplog, next_links) == []
@@ -175,7 +175,7 @@ def test_what_was_said_is_said_again_after_a_while(monkeypatch: pytest.MonkeyPat
 
 
 def lead(database: Database, *names: str, silent: float = 0) -> None:
-    """Leave behind what a publisher to these proxies does, so many seconds after it died."""
+    """Leave the traces of a publisher to these proxies that died some seconds ago."""
     with database.connect() as leader:
         proxies = [Proxy({"control_uri": name}) for name in names]
         publisher._register(leader, "host:1", proxies)
@@ -267,7 +267,7 @@ def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_in_the_tests_of_a_project_nobody_looks(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A further connection would keep the test database from being removed."""
+    """Another connection would prevent the removal of the test database."""
     looks: list[object] = []
     monkeypatch.setattr(liveness, "in_background", looks.append)
     setup_test_environment()

@@ -1,4 +1,4 @@
-"""How the tests are laid out: files of tests do not lean on each other."""
+"""The layout of the tests: no test file depends on another."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FILES = sorted(
 
 
 def imported(source: str) -> Iterator[str]:
-    """The modules that a file of tests may import by its import statements, within functions too.
+    """The modules that a test file can import, also within functions.
 
-    "from tests.a import b" may mean the module tests.a.b.
+    "from tests.a import b" can mean the module tests.a.b.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -29,7 +29,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 def is_of_tests(module: str) -> bool:
-    """Whether pytest collects it, or reads fixtures from it."""
+    """Whether pytest collects this module or reads fixtures from it."""
     name = module.rpartition(".")[2]
     return module.startswith(("tests.", ".")) and (name.startswith("test_") or name == "conftest")
 

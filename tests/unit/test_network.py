@@ -1,6 +1,6 @@
-"""The network that tests break: it does to connections what it says.
+"""The network that tests break does to connections what it promises.
 
-Whether it cuts, falls silent and heals is evident in the tests that use it.
+The tests that use it show whether it cuts, falls silent and heals.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def test_answer_is_cut_where_it_should_be(network: Network) -> None:
     network.cut_after(15_000, reset=False)
     with pytest.raises(http.client.IncompleteRead) as raised:
         ask(network)
-    assert 14_000 < len(raised.value.partial) < 15_000  # the headers count, too
+    assert 14_000 < len(raised.value.partial) < 15_000  # the headers count as well
     network.cut_after(5, reset=False)
     with pytest.raises(http.client.BadStatusLine):
         ask(network)

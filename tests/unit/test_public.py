@@ -39,14 +39,14 @@ def test_no_other_name_is_public() -> None:
 
 def test_sending_synchronously_and_asynchronously_takes_the_same_arguments() -> None:
     names = ["channel", "event_type", "data", "skip_user_ids"]
-    # As django-eventstream's callers have it, who may give async_publish by position.
+    # As in django-eventstream, whose callers can pass async_publish by position.
     expected = [*names, "async_publish", "json_encode", "using"]
     for function in (send_event, asend_event):
         parameters = inspect.signature(function).parameters
         assert list(parameters) == expected
         assert [p.default for p in parameters.values()][3:] == [None, True, True, None]
     assert inspect.iscoroutinefunction(asend_event)
-    # What NewEvent holds is what send_event takes.
+    # The fields of NewEvent are the arguments of send_event.
     assert list(NewEvent._fields) == [*names, "json_encode"]
 
 
@@ -74,7 +74,7 @@ def test_models_of_any_app_may_import_it(tmp_path: Path) -> None:
     app.mkdir()
     (app / "__init__.py").write_text("from pg_eventstream import send_event\n")
     (app / "models.py").write_text("from pg_eventstream import send_event\n")
-    # Before ours in INSTALLED_APPS, so that it is imported before our models are.
+    # Before pg_eventstream in INSTALLED_APPS, so that it is imported before the models.
     program = """
 from django.conf import settings
 settings.configure(INSTALLED_APPS=["shop", "pgtrigger", "pg_eventstream"])

@@ -1,4 +1,4 @@
-"""Where the tables go: the router and the migrations decide without a server."""
+"""Placement of the tables: the router and the migrations decide without a server."""
 
 from __future__ import annotations
 

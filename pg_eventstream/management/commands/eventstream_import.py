@@ -81,7 +81,7 @@ def _summarize(imported: Imported, *, dry_run: bool) -> list[str]:
     if imported.known:
         lines.append(
             f"{len(imported.known)} channels left unchanged, because they already have events"
-            f" here: {_join_names(imported.known)}."
+            f" here, imported or new: {_join_names(imported.known)}."
         )
     lines += [f"Channel {name!r} left out: {why}" for name, why in imported.refused.items()]
     return lines
