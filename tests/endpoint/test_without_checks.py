@@ -106,7 +106,7 @@ def test_first_request_logs_what_the_checks_would_have_said(
         expected = {message.id: message for message in checks.check_settings()}
         for _ in range(2):
             Client(raise_request_exception=False).get("/nothing/")
-    logged = [r.getMessage() for r in caplog.records if r.name == first_use.__name__]
+    logged = [r.getMessage() for r in caplog.records if r.name == first_use.logger.name]
     assert len(logged) == len(expected)  # once
     message = expected[f"pg_eventstream.{number}"]
     assert f"{message.msg} {message.hint} (pg_eventstream.{number})" in logged

@@ -13,7 +13,7 @@ Log = pytest.LogCaptureFixture
 
 
 def said(log: Log, module: Any) -> list[str]:
-    return [record.getMessage() for record in log.records if record.name == module.__name__]
+    return [record.getMessage() for record in log.records if record.name == module.logger.name]
 
 
 # A publisher that does not run
