@@ -7,7 +7,7 @@ VENV ?= .venv
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults coverage soak bench lint format docs sql js clean
+.PHONY: help demo quick test test-faults coverage soak bench lint format docs sql js clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ help: ## show this list
 demo: $(VENV)/.installed-demo ## show events in a browser; ARGS=--check runs a check without one; PROXY=pushpin adds Pushpin
 	@$(if $(filter pushpin,$(PROXY)),.ci/need pushpin)
 	@$(VENV)/bin/python -m pg_eventstream.demo $(PROXY:%=--proxy %) $(ARGS)
+
+quick: $(VENV)/.installed-dev ## run the tests that need only Python and its wheels; ARGS is passed to pytest
+	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile tests/unit tests/integration tests/endpoint $(ARGS)
 
 test: lint ## lint, then run all tests; ARGS is passed to pytest
 	@.ci/need pushpin node npm chromium pgbouncer nginx curl

@@ -25,6 +25,7 @@ from tests.support.application import Serve, application
 from tests.support.control_port import ControlPort
 from tests.support.database import ADDRESS, Database, new_database, running_postgres
 from tests.support.environment import DIRECTORY, KEY, THOROUGH, child_environment, directory
+from tests.support.folders import misplaced
 from tests.support.programs import installed
 from tests.support.publisher import NewPublisher, PublisherProcess
 from tests.support.sse_client import OpenStream, SSEClient
@@ -57,23 +58,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
-#: The fixtures that start a program, and the folders whose tests need only wheels (`make quick`),
-#: with the fixtures that their tests may use.
-STARTING = {"postgres", "pushpin", "second_pushpin", "app", "serve", "new_publisher"}
-STARTING |= {"browser", "node_directory"}
-QUICK: dict[str, set[str]] = {"unit": set(), "integration": {"postgres"}, "endpoint": {"postgres"}}
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         item.add_marker(folder)
-        started = STARTING.intersection(getattr(item, "fixturenames", ()))
-        if folder in QUICK and started - QUICK[folder]:
-            raise pytest.UsageError(
-                f"{item.nodeid} starts {', '.join(sorted(started))}, which tests in {folder}/ do"
-                " not. Move it to acceptance/ or faults/."
-            )
+        if wrong := misplaced(folder, getattr(item, "fixturenames", ())):
+            raise pytest.UsageError(f"{item.nodeid}: {wrong}")
     if not THOROUGH:
         long = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if item not in long]

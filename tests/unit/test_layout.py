@@ -1,12 +1,17 @@
-"""The layout of the tests: no test file depends on another."""
+"""The layout of the tests: what each folder needs, and that no test file depends on another."""
 
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.folders import misplaced
 
 TESTS = Path(__file__).parents[1]
 FILES = sorted(
@@ -59,3 +64,41 @@ def test_no_file_imports_a_test_or_a_conftest() -> None:
         if is_of_tests(module)
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "fixtures", "started"),
+    [
+        ("unit", ["tmp_path", "control"], ""),
+        ("unit", ["database", "postgres"], "postgres"),
+        ("integration", ["database", "postgres"], ""),
+        ("endpoint", ["postgres", "pushpin", "app"], "app, pushpin"),
+        ("acceptance", ["postgres", "pushpin", "app"], ""),
+    ],
+)
+def test_test_that_starts_too_much_is_refused(
+    folder: str, fixtures: list[str], started: str
+) -> None:
+    reason = misplaced(folder, fixtures)
+    assert (f"do not start {started};" in reason) if started else reason == ""
+
+
+def test_unit_tests_need_no_server(tmp_path: Path) -> None:
+    """All but those that start a Python themselves, where there is no other program."""
+    files = [
+        path
+        for path in (TESTS / "unit").glob("test_*.py")
+        if "import subprocess" not in path.read_text(encoding="utf-8")
+    ]
+    assert len(files) > 4
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        cwd=TESTS.parent,
+        env={**os.environ, "PATH": str(tmp_path), "PG_EVENTSTREAM_TEST_POSTGRES": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
