@@ -137,6 +137,7 @@ class Postgres(Server):
     def _prepare(self, user: str | None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         account = None if user is None else pwd.getpwnam(user)
+        self.program("postgres")  # it is there, or the error says so
         if account is not None:
             self._place = reachable(account, self.directory)
             self._server_bin_dir = runnable(account, self.bin_dir, self._place)
