@@ -1,39 +1,42 @@
-# Needs python3 and make. As root on Debian it installs what else is missing; otherwise it says
-# what that is. PYTHON=python3.12 chooses another Python for .venv,
-# and VENV=DIRECTORY another directory.
+# Needs python3 and make. As root on Debian it installs all other programs that are missing;
+# otherwise it lists them. PYTHON=python3.12 uses another Python for .venv, and VENV=DIRECTORY
+# another directory.
 
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults coverage soak bench lint format docs sql js clean
+.PHONY: help demo quick test test-faults coverage soak bench lint format docs sql js clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-demo ## events in a browser; ARGS=--check checks without one; PROXY=pushpin adds Pushpin
+demo: $(VENV)/.installed-demo ## show events in a browser; ARGS=--check runs a check without one; PROXY=pushpin adds Pushpin
 	@$(if $(filter pushpin,$(PROXY)),.ci/need pushpin)
 	@$(VENV)/bin/python -m pg_eventstream.demo $(PROXY:%=--proxy %) $(ARGS)
 
-test: lint ## lint, then run the tests; ARGS goes to pytest
+quick: $(VENV)/.installed-dev ## run the tests that need only Python and its wheels; ARGS is passed to pytest
+	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile tests/unit tests/integration tests/endpoint $(ARGS)
+
+test: lint ## lint, then run all tests; ARGS is passed to pytest
 	@.ci/need pushpin node npm chromium pgbouncer nginx curl
 	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
-test-faults: lint ## faults of every kind, again and again; PG_EVENTSTREAM_TEST_SEED repeats a run
+test-faults: lint ## run the tests with faults, many times; PG_EVENTSTREAM_TEST_SEED repeats a run
 	@.ci/need pushpin node npm chromium pgbouncer nginx curl
 	PG_EVENTSTREAM_TEST_THOROUGH=1 $(VENV)/bin/pytest --numprocesses=2 --dist=loadfile -m faults $(ARGS)
 
-soak: $(VENV)/.installed-dev ## days of work in 10 minutes, with small faults; ARGS="--minutes 60 --calm"
+soak: $(VENV)/.installed-dev ## simulate days of work in 10 minutes, with small faults; ARGS="--minutes 60 --calm"
 	@.ci/need pushpin
 	$(VENV)/bin/python -m tests.soak $(ARGS)
 
-bench: ## measure everything against its peers; ARGS=--quick for a rough idea
+bench: ## run the benchmarks, also of other libraries; ARGS=--quick for rough figures
 	@.ci/need pushpin
 	@VENV=.venv-bench .ci/install bench
 	.venv-bench/bin/python -m benchmarks $(ARGS)
 
-coverage: $(VENV)/.installed-dev ## run the tests as `make test` does, and say which lines and branches they miss
+coverage: $(VENV)/.installed-dev ## run the tests and list the lines and branches that they miss
 	@.ci/need pushpin node npm chromium pgbouncer nginx curl
 	$(VENV)/bin/coverage erase
 	$(VENV)/bin/coverage run -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
@@ -46,11 +49,11 @@ lint: $(VENV)/.installed-dev ## ruff, mypy and spelling
 	$(VENV)/bin/mypy
 	$(VENV)/bin/typos
 
-format: $(VENV)/.installed-dev ## format the code, and mend what ruff can mend
+format: $(VENV)/.installed-dev ## format the code, and fix what ruff can fix
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-docs: $(VENV)/.installed-docs ## the documentation as HTML, in docs/_build; a warning is an error
+docs: $(VENV)/.installed-docs ## build the documentation as HTML in docs/_build; warnings are errors
 	$(VENV)/bin/python -m sphinx -nW --keep-going -q docs docs/_build
 	@echo "Open docs/_build/index.html"
 

@@ -1,8 +1,8 @@
-"""All benchmarks, one after the other, then their plots and the tables in docs/benchmarks.md.
+"""Runs all benchmarks in turn, then writes their plots and the tables in docs/benchmarks.md.
 
     python -m benchmarks [--quick] [NAME ...]
 
-A quick run prints its tables, and leaves the documentation and the results of full runs alone.
+A quick run prints its tables and does not change the documentation or the results of full runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(NAMES)}")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds of less, for a rough idea"
+        "--quick", action="store_true", help="fewer and shorter rounds, for rough figures"
     )
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
@@ -29,7 +29,7 @@ def main() -> None:
     failed = [
         name
         for name in names
-        # Each in a process of its own: none inherits what another has loaded or set.
+        # Each in a separate process, so that none inherits modules or settings from another.
         if subprocess.run(
             [sys.executable, "-m", f"benchmarks.{name}", *quick], check=False
         ).returncode

@@ -1,4 +1,4 @@
-"""sequence() as it was: a whole backlog with one statement, under a lock of the cursor's table."""
+"""The previous sequence(): a whole backlog in one statement, with a lock on the cursor's table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backlog of events, and who receives it: for the benchmarks that drain one."""
+"""A backlog of events and its receivers, for the benchmarks that drain one."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ SELECT %s, format('{"n": %%s, "text": "%%s"}', n, repeat('a line of a chat, ', 5
 
 
 def configure() -> None:
-    """Let this process import the library, for what it measures or prepares by itself."""
+    """Let this process import the library, for measurements in the process itself."""
     os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.project.settings"
     django.setup()
 
 
 def fill(connection: psycopg.Connection[Any], channel: str, count: int) -> None:
-    """Commit so many events of about 110 characters, numbered from 1, 100 a transaction."""
-    connection.execute("SET synchronous_commit = off")  # only now: nothing is measured here
+    """Commit ``count`` events of about 110 characters, numbered from 1, 100 per transaction."""
+    connection.execute("SET synchronous_commit = off")  # only here, where nothing is measured
     for first in range(1, count + 1, TRANSACTION):
         connection.execute(INSERT, [channel, first, min(first + TRANSACTION - 1, count)])
     connection.execute("RESET synchronous_commit")
 
 
 def empty(connection: psycopg.Connection[Any]) -> None:
-    """Forget all events; positions go on."""
+    """Remove all events. Positions continue."""
     connection.execute(
         "TRUNCATE pg_eventstream_event, pg_eventstream_outbox, pg_eventstream_stream"
     )
 
 
 class Receiver:
-    """Another process, in which a client reads a stream of one channel."""
+    """A separate process in which a client reads the stream of one channel."""
 
     def __init__(self, results: Connection) -> None:
         self._results = results
 
     def finished(self) -> float:
-        """When the last event came (`time.monotonic`). Fails if one is missing or misplaced."""
+        """When the last event arrived (`time.monotonic`). Fails if one is missing or misplaced."""
         result = self._results.recv()
         assert isinstance(result, float), result
         return result
@@ -65,7 +65,7 @@ class Receiver:
 
 @contextmanager
 def receiver(port: int, channel: str, count: int) -> Iterator[Receiver]:
-    """A client that waits for so many events, numbered from 1; its stream is open."""
+    """A client with an open stream that waits for ``count`` events, numbered from 1."""
     context = get_context("spawn")
     results, ours = context.Pipe()
     process = context.Process(target=_receive, args=[ours, port, channel, count], daemon=True)
@@ -80,10 +80,10 @@ def receiver(port: int, channel: str, count: int) -> Iterator[Receiver]:
 
 def _receive(results: Connection, port: int, channel: str, count: int) -> None:
     async def receive() -> None:
-        # HTTP/1.0: the proxy's chunks would cut events in two.
+        # HTTP/1.0, because the proxy's chunks would split events.
         async with Streams(port, 1, channel, version="1.0") as streams:
-            # A second after a stream is opened Pushpin asks the origin what was published
-            # meanwhile; from then on it is alone.
+            # A second after a stream is opened, Pushpin asks the origin what was published since
+            # then. Wait until it has done so.
             await asyncio.sleep(2)
             streams.expect(count)
             results.send("open")
@@ -91,13 +91,15 @@ def _receive(results: Connection, port: int, channel: str, count: int) -> None:
             (stream,) = streams.streams
             numbers = stream.numbers.tolist()
             exact = numbers == list(range(1, count + 1))
-            results.send(streams.last_time if exact else f"{len(numbers)} of {count} events came")
+            results.send(
+                streams.last_time if exact else f"{len(numbers)} of {count} events arrived"
+            )
 
     asyncio.run(receive())
 
 
 def post(port: int, bodies: list[bytes]) -> None:
-    """Hand the batches to a Pushpin, one after the other: the least that a client can do."""
+    """Post the batches to a Pushpin, one after the other, with as little code as possible."""
     for body in bodies:
         head = (
             f"POST /publish/ HTTP/1.1\r\nHost: {HOST}\r\n"
@@ -112,7 +114,7 @@ def post(port: int, bodies: list[bytes]) -> None:
 
 
 class Stomp:
-    """As much of a STOMP broker as a sender needs: it counts what it gets."""
+    """A minimal STOMP broker that counts the messages it gets."""
 
     def __init__(self) -> None:
         self.received = 0

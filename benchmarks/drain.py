@@ -1,16 +1,17 @@
-"""How fast a backlog goes out: events per second, sequenced and published to Pushpin.
+"""How fast a backlog is published: events per second, sequenced and published to Pushpin.
 
-Some hundred thousand events are committed while no publisher runs. Then it starts; measured
-from when it leads until a client has the last event. Compared, in turns, into the same Pushpin:
+Some hundred thousand events are committed while no publisher runs. Then it starts. The time is
+measured from when it leads until a client has the last event. Compared, in turns, with the same
+Pushpin:
 
     publisher   manage.py eventstream_publisher: sequences, reads, encodes, publishes
-    bare loop   the same bodies, prepared beforehand, from memory over a bare socket
+    bare loop   the same bodies, prepared in memory, sent over a bare socket
 
-without a subscriber (but for one that waits for a single event behind all others), and with
-a subscriber, who must get every event, once and in order.
+without a subscriber (except one that waits for a single event after all others), and with a
+subscriber, which must get every event once and in order.
 
-Beside them, sequencing alone, and the relay of django-outbox-pattern, `manage.py publish`, to a
-broker that does nothing but count: from its first message to its last, without its COMMIT.
+Also measured: sequencing alone, and the relay of django-outbox-pattern, `manage.py publish`, with
+a broker that only counts, from its first message to its last, without its COMMIT.
 
     python -m benchmarks.drain [--quick] [--rounds 3]
 """
@@ -24,8 +25,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pg_eventstream.grip import items
 from pg_eventstream.servers.processes import free_port, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
+from pg_eventstream.stream_event import StreamEvent
 
 from . import report
 from .backlog import Stomp, configure, empty, fill, post, receiver
@@ -39,7 +42,7 @@ _turns = itertools.count(1)
 
 
 class Drain:
-    """One backlog after another, each on a channel that the proxy has not seen."""
+    """Publishes one backlog after another, each on a channel that is new to the proxy."""
 
     def __init__(self, database: Database, proxy: Pushpin, events: int) -> None:
         self._database, self._proxy, self._events = database, proxy, events
@@ -53,7 +56,7 @@ class Drain:
             fill(connection, backlog, self._events)
             fill(connection, f"end-{turn}", 1)
         awaited = (backlog, self._events) if subscribed else (f"end-{turn}", 1)
-        # Its stream is open before anything is sequenced: it is to get all of it.
+        # The stream is open before anything is sequenced, so that the client gets all events.
         with receiver(self._proxy.port, *awaited) as client:
             if way == BARE:
                 bodies = self._bodies()
@@ -82,19 +85,17 @@ class Drain:
         return self._events / seconds
 
     def _bodies(self) -> list[bytes]:
-        """What the publisher would post."""
-        from pg_eventstream.grip import items
-        from pg_eventstream.stream_event import decode
+        """The request bodies that the publisher would post."""
 
         with self._database.connect() as connection:
             while connection.execute("SELECT pg_eventstream_sequence()").fetchone() != (0,):
                 pass
             rows = connection.execute(
-                "SELECT position, s.channel, eid, prev, type, data, skip_user_ids"
+                "SELECT position, s.channel, eid, type, data, skip_user_ids"
                 "  FROM pg_eventstream_stream AS s JOIN pg_eventstream_event AS e"
                 "    ON e.id = s.event_id ORDER BY position"
             )
-            return [batch.body for batch in items.batches(decode(*row) for row in rows)]
+            return [batch.body for batch in items.batches(StreamEvent(*row) for row in rows)]
 
     def _led_since(self) -> float:
         since = self._database.value(
@@ -131,7 +132,7 @@ def peer_rate(database: Database, stomp: Stomp, events: int) -> float:
 
 @contextmanager
 def stomp_server(port: int) -> Iterator[Stomp]:
-    """In a thread of this process, which does nothing else meanwhile."""
+    """Serve in a thread of this process, which does nothing else at the same time."""
     stomp, loop = Stomp(), asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(stomp.serve, "127.0.0.1", port))
     thread = threading.Thread(target=loop.run_forever)
@@ -164,7 +165,7 @@ def benchmark(options: report.Options) -> Report:
             server,
             "outbox",
             PEER,
-            ROOT_URLCONF="django.contrib.auth.urls",  # any will do
+            ROOT_URLCONF="django.contrib.auth.urls",  # it needs one, but uses none of its URLs
             DJANGO_OUTBOX_PATTERN={"DEFAULT_STOMP_HOST_AND_PORTS": [["127.0.0.1", stomp_port]]},
         )
         drain = Drain(ours, proxy, events)

@@ -1,12 +1,12 @@
 """What one process streams to many clients: deliveries per second, and latency.
 
-One uvicorn process streams one channel to 100 and to 1,000 clients, without a proxy, first
-built with pg_eventstream and then with django-eventstream (its ASGI mode, events stored in
-the same PostgreSQL), in turns. Each event is committed on its own by a view of that process.
+One uvicorn process streams one channel to 100 and to 1,000 clients, without a proxy. It runs
+pg_eventstream and django-eventstream (in its ASGI mode, with events stored in the same PostgreSQL)
+in turns. A view of that process commits each event in a separate transaction.
 
     burst     events are sent as fast as the view can; deliveries per second from the first
               commit until the last client has the last event
-    latency   events are sent at a rate that both can keep up with; from an event's commit to
+    latency   events are sent at a rate that both can sustain; the time from an event's commit to
               its arrival at a client, over all clients
 
     python -m benchmarks.fanout [--quick] [--rounds 3]
@@ -59,7 +59,7 @@ def benchmark(options: report.Options) -> Report:
                         f" p50 {measured[1]:.1f} ms, p99 {measured[2]:.1f} ms",
                     )
                     found.facts[f"{count} streams, {database.name}: connections"] = connections
-                    found.facts[f"{count} streams, {database.name}: kB a stream"] = round(memory)
+                    found.facts[f"{count} streams, {database.name}: kB per stream"] = round(memory)
     for name in (OURS, PEER):
         for fault in ("lost", "repeated"):
             found.facts[f"{name}: deliveries {fault}"] = faults[f"{name} {fault}"]
@@ -69,9 +69,9 @@ def benchmark(options: report.Options) -> Report:
 async def measure(
     site: Site, database: Database, count: int, seconds: float, faults: Counter[str]
 ) -> tuple[float, float, float, int, float]:
-    """Deliveries per second; p50 and p99 in ms; connections; kB a stream."""
+    """Deliveries per second; p50 and p99 in ms; connections; kB per stream."""
     name = database.name
-    await site.send(0, 1)  # all that is loaded late
+    await site.send(0, 1)  # loads everything that is loaded lazily
     before = site.memory()
     async with Streams(site.port, count) as streams:
         memory = (site.memory() - before) / count
@@ -88,7 +88,7 @@ async def measure(
             faults[f"{name} lost"] += events - different
             faults[f"{name} repeated"] += len(numbers) - different
             if name == OURS:
-                assert numbers == list(range(1, events + 1)), "an event is lost, or out of order"
+                assert numbers == list(range(1, events + 1)), "an event is missing or out of order"
         rate = delivered / (streams.last_time - committed[0])
 
         latencies: list[float] = []

@@ -1,9 +1,9 @@
-"""The least that takes an event from a commit to a stream: NOTIFY, LISTEN, POST.
+"""The minimum that forwards an event from a commit to a stream: NOTIFY, LISTEN, POST.
 
-What one would write by hand on an afternoon, with no place in a sequence, no order and no
-second chance: an event is lost when this process does not run, or the proxy does not answer.
-`latency` compares with it. Arguments: the DSN, the proxy's control port, and a port to be
-the proxy's origin on, which holds every request as a stream.
+It is what one could write in an afternoon, without a sequence, an order or a retry: an event is
+lost if this process does not run or the proxy does not answer. `latency` compares with it. The
+arguments are the DSN, the proxy's control port, and the port of the proxy's origin, which this
+process serves: it holds every request as a stream.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(dsn: str, control_port: str, origin_port: str) -> None:
         origin = HTTPServer(("127.0.0.1", int(origin_port)), Origin)
         threading.Thread(target=origin.serve_forever, daemon=True).start()
         while True:
-            # What has arrived together goes out together.
+            # Events that arrived together are posted together.
             arrived = [notify.payload for notify in connection.notifies(stop_after=1)]
             post(int(control_port), arrived)
 

@@ -1,9 +1,9 @@
 """What the number of followed channels costs a process that streams without a proxy.
 
-Its hub reads the stream page by page. In turns, clients follow 100 channels and 50,000, one each;
-all 100 are among the 50,000. Measured is how long it takes to read a page of 200 events of those
-100 channels and to hand it to the event loop; and how long the loop works for each client when all
-leave at once.
+Its hub reads the stream page by page. In turns, clients follow 100 channels or 50,000, one each.
+The 50,000 include the 100. The benchmark measures the time to read a page of 200 events of those
+100 channels and to pass it to the event loop, and the time that the loop works per client when all
+clients leave at once.
 
     python -m benchmarks.followed [--quick] [--rounds 3]
 """
@@ -31,7 +31,7 @@ FEW, MANY, MANY_IF_QUICK = 100, 50_000, 10_000
 
 
 class Client:
-    """Follows one channel, and takes what it is offered."""
+    """Follows one channel and accepts all that it is offered."""
 
     def __init__(self, channel: str) -> None:
         self.channels = (channel,)
@@ -44,7 +44,7 @@ class Client:
 
 
 async def measure(session: psycopg.Connection[Any], count: int) -> tuple[float, float]:
-    """Milliseconds for a page, and microseconds of the loop for a client that leaves."""
+    """Milliseconds per page, and microseconds of the loop per client that leaves."""
     from pg_eventstream.streams.hub import Hub
 
     hub = Hub("default")
@@ -60,10 +60,10 @@ async def measure(session: psycopg.Connection[Any], count: int) -> tuple[float, 
 
 
 def read_pages(hub: Hub, session: psycopg.Connection[Any]) -> float:
-    """Seconds for one, as the hub's thread does it."""
+    """Seconds per page, read as the hub's thread does."""
     from pg_eventstream.streams.hub import _Reader
 
-    # In place of the thread, which waits for events.
+    # Instead of the thread, which waits for events.
     assert hub._reader
     hub._reader.stop()
     hub._reader.join()
@@ -84,7 +84,7 @@ def benchmark(options: report.Options) -> Report:
         Comparison(f"{names[many]} followed: {what}", unit, names[many], names[FEW], at_most(2))
         for what, unit in (
             ("a page of 200 events", "ms"),
-            ("all clients leave, for each", "µs"),
+            ("all clients leave, per client", "µs"),
         )
     )
     with postgres() as server:
@@ -106,8 +106,8 @@ def benchmark(options: report.Options) -> Report:
                         comparison.add(names[count], figure)
                     say(
                         "followed",
-                        f"round {n + 1}, {names[count]}: {figures[0]:.2f} ms a page,"
-                        f" {figures[1]:.2f} µs a client that leaves",
+                        f"round {n + 1}, {names[count]}: {figures[0]:.2f} ms per page,"
+                        f" {figures[1]:.2f} µs per client that leaves",
                     )
     return Report([page, leave])
 

@@ -1,17 +1,17 @@
-"""What a session that holds a snapshot for hours costs: a backup, a report, an idle client.
+"""What a session costs that holds a snapshot for hours: a backup, a report, an idle client.
 
-While it does, vacuum can remove nothing that was dead since. Events pass, in turns, through
-two ways of handing them on:
+Vacuum cannot remove rows that died after that snapshot. Events pass, in turns, through two ways of
+relaying them:
 
-    sequence        ours: pg_eventstream_sequence(), which deletes nothing to find what is new,
-                    with the sweep that prunes what has passed
+    sequence        ours: pg_eventstream_sequence(), which finds new events without deleting
+                    anything, with the pruner, which removes old ones
     outbox table    the usual outbox, written for this comparison: SELECT ... FOR UPDATE SKIP
                     LOCKED LIMIT 100, and DELETE, in order of its key
 
-300,000 events pass through either. Compared is the end of that with its beginning: how long a
-call takes that finds a single event, and how many events a second go through, 5,000 at a time.
-What passes in between goes through the outbox table 10,000 at a time, which is kind to it. (The
-seconds that this takes are no comparison: ours arrive in transactions of 100, and are swept.)
+300,000 events pass through each. The end is compared with the beginning: how long a call takes that
+finds a single event, and how many events per second pass, 5,000 at a time. Between these
+measurements, events pass through the outbox table 10,000 at a time, which favors it. (The seconds
+for this are not comparable: ours arrive in transactions of 100 and are pruned.)
 
     python -m benchmarks.held_snapshot [--quick] [--rounds 3]
 """
@@ -30,7 +30,7 @@ from .report import Comparison, Report, at_least, at_most, say
 from .servers import OURS, Database, postgres
 
 BATCH, CALLS = 100, 100
-#: Events that pass at once between the measurements.
+#: The number of events that pass at once between the measurements.
 STEP = 10_000
 BEGINNING, END = "beginning", "end"
 
@@ -47,7 +47,7 @@ Connection = psycopg.Connection[Any]
 
 
 class Sequence:
-    """Ours."""
+    """The function of this package."""
 
     name = "sequence"
 
@@ -73,7 +73,7 @@ class Sequence:
 
 
 class OutboxTable:
-    """The usual one."""
+    """The usual outbox."""
 
     name = "outbox table"
 
@@ -102,7 +102,7 @@ Way = Sequence | OutboxTable
 
 
 def latency(way: Way) -> float:
-    """Milliseconds until a call has found a single event: the median."""
+    """Milliseconds until a call has found a single event; the median."""
     times = []
     for _ in range(CALLS):
         way.send(1)
@@ -113,7 +113,7 @@ def latency(way: Way) -> float:
 
 
 def rate(way: Way, events: int = 5000) -> float:
-    """Events a second through a backlog."""
+    """Events of a backlog per second."""
     way.send(events)
     start = time.perf_counter()
     drain(way, events)
@@ -123,7 +123,7 @@ def rate(way: Way, events: int = 5000) -> float:
 def drain(way: Way, events: int) -> None:
     while events:
         relayed = way.relay()
-        assert 0 < relayed <= events, "events were lost, or relayed twice"
+        assert 0 < relayed <= events, "events were lost or relayed twice"
         events -= relayed
 
 
@@ -159,7 +159,7 @@ def benchmark(options: report.Options) -> Report:
                     milliseconds = latencies[way.name].rounds[when][-1]
                     say("held_snapshot", f"{way.name}, {when}: {milliseconds:.2f} ms")
 
-            for way in ways:  # every plan is made, and nothing is empty any more
+            for way in ways:  # so that all plans are made and no table is empty
                 rate(way)
                 latency(way)
             with database.connect(autocommit=False) as held:
@@ -170,7 +170,7 @@ def benchmark(options: report.Options) -> Report:
                     start = time.monotonic()
                     pass_on(way, events)
                     seconds = round(time.monotonic() - start, 1)
-                    found.facts[f"{way.name}: seconds in which {events} events passed"] = seconds
+                    found.facts[f"{way.name}: seconds for {events:,} events"] = seconds
                 measure(END)
     return found
 

@@ -1,9 +1,9 @@
 """What a publisher costs while nothing happens: processor time, statements, and WAL.
 
-One publisher leads, with one proxy, and sleeps; another stands by. Nothing has been sent for
-a while. Processor time is that of the process and of its PostgreSQL backends, as the kernel
-counts it; statements are those in PostgreSQL's log. Compared with fixed goals. WAL is that of
-the whole server, whose own is measured before there is any publisher.
+One publisher leads, with one proxy, and sleeps; another stands by. Nothing has been sent for a
+while. Processor time is that of the process and of its PostgreSQL backends, as counted by the
+kernel. Statements are those in PostgreSQL's log. Both are compared with fixed goals. WAL is that of
+the whole server; it is also measured before any publisher runs.
 
     python -m benchmarks.idle [--quick] [--rounds 3]
 """
@@ -23,13 +23,13 @@ from .report import Comparison, Report, at_most, say
 from .servers import OURS, SIG_KEY, Database, postgres, pushpin
 
 GOAL = "the goal"
-#: For so long after the last event the sweep looks for what has just become due.
+#: For this long after the last event, the pruner looks for events that have just become due.
 SETTLE_SECONDS, QUICK_SETTLE_SECONDS = 100, 5
 
 
 @dataclass(frozen=True)
 class Usage:
-    """So far, or by a publisher in so many seconds."""
+    """The resources used up to a moment, or between two of them."""
 
     seconds: float
     cpu: float
@@ -52,7 +52,7 @@ class Usage:
 
 
 class Publisher:
-    """A running publisher, and what it has used."""
+    """A running publisher and the resources it has used."""
 
     def __init__(self, process: Process, database: Database) -> None:
         with database.connect() as connection:
@@ -76,13 +76,13 @@ class Publisher:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Of all threads (Linux: Documentation/scheduler/sched-stats.rst)."""
+    """The processor time of all threads (Linux: Documentation/scheduler/sched-stats.rst)."""
     files = Path(f"/proc/{pid}/task").glob("*/schedstat")
     return sum(int(file.read_text().split()[0]) for file in files) / 1e9
 
 
 def _local_ports(pid: int) -> list[int]:
-    """The ports of the process's TCP connections, by which the server knows its backends."""
+    """The local ports of the process's TCP connections, which identify its backends."""
     sockets = {
         match[1]
         for link in Path(f"/proc/{pid}/fd").iterdir()
@@ -106,7 +106,7 @@ def benchmark(options: report.Options) -> Report:
         with database.connect() as connection:
             connection.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', '')")
             connection.execute("CHECKPOINT")
-        facts["WAL of the server without a publisher, bytes a minute"] = _wal(database, 10)
+        facts["WAL of the server without a publisher, bytes per minute"] = _wal(database, 10)
         leader = stack.enter_context(database.publisher())
         standby = database.process("standby", "-m", "django", "eventstream_publisher")
         stack.callback(standby.stop)
@@ -118,7 +118,7 @@ def benchmark(options: report.Options) -> Report:
         publishers = Publisher(leader, database), Publisher(standby, database)
         for n in range(options.rounds):
             before = [publisher.usage() for publisher in publishers]
-            facts["WAL of the server with publishers, bytes a minute"] = _wal(database, seconds)
+            facts["WAL of the server with publishers, bytes per minute"] = _wal(database, seconds)
             found, other = (
                 publisher.usage().since(b) for publisher, b in zip(publishers, before, strict=True)
             )
@@ -126,10 +126,10 @@ def benchmark(options: report.Options) -> Report:
             cpu.add(GOAL, 0.5)
             statements.add(OURS, found.statements_in_five_seconds)
             statements.add(GOAL, 1)
-            facts["statements in 5 s of one that stands by"] = round(
+            facts["statements in 5 s of the publisher that stands by"] = round(
                 other.statements_in_five_seconds, 2
             )
-            facts["processor time of one that stands by, % of a core"] = round(
+            facts["processor time of the publisher that stands by, % of a core"] = round(
                 other.percent_of_a_core, 3
             )
             say(
@@ -141,7 +141,7 @@ def benchmark(options: report.Options) -> Report:
 
 
 def _wal(database: Database, seconds: float) -> int:
-    """Sleeps, and returns the bytes written per minute, by anybody."""
+    """Sleep, and return the bytes that the whole server wrote per minute."""
     with database.connect() as connection:
         position = "SELECT pg_current_wal_insert_lsn() - '0/0'"
         (before,) = connection.execute(position).fetchone() or (0,)

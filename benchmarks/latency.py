@@ -1,13 +1,12 @@
 """From an event's commit to its arrival at a client behind Pushpin, in milliseconds.
 
-At 1, 100 and 1,000 events per second, in the same run and each with a database and a Pushpin
-of its own:
+At 1, 100 and 1,000 events per second, in the same run, each with a separate database and Pushpin:
 
     pg_eventstream      its publisher
     floor               `floor.py`: NOTIFY with the payload and a bare LISTEN loop that POSTs
-    django_eventstream  its send_event, events stored, which POSTs in the sender's process
+    django_eventstream  its send_event with stored events, which POSTs in the sender's process
 
-The sender (`paced_sender.py`) is a process of its own that commits one event a transaction. At one
+The sender (`paced_sender.py`) is a separate process that commits one event per transaction. At one
 event per second the three take turns a third of a second apart, otherwise slice by slice.
 
     python -m benchmarks.latency [--quick] [--rounds 3]
@@ -35,12 +34,12 @@ from .streams import Streams
 
 FLOOR = "floor"
 RATES = (1, 100, 1000)
-#: How many seconds a slice lasts: in a full run, in a quick one.
+#: The seconds that a slice lasts in a full run and in a quick one.
 SECONDS = {1: (20, 6), 100: (4, 2), 1000: (3, 1)}
 
 
 class System:
-    """One way of doing it: its sender, and where its client connects."""
+    """One of the compared systems: its sender, and the proxy to which its client connects."""
 
     def __init__(self, name: str, database: Database, proxy: Pushpin) -> None:
         self.name, self.database, self.proxy = name, database, proxy
@@ -65,7 +64,7 @@ class System:
 
 @contextmanager
 def system(name: str, server: Postgres) -> Iterator[System]:
-    """A database, a Pushpin before an origin, the process between them, and a sender."""
+    """A database, a Pushpin with its origin, the process between them, and a sender."""
     with ExitStack() as stack:
         origin = free_port()
         proxy = stack.enter_context(pushpin(server.directory / f"pushpin-{name}", origin))
@@ -112,7 +111,7 @@ async def measure(
         first = firsts[system.name]
         expected = range(first, first + count)
         assert sorted(stream.numbers) == list(expected), (
-            f"{system.name}: {len(stream.numbers)} of {count} arrived, not"
+            f"{system.name}: {len(stream.numbers)} of {count} arrived; missing are"
             f" {sorted(set(expected).difference(stream.numbers))[:20]}"
         )
         if system.name == OURS:
@@ -127,7 +126,7 @@ async def measure(
 
 
 def check_order(database: Database, numbers: list[int], count: int) -> None:
-    """They arrived in the order of their ids."""
+    """Assert that the events arrived in the order of their ids."""
     with database.connect() as connection:
         rows = connection.execute(
             "SELECT (e.data::jsonb->>'n')::int FROM pg_eventstream_stream s"
@@ -138,7 +137,7 @@ def check_order(database: Database, numbers: list[int], count: int) -> None:
 
 
 def comparisons(rate: int) -> dict[tuple[str, str], Comparison]:
-    """By figure, and what ours is compared with."""
+    """The comparisons, by figure and by the system that ours is compared with."""
     goals = {
         ("median", FLOOR): at_most(1.3),
         ("99th percentile", FLOOR): at_most(2),
@@ -163,13 +162,13 @@ async def run(systems: list[System], options: report.Options) -> Report:
     facts: dict[str, float | int | str] = {}
     reached: dict[tuple[str, int], list[float]] = {}
     async with AsyncExitStack() as stack:
-        # HTTP/1.0: no chunks, which may split an event where the proxy relays a page.
+        # HTTP/1.0, because chunks can split an event when the proxy relays a page.
         open_ = [
             (system, await stack.enter_async_context(Streams(system.proxy.port, 1, version="1.0")))
             for system in systems
         ]
         for pair in open_:
-            await measure([pair], 100, 1)  # all that is loaded late
+            await measure([pair], 100, 1)  # loads everything that is loaded lazily
             log = pair[0].proxy.log_path.read_text()
             assert "receivers=1" in log, f"{pair[0].name}: the proxy does not hold the stream"
         for n in range(options.rounds):
@@ -181,7 +180,7 @@ async def run(systems: list[System], options: report.Options) -> Report:
                     measured = await measure(turns, rate, seconds)
                 else:
                     for pair in turns:
-                        # What the peer cannot send, it cannot be measured with.
+                        # The peer cannot send at this rate, so it is measured only once.
                         if not (rate == 1000 and pair[0].name == PEER and n):
                             measured |= await measure([pair], rate, seconds)
                 for name, (latencies, per_second) in measured.items():

@@ -1,11 +1,11 @@
 """What a long log costs: sequencing and publishing with 5,000,000 events in it, and with 10,000.
 
-Two databases hold that many events, sequenced and published, after VACUUM ANALYZE. In turns, each
-is given 20,000 events more, as 200 transactions, and measured is how long it takes
+Two databases contain that many events, sequenced and published, after VACUUM ANALYZE. In turns,
+each gets 20,000 more events, and the time is measured
 
-    to sequence them              one call of pg_eventstream_sequence()
-    to sequence and publish them  from their COMMIT, one for all 20,000, until a client of Pushpin
-                                  has the last; the publisher has been running for a while
+    to sequence them              sent in 200 transactions: one call of pg_eventstream_sequence()
+    to sequence and publish them  sent in one transaction: from its COMMIT until a client of Pushpin
+                                  has the last event; the publisher has been running for a while
 
     python -m benchmarks.log_size [--quick] [--rounds 3]
 """
@@ -31,9 +31,9 @@ _turns = itertools.count(1)
 
 
 def lengthen(database: Database, count: int, proxy: Pushpin) -> None:
-    """Put that many events into the log, as if they had been published an hour ago.
+    """Put ``count`` events into the log, as if they had been published an hour ago.
 
-    They were never in the outbox, from where the sweep would have removed them.
+    They have no rows in the outbox, from which the pruner would have removed them.
     """
     with database.connect() as connection:
         connection.execute("ALTER TABLE pg_eventstream_event DISABLE TRIGGER USER")
@@ -46,7 +46,7 @@ def lengthen(database: Database, count: int, proxy: Pushpin) -> None:
               FROM pg_eventstream_event ORDER BY id
             """
         )
-        # The first call finds nothing, and stores a snapshot. Positions go on from there.
+        # The first call finds nothing and stores a snapshot. Positions continue from there.
         connection.execute("SELECT pg_eventstream_sequence()")
         connection.execute("UPDATE pg_eventstream_cursor SET position = %s", [count])
         connection.execute(
@@ -87,7 +87,7 @@ def publish(database: Database, proxy: Pushpin) -> float:
 
 def benchmark(options: report.Options) -> Report:
     sizes = {SHORT: 10_000, LONG: 300_000 if options.quick else 5_000_000}
-    what = f"{EVENTS} events beside {sizes[LONG]} or {sizes[SHORT]} older ones"
+    what = f"{EVENTS:,} events in a log of {sizes[LONG]:,} or {sizes[SHORT]:,}"
     sequenced, published = (
         Comparison(f"{what}: {how}", "s", LONG, SHORT, at_most(1.2))
         for how in ("sequence", "sequence and publish")
@@ -110,7 +110,7 @@ def benchmark(options: report.Options) -> Report:
                 with database.site(site_port), database.publisher():
                     started = time.monotonic()
                     wait_until(partial(swept, database), timeout=120)
-                    fact = f"{name}: seconds of the sweep's first look at the log"
+                    fact = f"{name}: seconds of the pruner's first pass over the log"
                     found.facts[fact] = round(time.monotonic() - started, 1)
                     published.add(name, publish(database, proxy))
             ratios = [comparison.ratios[0].rounds[n] for comparison in (sequenced, published)]
@@ -119,7 +119,7 @@ def benchmark(options: report.Options) -> Report:
 
 
 def swept(database: Database) -> bool:
-    """Whether the publisher's sweep, which looks at the whole log once, has come to rest."""
+    """Whether the publisher's pruner, which reads the whole log once, is idle."""
     return bool(
         database.value(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_eventstream sweep'"

@@ -1,8 +1,8 @@
-"""Sends events from Django at a pace, one transaction each, for as long as it gets orders.
+"""Sends events from Django at a given rate, one per transaction, as long as it gets orders.
 
-The argument is the way: send_event of pg_eventstream or of django_eventstream, or the floor's
-INSERT into a bare table. An order is a line: when to begin, by `time.monotonic`, how many a
-second, the first number, how many. The answer is when each was committed, in JSON.
+The argument names the system: send_event of pg_eventstream or of django_eventstream, or the floor's
+INSERT into a bare table. An order is a line of JSON: when to begin (`time.monotonic`), the events
+per second, the first number, and the count. The answer is the time of each commit, in JSON.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from .floor import INSERT
 from .servers import OURS, PEER
 
 TEXT = "a line of a chat, as long as such lines are; " * 2
-#: Of a sender's thread at most; it is busy for about a millisecond or two with each event.
+#: The maximum for one thread; each event takes it about one or two milliseconds.
 EVENTS_PER_SECOND_OF_A_THREAD, MOST_THREADS = 50, 16
 
 Send = Callable[[dict[str, object], list[float]], None]
 
 
 def sender(way: str) -> Send:
-    """A function that commits an event, and adds the moment at which that was done."""
+    """A function that commits an event and appends the time of the commit."""
     from django.db import connection
 
     if way == PEER:
         from .project.urls import send_one
 
-        # It goes on behind its commit, so that the moment is taken from within.
+        # It continues after its commit, so the time is taken inside.
         return lambda data, committed: send_one("room", data, committed)
 
     if way == OURS:
@@ -47,7 +47,7 @@ def sender(way: str) -> Send:
                 cursor.execute(INSERT, [json.dumps(data)])
 
     def send(data: dict[str, object], committed: list[float]) -> None:
-        insert(data)  # a transaction by itself
+        insert(data)  # one transaction
         committed.append(time.monotonic())
 
     return send
@@ -56,7 +56,7 @@ def sender(way: str) -> Send:
 def work(
     send: Send, numbers: Iterator[int], moment: Callable[[int], float], committed: dict[int, float]
 ) -> None:
-    """A thread's part: the next number, when it is time for it, until there are no more."""
+    """Send the next number when its time has come, until there are no more. Runs in threads."""
     while (n := next(numbers, None)) is not None:
         time.sleep(max(0.0, moment(n) - time.monotonic()))
         at: list[float] = []
@@ -74,7 +74,7 @@ def main(way: str) -> None:
             committed: dict[int, float] = {}
             arguments = (
                 send,
-                iter(range(first, first + count)),  # one step of it is one of the interpreter
+                iter(range(first, first + count)),  # next() on it is atomic
                 lambda n, start=start, rate=rate, first=first: start + (n - first) / rate,
                 committed,
             )

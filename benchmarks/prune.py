@@ -1,16 +1,16 @@
-"""Sending while the sweep prunes as much: throughput and the latency of a commit.
+"""Sending while as many events are pruned: throughput and the latency of a commit.
 
-pgbench sends events in 1,000 channels, one a transaction, with 8 clients, while one session
-sequences them every 20 ms and the bell is held, as an awake publisher does. In turns: alone,
-and beside a sweep that runs twice a second and has as much to prune as is sent, since as many
-events pass the end of their retention.
+pgbench sends events in 1,000 channels, one per transaction, with 8 clients, while one session
+sequences them every 20 ms and the bell is held, as an awake publisher does. In turns: alone, and
+with a pruner that runs twice a second and prunes as many events as are sent, because as many reach
+the end of their retention.
 
     full speed     as fast as the clients can: commits per second
     steady rate    at 40 % of that (pgbench --rate): 99th percentile of a commit's latency
-    held snapshot  the same beside a REPEATABLE READ session that was there before another
-                   300,000 events were pruned (30,000 if quick): vacuum can remove none of them
+    held snapshot  the same with a REPEATABLE READ session that began before another 300,000 events
+                   were pruned (30,000 if quick), so that vacuum can remove none of them
 
-And what a batch of the sweep costs below that snapshot, at first and at last.
+Also measured: what a batch of the pruner costs with that snapshot, at the beginning and at the end.
 
     python -m benchmarks.prune [--quick] [--rounds 3]
 """
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from pg_eventstream.publisher.pruner import Pruner
 
 CLIENTS = 8
-ALONE, SWEPT = "alone", "beside the sweep"
+ALONE, SWEPT = "alone", "while pruning"
 SEND = """\\set channel random(1, 1000)
 INSERT INTO pg_eventstream_event (channel, data)
 VALUES ('c' || :channel, '{"text": "a line of a chat, as long as such lines are"}');
 """
-# Sequenced two days ago, at a rate of %(rate)s a second; and behind them one event for each
-# channel that stays, since a log holds a day of them above what is pruned.
+# Events that were sequenced two days ago, %(rate)s per second, and after them one event
+# per channel that stays, because a log contains a day of events above those that are pruned.
 FILL = """
     WITH sent AS (
         INSERT INTO pg_eventstream_event (channel, data)
@@ -108,7 +108,7 @@ def benchmark(options: report.Options) -> Report:
 
 
 class Run:
-    """Sends for some seconds, and measures it."""
+    """Sends for some seconds and measures."""
 
     def __init__(self, database: Database, directory: Path, seconds: int) -> None:
         self._database = database
@@ -134,14 +134,14 @@ class Run:
             pruned = [job.result() for job in work][-1]
         if way == SWEPT:
             due = (rate or self._full_speed) * self._seconds
-            assert pruned > 0.8 * due, f"the sweep pruned {pruned} of {due:.0f} events"
+            assert pruned > 0.8 * due, f"{pruned} of {due:.0f} events were pruned"
         if rate is None:
             self._full_speed = tps
         self._clean()
         return tps, p99
 
     def batches(self, events: int) -> tuple[float, float]:
-        """Prune so many; the median ms of a batch among the first and the last tenth."""
+        """Prune ``events``. Returns the median ms per batch of the first and the last tenth."""
         self._fill(events, 1e9)
         times = []
         with self._sweeping(retention=_DAYS / 2) as sweep:
@@ -192,7 +192,7 @@ class Run:
         return 0
 
     def _sweep(self, over: threading.Event) -> int:
-        """From now on, one event after the other reaches the end of its retention."""
+        """Prune events while, one after the other, they reach the end of their retention."""
         pruned = 0
         with self._sweeping(retention=time.time() - self._begin) as sweep:
             while not over.wait(0.5):

@@ -1,17 +1,17 @@
-"""Resumes of streams: how fast clients that were away get what they missed.
+"""Resuming streams: how fast clients that were away get the events that they missed.
 
-A log of 5,000,000 events in 1,000 channels (1,000,000 if quick), the same in PostgreSQL for
-pg_eventstream and for django-eventstream (its DjangoModelStorage), vacuumed and analyzed as
-autovacuum does after such a load. One uvicorn process serves the endpoint, built first with
-one and then with the other package, in turns.
+The log contains 5,000,000 events in 1,000 channels (1,000,000 if quick), equal for pg_eventstream
+and for django-eventstream (its DjangoModelStorage) in the same PostgreSQL, vacuumed and analyzed as
+autovacuum does after such a load. One uvicorn process serves the endpoint, with either package in
+turns.
 
-    resumes     requests as a proxy makes them (signed, with a Last-Event-ID 100 events back),
-                8 at a time: answers with all 100 events and a hold, per second
-    reconnect   1,000 clients (300 if quick) come back through Pushpin at once, each on a
-                channel of its own: seconds until all of them have their 100 events
+    resumes     requests like those of a proxy (signed, with a Last-Event-ID 100 events back), 8 at
+                a time: responses with all 100 events and a hold, per second
+    reconnect   1,000 clients (300 if quick) reconnect through Pushpin at once, each to a different
+                channel: seconds until all of them have their 100 events
 
-(Pushpin 1.36 answers 502 to what it cannot pass on at once; such a client, and one whose stream
-ends before it has all, comes again after 0.1 s.)
+(Pushpin 1.36 answers 502 to requests that it cannot forward at once. Such a client, and one whose
+stream ends early, reconnects after 0.1 s.)
 
     python -m benchmarks.recover [--quick] [--rounds 3]
 """
@@ -51,7 +51,7 @@ _FILL = {
           FROM generate_series(1, %(events)s) AS n;
         SELECT setval('pg_eventstream_event_id_seq', %(events)s);
     """,
-    # As it stores them: JSON in a JSON string, a counter and a placeholder for each channel.
+    # As it stores them: JSON in a JSON string, and a counter and a placeholder per channel.
     PEER: f"""
         INSERT INTO django_eventstream_eventcounter (name, value, updated)
         SELECT 'c' || n, %(events)s / %(channels)s, now()
@@ -70,10 +70,10 @@ _ID = re.compile(rb"event: message\nid: c\d+:(\d+)\ndata: [^\n]")
 def benchmark(options: report.Options) -> Report:
     events, clients = (1_000_000, 300) if options.quick else (5_000_000, 1000)
     resumes = Comparison("resumes", "resumes/s", OURS, PEER, at_least(3))
-    # Slower by this many times: both are times.
+    # Both are times, so the peer comes first.
     reconnect = Comparison(f"{clients} clients at once", "s", PEER, OURS, at_least(3))
     found = Report([resumes, reconnect], {"events in the log": events, "VACUUM ANALYZE": "yes"})
-    # Under ASGI Django connects for each request that it works on, and that may be all of them.
+    # Under ASGI Django opens a connection per request in progress, which can be all of them.
     with postgres(max_connections="1200", max_wal_size="8GB") as server, ExitStack() as stack:
         grip_url = f"http://{HOST}:1?key={quote(SIG_KEY)}"
         databases = [Database(server, name, name, GRIP_URL=grip_url) for name in (OURS, PEER)]
@@ -100,7 +100,7 @@ def benchmark(options: report.Options) -> Report:
                     )
                 resumes.add(database.name, rate)
                 reconnect.add(database.name, seconds)
-                found.facts[f"{database.name}: refused at first by Pushpin"] = refusals["502"]
+                found.facts[f"{database.name}: first refused by Pushpin"] = refusals["502"]
                 found.facts[f"{database.name}: cut off before the end"] = refusals["cut"]
                 say(
                     "recover",
@@ -111,7 +111,7 @@ def benchmark(options: report.Options) -> Report:
 
 
 def fill(database: Database, events: int) -> None:
-    """Fill the tables, with no index in the way but those of constraints."""
+    """Fill the tables, without indexes except those of constraints."""
     with database.connect() as connection:
         connection.execute("SET maintenance_work_mem = '256MB'")
         indexes = connection.execute(
@@ -120,7 +120,7 @@ def fill(database: Database, events: int) -> None:
         ).fetchall()
         for name, _ in indexes:
             connection.execute(f"DROP INDEX {name}")
-        # Several statements at once take no parameters of the server's.
+        # Several statements in one query cannot have parameters that the server binds.
         with psycopg.ClientCursor(connection) as cursor:
             cursor.execute(_FILL[database.name], {"events": events, "channels": CHANNELS})
         for _, definition in indexes:
@@ -137,7 +137,7 @@ def request(version: str, channel: int, newest: int, signature: str = "") -> byt
 
 
 def assert_complete(body: bytes, newest: int) -> None:
-    """All that was missed is there, once and in order."""
+    """Assert that all missed events are there, once and in order."""
     eids = [int(eid) for eid in _ID.findall(body)]
     assert eids == list(range(newest - BEHIND + 1, newest + 1)), body[-2000:]
 
@@ -153,7 +153,7 @@ async def resumes_per_second(port: int, newest: int, seconds: float) -> float:
         reader, writer = await asyncio.open_connection(HOST, port)
         channel = first
         while time.monotonic() < end:
-            # A stride through the channels, so that no two requesters ask for the same.
+            # Stride through the channels, so that no two requesters use the same one.
             channel = (channel + 7 * REQUESTERS) % CHANNELS
             writer.write(request("1.1", channel, newest, f"Grip-Sig: {token}\r\n"))
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -167,12 +167,12 @@ async def resumes_per_second(port: int, newest: int, seconds: float) -> float:
     return count / (time.monotonic() - began)
 
 
-async def _come_back(channel: int, newest: int, port: int, refusals: Counter[str]) -> None:
-    """One client: returns when it has all it missed, and goes."""
+async def _reconnect(channel: int, newest: int, port: int, refusals: Counter[str]) -> None:
+    """Reconnect one client. Returns when it has all events that it missed."""
     while True:
         reader, writer = await asyncio.open_connection(HOST, port, limit=1_000_000)
         try:
-            # 1.0, so that the body comes in no chunks.
+            # HTTP/1.0, so that the body is not chunked.
             writer.write(request("1.0", channel, newest))
             head = await reader.readuntil(b"\r\n\r\n")
             if b" 502 " not in head.partition(b"\r\n")[0]:
@@ -190,9 +190,9 @@ async def _come_back(channel: int, newest: int, port: int, refusals: Counter[str
 
 
 async def all_reconnect(port: int, newest: int, count: int, refusals: Counter[str]) -> float:
-    """Seconds from the first connection until the last client has all it missed."""
+    """Seconds from the first connection until the last client has all events that it missed."""
     began = time.monotonic()
-    clients = (_come_back(n % CHANNELS, newest, port, refusals) for n in range(count))
+    clients = (_reconnect(n % CHANNELS, newest, port, refusals) for n in range(count))
     await asyncio.wait_for(asyncio.gather(*clients), 120)
     return time.monotonic() - began
 

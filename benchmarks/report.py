@@ -1,4 +1,4 @@
-"""What a benchmark found: ratios of figures that were measured in turns, in one run."""
+"""The results of a benchmark: ratios of figures that were measured in turns, in one run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a median ratio should be."""
+    """The desired value of a median ratio."""
 
     word: Literal["at least", "at most"]
     value: float
@@ -69,9 +69,9 @@ class Ratio:
 
 @dataclass
 class Comparison:
-    """One thing measured in several ways, once per round each.
+    """A quantity measured in several ways, once per way and round.
 
-    Ours is compared with ``base``, and with the others in ``also``, each with a goal or None.
+    ``ours`` is compared with ``base`` and with the ways in ``also``, each with a goal or None.
     """
 
     what: str
@@ -80,7 +80,7 @@ class Comparison:
     base: str
     goal: Goal | None = None
     also: dict[str, Goal | None] = field(default_factory=dict)
-    #: Way of doing it -> a figure per round.
+    #: Way -> a figure per round.
     rounds: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, way: str, figure: float) -> None:
@@ -126,7 +126,7 @@ class Comparison:
 
 @dataclass
 class Report:
-    """All that a benchmark found. ``facts`` are counts and the like, which are no ratios."""
+    """All results of a benchmark. ``facts`` are counts and the like, without a ratio."""
 
     comparisons: list[Comparison]
     facts: dict[str, float | int | str] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How much to measure. A benchmark chooses its own numbers for ``quick``."""
+    """How much to measure. Each benchmark chooses its numbers for ``quick``."""
 
     quick: bool
     rounds: int
@@ -148,7 +148,9 @@ def main(name: str, document: str | None, benchmark: Benchmark, rounds: int = 3)
     parser = argparse.ArgumentParser(
         description=document, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds of less; a rough idea")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer and shorter rounds, for rough figures"
+    )
     parser.add_argument("--rounds", type=int, help=f"{rounds} by default, 2 if quick")
     arguments = parser.parse_args()
     options = Options(arguments.quick, arguments.rounds or (2 if arguments.quick else rounds))
@@ -163,7 +165,7 @@ def main(name: str, document: str | None, benchmark: Benchmark, rounds: int = 3)
 
 
 def say(name: str, text: str) -> None:
-    """Progress, for the person who waits."""
+    """Print progress to stderr."""
     print(f"[{name}] {text}", file=sys.stderr, flush=True)
 
 
@@ -209,7 +211,7 @@ def _processor() -> str:
 
 
 def number(value: float) -> str:
-    """As many digits as mean something."""
+    """Format with the significant digits."""
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"

@@ -1,18 +1,18 @@
 """What sending costs the sender: committed transactions per second.
 
-In SQL (pgbench, one INSERT a transaction, 1, 16 and 64 clients), compared with the same INSERT
+In SQL (pgbench, one INSERT per transaction, 1, 16 and 64 clients), compared with the same INSERT
 into an equal table without a trigger:
 
-    pg_eventstream         while a publisher is awake, as it is when there is much to do
-    SET search_path        the trigger's function with this clause, in place of full names
-    publisher asleep       nobody is awake, so that each commit rings
-    publisher beside it    a running publisher takes its share of the same processors
+    pg_eventstream         while a publisher is awake, as it is under load
+    SET search_path        the trigger's function with this clause instead of qualified names
+    publisher asleep       no publisher is awake, so each commit sends a notification
+    publisher beside it    a publisher runs on the same processors
     naive NOTIFY           a trigger that notifies with the payload, as is often done
     pgpubsub               django-pgpubsub: its trigger for notifications that are handled once
-    without constraints    a table that takes any text, to see what checking the texts costs
+    without constraints    a table that accepts any text, to see what checking the text costs
 
-From Django (`send_event` in `atomic()`, 1 and 8 processes, all on one channel or each on its
-own), compared with a bare INSERT in `atomic()` through the same Django connection, and with
+From Django (`send_event` in `atomic()`, 1 and 8 processes, all on one channel or each on a separate
+one), compared with a bare INSERT in `atomic()` through the same Django connection, and with
 django-eventstream (events stored in the same PostgreSQL) and django-pgpubsub.
 
     python -m benchmarks.send [--quick] [--rounds 3]
@@ -53,7 +53,7 @@ _PINNED = "SET search_path"
 
 @contextmanager
 def search_path_set(database: Database) -> Iterator[None]:
-    """What pins the names of a SECURITY DEFINER function otherwise."""
+    """The usual way to make names in a SECURITY DEFINER function safe."""
     function = "ALTER FUNCTION pg_eventstream_enqueue()"
     with database.connect() as connection:
         connection.execute(f"{function} SET search_path = pg_catalog, public, pg_temp")
@@ -63,7 +63,7 @@ def search_path_set(database: Database) -> Iterator[None]:
 
 @contextmanager
 def bell_held(database: Database) -> Iterator[None]:
-    """As an awake publisher holds it."""
+    """Hold the bell, as an awake publisher does."""
     with database.connect() as connection:
         connection.execute(f"SELECT pg_advisory_lock({LOCK_SPACE}, {BELL_LOCK})")
         yield
@@ -114,11 +114,11 @@ def in_sql(
             figures[_BESIDE] = per_second("pg_eventstream_event")
         for way, figure in figures.items():
             found.add(way, figure)
-        say("send", f"{title}, round {n + 1}: {told(figures)}")
+        say("send", f"{title}, round {n + 1}: {format_rates(figures)}")
     return found
 
 
-def told(figures: dict[str, float]) -> str:
+def format_rates(figures: dict[str, float]) -> str:
     return ", ".join(f"{way} {figure:,.0f}/s" for way, figure in figures.items())
 
 
@@ -128,7 +128,7 @@ def told(figures: dict[str, float]) -> str:
 @dataclass(frozen=True, slots=True)
 class Sent:
     per_second: float
-    cpu: float  # microseconds a call
+    cpu: float  # microseconds per call
 
 
 def send_from(
@@ -172,7 +172,7 @@ def from_django(
         f"{title}, one channel", "commits/s", one, _BARE, at_least(0.9),
         {PEER: goal, PUBSUB: None, own: at_least(0.95)},
     )  # fmt: skip
-    added = Comparison(f"{title}, processor time of the sender", "µs a call", one, _BARE)
+    added = Comparison(f"{title}, processor time of the sender", "µs per call", one, _BARE)
     seconds = 1.5 if options.quick else 3
     for n in range(options.rounds):
         measured: dict[str, Sent] = {}
@@ -187,7 +187,7 @@ def from_django(
             found.add(name, sent.per_second)
             added.add(name, sent.cpu)
         figures = {way: sent.per_second for way, sent in measured.items()}
-        say("send", f"{title}, round {n + 1}: {told(figures)}")
+        say("send", f"{title}, round {n + 1}: {format_rates(figures)}")
     return [found, added]
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.sender WAY CHANNEL
 
-It says "ready", reads a number of seconds from its standard input, works that long, and says
-how many transactions it committed and how many seconds of processor time they took.
+It prints "ready", reads a number of seconds from its standard input, sends for that long, and
+prints how many transactions it committed and how many seconds of processor time they took.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WARM_UP = 20
 def way(name: str, channel: str) -> Callable[[], None]:
     """A function that sends one event."""
     if name == "bare INSERT":
-        # What `send_event` hands to the same connection, into a table without a trigger.
+        # The statement of `send_event`, for a table without a trigger.
         insert = "INSERT INTO bare (channel, type, data) VALUES (%s, %s, %s)"
 
         def send() -> None:

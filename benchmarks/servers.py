@@ -20,13 +20,14 @@ from pg_eventstream.servers.processes import HOST, Process, accepts, free_port, 
 from pg_eventstream.servers.pushpin import Pushpin
 
 OURS, PEER, PUBSUB = "pg_eventstream", "django_eventstream", "pgpubsub"
-# No comma, which would make a list of it in pushpin.conf, and nothing to quote in a URL.
+# Without a comma, which would make it a list in pushpin.conf, and without characters to quote in a
+# URL.
 SIG_KEY = "a-key-for-benchmarks-only-long-enough-for-HS256"
 
 
 @contextmanager
 def postgres(**settings: str) -> Iterator[Postgres]:
-    """A server with its default settings, but for these; its directory is for logs as well."""
+    """A server with default settings except for these. Its directory is also used for logs."""
     with (
         tempfile.TemporaryDirectory(prefix="pg_eventstream-", dir="/tmp") as directory,
         Postgres(Path(directory), settings={"max_connections": "200", **settings}) as server,
@@ -60,7 +61,7 @@ class Database:
         self.manage("migrate", "--run-syncdb", "--verbosity=0")
 
     def manage(self, *arguments: str) -> None:
-        """Run a management command, to its end."""
+        """Run a management command until it ends."""
         subprocess.run(
             [sys.executable, "-m", "django", *arguments], env=self.environment, check=True
         )
@@ -75,7 +76,7 @@ class Database:
         return row[0]
 
     def process(self, name: str, *arguments: str) -> Process:
-        """A Python process with this database: ``-m`` and so on."""
+        """A Python process that uses this database. The arguments are those of ``python``."""
         return Process(
             name,
             [sys.executable, *arguments],
@@ -121,10 +122,9 @@ class Site:
         self.port = port
 
     async def send(self, first: int, count: int, length: int = 1) -> list[float]:
-        """Send events of about 90 characters, or so many times as long, one a transaction.
+        """Send events of about 90 times ``length`` characters, one per transaction.
 
-        Returns when each was committed, by the clock that all processes share
-        (`time.monotonic`).
+        Returns the time of each commit, by the clock that all processes share (`time.monotonic`).
         """
         reader, writer = await asyncio.open_connection(HOST, self.port)
         target = f"/send/?first={first}&count={count}&length={length}"
@@ -138,7 +138,7 @@ class Site:
         return times
 
     def memory(self) -> int:
-        """kB that only this process has."""
+        """The private memory of the process, in kB."""
         rollup = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
         return sum(int(line.split()[1]) for line in rollup.splitlines() if "Private" in line)
 

@@ -1,9 +1,9 @@
-"""How long the first event waits after a backlog, and how long all of it takes.
+"""How long the first event of a backlog waits to be sequenced, and how long all events take.
 
-A backlog of 2,000,000 events is sequenced in slices, as it is, and with one statement, as it was
-before. It was committed by one transaction, by 100 events each, or by 100 events each while some
-session holds a snapshot. Measured is the time until the first events have their places, so that
-they can be published, and until all have. Events are spread over 1,000 channels.
+A backlog of 2,000,000 events is sequenced in slices, as now, and in one statement, as before. It
+was committed by one transaction, by transactions of 100 events, or by transactions of 100 events
+while a session holds a snapshot. The benchmark measures the time until the first events have their
+places, so that they can be published, and until all have. Events are spread over 1,000 channels.
 
     python -m benchmarks.slices [--quick] [--rounds 3]
 """
@@ -19,11 +19,12 @@ from .report import Comparison, Report, at_most, say
 from .servers import OURS, Database, postgres
 
 SLICES, AT_ONCE = "slices", "one statement"
-ONE, MANY, HELD = "from one transaction", "from 100 each", "beside a held snapshot"
+ONE, MANY = "one transaction", "transactions of 100 events"
+HELD = f"{MANY}, with a held snapshot"
 PER_TRANSACTION = 100
 CHANNELS = 1000
 
-#: Only what sequence() reads: it does not look at the events themselves.
+#: Fills only the tables that sequence() reads, which does not read the events themselves.
 ONE_INSERT = f"""
 INSERT INTO pg_eventstream_outbox (xid, event_id, channel)
 SELECT pg_current_xact_id(), n, 'channel-' || n % {CHANNELS}
@@ -74,19 +75,19 @@ def benchmark(options: report.Options) -> Report:
     comparisons = {
         (shape, what): Comparison(f"{shape}: {what}", "s", SLICES, AT_ONCE, at_most(goal))
         for shape in (ONE, MANY, HELD)
-        for what, goal in (("the first", 1.0), ("all", 1.2))
+        for what, goal in (("first event", 1.0), ("all events", 1.2))
     }
     with postgres(max_wal_size="8GB") as server:
         ways = {SLICES: Database(server, OURS), AT_ONCE: Database(server, "at_once")}
         sequence_as_before(ways[AT_ONCE])
         for database in ways.values():
-            sequence(database, MANY, 10_000)  # nothing is empty any more
+            sequence(database, MANY, 10_000)  # so that no table is empty
         for n in range(options.rounds):
             for shape in (ONE, MANY, HELD):
                 for way in list(ways)[:: 1 if n % 2 else -1]:
                     first, seconds = sequence(ways[way], shape, events)
-                    comparisons[shape, "the first"].add(way, first)
-                    comparisons[shape, "all"].add(way, seconds)
+                    comparisons[shape, "first event"].add(way, first)
+                    comparisons[shape, "all events"].add(way, seconds)
                     say("slices", f"{shape}, {way}: {first:.2f} s, {seconds:.2f} s")
     return Report(list(comparisons.values()), {"events": events})
 

@@ -1,9 +1,9 @@
 """What a client that stops reading costs the others.
 
-One uvicorn process streams one channel to 100 clients, without a proxy. Their latency, from
-an event's commit to its arrival, is measured beside another client that stopped reading, and
-without it, in turns. In each turn a burst of events fills the sockets' buffers first.
-In the end that client reads on: it must get every event, once and in order.
+One uvicorn process streams one channel to 100 clients, without a proxy. Their latency, from an
+event's commit to its arrival, is measured with another client that has stopped reading and without
+it, in turns. In each turn a burst of events fills the sockets' buffers first. At the end that
+client reads again: it must get every event, once and in order.
 
     python -m benchmarks.slow_client [--quick] [--rounds 3]
 """
@@ -18,13 +18,13 @@ from .report import Comparison, Report, at_most, say
 from .servers import OURS, Database, Site, postgres
 from .streams import Streams
 
-#: About 18 kB an event; the burst is far more than what the buffers of a connection hold.
+#: About 18 kB per event. The burst is far larger than the buffers of a connection.
 LENGTH, BURST = 200, 600
 EVENTS_PER_SECOND = 20
 
 
 async def measure(site: Site, beside: bool, seconds: float) -> tuple[float, float, float]:
-    """p50 and p99 in milliseconds, and how many kB the process grew by."""
+    """p50 and p99 in milliseconds, and the growth of the process in kB."""
     await site.send(0, 1)
     async with Streams(site.port, 100) as others, Streams(site.port, int(beside)) as stopped:
         for stream in stopped.streams:
@@ -57,7 +57,7 @@ async def measure(site: Site, beside: bool, seconds: float) -> tuple[float, floa
 
 
 def benchmark(options: report.Options) -> Report:
-    beside, without = "beside a client that stopped reading", "without it"
+    beside, without = "with a client that stopped reading", "without it"
     p50, p99 = (
         Comparison(f"100 streams: latency, {what}", "ms", beside, without, at_most(1.1))
         for what in ("median", "99th percentile")
@@ -74,7 +74,7 @@ def benchmark(options: report.Options) -> Report:
                 if way == beside:
                     memory = max(memory, figures[2] / 1000)
                 say("slow_client", f"{way}: p50 {figures[0]:.1f} ms, p99 {figures[1]:.1f} ms")
-    return Report([p50, p99], {"most that the process grew by, MB": round(memory, 1)})
+    return Report([p50, p99], {"maximum growth of the process, MB": round(memory, 1)})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ _EVENT = re.compile(rb'data: \{"n": (\d+),[^\n]*\n')
 
 
 class _Stream(asyncio.Protocol):
-    """One stream: the numbers of its events as they came, and when."""
+    """One stream: the numbers of its events in the order of arrival, and their times."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
@@ -41,7 +41,7 @@ class _Stream(asyncio.Protocol):
             self.numbers.append(int(match[1]))
             self.times.append(now)
             end = match.end()
-        # Events are not split by the chunks of the transfer, but by those of the network.
+        # The chunks of the transfer encoding do not split events, but those of the network do.
         self._rest = data[end:] if end else data[-100_000:]
         if end:
             self._streams.last_time = now
@@ -55,7 +55,7 @@ class _Stream(asyncio.Protocol):
 
 
 class Streams:
-    """So many open streams: an async context manager."""
+    """An async context manager for ``count`` open streams."""
 
     def __init__(self, port: int, count: int, channel: str = "room", version: str = "1.1") -> None:
         self._port, self._count = port, count
@@ -73,7 +73,7 @@ class Streams:
         while len(self.streams) < self._count:
             try:
                 await self._open(min(25, self._count - len(self.streams)))
-            except ConnectionError:  # Pushpin answers so while it starts
+            except ConnectionError:  # Pushpin refuses requests while it starts
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.2)
@@ -103,14 +103,14 @@ class Streams:
             stream.transport.abort()
 
     def expect(self, last_number: int) -> None:
-        """Forget what came, and wait for this number as the last."""
+        """Forget the events that have arrived, and expect this number as the last."""
         self.last_number = last_number
         self.finished = 0
         for stream in self.streams:
             del stream.numbers[:], stream.times[:]
 
     async def wait(self, patience: float = 15.0) -> None:
-        """Until each stream had the last number, or nothing came for so many seconds."""
+        """Wait until each stream has the last number, or nothing arrives for ``patience`` s."""
         while self.finished < len(self.streams):
             self.changed.clear()
             try:

@@ -1,4 +1,4 @@
-"""The results as plots, and as tables in the documentation."""
+"""Writes the results as plots, and as tables in the documentation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SYSTEM = ("processor", "cores", "system")
 
 
 def write(names: Iterable[str], quick: bool = False) -> None:
-    """Plot these; show a quick run's tables, or put all stored ones into the documentation."""
+    """Write the plots. Print the tables of a quick run, or update the documentation."""
     suffix = "-quick" if quick else ""
     results = [read(name + suffix) for name in names]
     for name, result in zip(names, results, strict=True):
@@ -52,19 +52,19 @@ def read(name: str) -> dict[str, Any]:
 
 
 def with_results(page: str) -> str:
-    """The page with the stored results of all full runs between its marks."""
+    """The page with the stored results of full runs between its markers."""
     return _MARKED.sub(
         lambda marked: f"{marked['begin']}\n{section(read(marked['name']))}\n{marked['end']}", page
     )
 
 
 def named(page: str) -> list[str]:
-    """The benchmarks that the page has marks for."""
+    """The benchmarks that the page has markers for."""
     return [marked["name"] for marked in _MARKED.finditer(page)]
 
 
 def section(result: dict[str, Any]) -> str:
-    """One benchmark: its table, what else it counted, how and when it was run, its plot."""
+    """One benchmark: its table, its other counts, how and when it was run, and its plot."""
     parts = [table(result)]
     if result["facts"]:
         counted = (f"- {fact}: {_fact(value)}\n" for fact, value in result["facts"].items())
@@ -105,12 +105,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Each way's median, and the range of its rounds, one panel per comparison."""
+    """Plot the median of each way and the range of its rounds, one panel per comparison."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "pg_eventstream"  # the same figures give the same file
-    mpl.rcParams["svg.fonttype"] = "none"  # text, and not the outlines of its letters
+    mpl.rcParams["svg.fonttype"] = "none"  # as text instead of outlines
     comparisons = [Comparison.from_json(stored) for stored in result["comparisons"]]
     bars = [len(comparison.rounds) for comparison in comparisons]
     height = sum(bars) * 0.3 + len(bars) * 0.75 + 0.8

@@ -1,9 +1,9 @@
 """How long events wait while the cursor is vacuumed.
 
-Some session has held a snapshot for hours, so the cursor has 2,000,000 dead versions. Vacuum is at
-work on them for as long as events are sequenced, one at a time, with the lock that nobody writes
-under and with the lock of the cursor's table that it was before. Measured is the longest wait in
-half a second, the median of ten.
+A session has held a snapshot for hours, so the cursor has 2,000,000 dead row versions. Vacuum works
+on them while events are sequenced, one at a time, with the advisory lock that is used now and with
+the lock on the cursor's table that was used before. The benchmark measures the longest wait in half
+a second; the median of ten.
 
     python -m benchmarks.vacuum [--quick] [--rounds 3]
 """
@@ -22,13 +22,13 @@ from .at_once import sequence_as_before
 from .report import Comparison, Report, at_most, say
 from .servers import OURS, Database, postgres
 
-NOW, BEFORE = "a lock of its own", "the table's lock"
+NOW, BEFORE = "advisory lock", "table lock"
 AT_REST = "without vacuum"
 WINDOWS, WINDOW_SECONDS = 10, 0.5
 
 
 def make_dead(database: Database, versions: int) -> None:
-    """As sequence() leaves them: rows whose key has moved on."""
+    """Leave dead rows as sequence() does: their key has changed."""
     with database.connect() as connection:
         connection.execute("SELECT pg_eventstream_sequence()")
         connection.execute(
@@ -42,7 +42,7 @@ def make_dead(database: Database, versions: int) -> None:
 
 
 def longest_wait(database: Database, vacuum: bool) -> float:
-    """Milliseconds. Vacuum begins over and over; a held snapshot leaves it all to do again."""
+    """Milliseconds. Vacuum runs repeatedly; the held snapshot prevents it from removing rows."""
     over = threading.Event()
 
     def clean() -> None:
@@ -76,7 +76,7 @@ def _longest_in_a_window(connection: psycopg.Connection[Any]) -> float:
 def benchmark(options: report.Options) -> Report:
     versions = 200_000 if options.quick else 2_000_000
     found = Comparison(
-        "the longest wait beside vacuum", "ms", NOW, BEFORE, at_most(0.5), {AT_REST: None}
+        "longest wait during vacuum", "ms", NOW, BEFORE, at_most(0.5), {AT_REST: None}
     )
     with postgres() as server:
         ways = {NOW: Database(server, OURS), BEFORE: Database(server, "table_lock")}

@@ -1,8 +1,8 @@
-"""Write the app's migrations as plain SQL beside this file: ``python -m migrations.generate``.
+"""Writes the app's migrations as plain SQL to this directory: ``python -m migrations.generate``.
 
-Each file is what Django's ``sqlmigrate`` says, unchanged, under a comment. That command wants
-to look into a database, so a PostgreSQL is started for it and thrown away (from the ``demo``
-extra of the package). A test compares the files with the migrations.
+Each file is the unchanged output of Django's ``sqlmigrate`` under a comment. That command needs a
+database, so a temporary PostgreSQL is started for it (from the ``demo`` extra of the package). A
+test compares the files with the migrations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def names() -> list[str]:
 
 
 def render(name: str) -> str:
-    """One migration as SQL, in a transaction of its own. Needs a database of Django's."""
+    """One migration as SQL, in one transaction. Needs a database that Django can connect to."""
     sql = io.StringIO()
     call_command("sqlmigrate", APP, name, stdout=sql, no_color=True)
     source = MIGRATIONS.joinpath(f"{name}.py").relative_to(DIRECTORY.parent)

@@ -1,11 +1,11 @@
--- What each role may do, and no more. For psql, as the owner of the tables, with the
--- search_path of the migration:
+-- Grants each role what it needs and no more. Run it with psql as the owner of the tables, with
+-- the search_path of the migration:
 --
 --     psql -v sender=billing -v endpoint=web -v publisher=events -v pruner=cron \
 --          -f migrations/grants.sql DATABASE
 --
--- The roles exist already. Leave out those that you do not have, repeat the command for
--- several of a kind, and name one role twice if it does both.
+-- The roles must exist. Leave out the variables that you do not need, repeat the command if you
+-- have several roles of a kind, and pass a role twice if it does both.
 
 \set ON_ERROR_STOP on
 
@@ -15,18 +15,18 @@ SELECT nspname AS schema
 
 BEGIN;
 
--- A sender: a service that inserts events, a Django project that calls send_event().
--- Neither id nor created are its to set, and it cannot read what others send. An ORM that asks for
--- the new id (RETURNING id), as SQLAlchemy and Rails do, needs one more:
+-- A sender: a service that inserts events, a Django project that calls send_event(). It cannot
+-- set id or created, and cannot read the events of others. An ORM that reads the new id (RETURNING
+-- id), such as SQLAlchemy or Rails, needs one more grant:
 --     GRANT SELECT (id) ON pg_eventstream_event TO billing;
 \if :{?sender}
 GRANT USAGE ON SCHEMA :"schema" TO :"sender";
 GRANT INSERT (channel, type, data, skip_user_ids) ON pg_eventstream_event TO :"sender";
 \endif
 
--- The endpoint: a web application that serves streams. It reads what clients have missed, and
--- whether the stream is still the one that they knew; and whether a publisher runs, so that it
--- can say in its log that none does.
+-- The endpoint: a web application that serves streams. It reads the events that clients missed,
+-- whether the stream is still the same one, and whether a publisher runs, so that it can log
+-- that none does.
 \if :{?endpoint}
 GRANT USAGE ON SCHEMA :"schema" TO :"endpoint";
 GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_channel,
@@ -53,8 +53,8 @@ GRANT SELECT ON pg_eventstream_cursor TO :"publisher";
 GRANT SELECT, INSERT, UPDATE ON pg_eventstream_channel TO :"publisher";
 \endif
 
--- The pruner: eventstream_prune, where a cron job prunes rather than the publisher. It
--- sees when events were sent, and not what they say.
+-- The pruner: eventstream_prune, if a cron job prunes instead of the publisher. It can read when
+-- events were sent, but not their data.
 \if :{?pruner}
 GRANT USAGE ON SCHEMA :"schema" TO :"pruner";
 GRANT SELECT (id, created), DELETE ON pg_eventstream_event TO :"pruner";

@@ -9,7 +9,7 @@ class PgEventStreamConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        # `settings` and `tables` register the system checks.
+        # Importing `settings` and `tables` registers the system checks.
         from .checks import first_use, settings, tables  # noqa: F401
         from .grip import next_links
         from .tables import placement, unmigrated

@@ -1,4 +1,4 @@
-"""Keeps what the endpoint answers out of every cache, Django's own included."""
+"""Keeps the endpoint's responses out of all caches, including Django's own."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from django.core.handlers.exception import response_for_exception
 from django.db import connections
 from django.http import Http404, HttpRequest, HttpResponseBase
 
-# An answer is for whoever asked, and for now. Not to be changed on the way: compression delays
-# events. "private" says it to caches that know nothing else: Django's middleware before 5.2.9.
+# A response is for this user and this moment. "no-transform", because compression delays events;
+# "private" for caches that ignore the rest, such as Django's middleware before 5.2.9.
 _NEVER = "private, no-cache, no-store, no-transform"
 
 View = Callable[..., HttpResponseBase]
 
 
 def never_cached(view: View) -> View:
-    """The view, with answers that no cache keeps; those to a refusal by exception as well.
+    """Make a view's responses uncacheable, including those to exceptions that refuse a request.
 
-    A cache may keep a 404 that does not say for how long (RFC 9111, 4.2.2).
+    A cache may store a 404 without an explicit lifetime (RFC 9111, 4.2.2).
     """
 
     @wraps(view)

@@ -1,4 +1,4 @@
-"""Who may read which channel, and which channels a request asks for.
+"""Decides who may read which channel, and which channels a request asks for.
 
 Subclass `DefaultChannelManager` (or `ChannelManagerBase`) and name it in
 ``EVENTSTREAM_CHANNELMANAGER_CLASS``.
@@ -24,7 +24,7 @@ __all__ = ["ChannelManagerBase", "DefaultChannelManager"]
 
 
 class ChannelManagerBase:
-    """What the endpoint and the publisher ask.
+    """The decisions that the endpoint and the publisher leave to the project.
 
     One instance serves all requests of a process, so keep no state in it.
     """
@@ -38,48 +38,48 @@ class ChannelManagerBase:
     def can_read_channel(self, user: Any, channel: str) -> bool:
         """Whether the user, or an anonymous visitor (None), may read the channel.
 
-        Asked when a stream is opened, whenever the proxy asks how to go on, and after
+        Called when a stream is opened, whenever the proxy asks how to continue it, and after
         `channel_permission_changed`.
         """
         raise NotImplementedError
 
     def is_channel_reliable(self, channel: str) -> bool:
-        """Whether the events of the channel have ids, and can be resumed from.
+        """Whether the events of the channel have ids, so that clients can resume.
 
-        Asked by the publisher for each event and by the endpoint for each stream, in
-        different processes: it must follow from the name, and not from the moment.
+        The publisher calls it for each event and the endpoint for each stream, in different
+        processes: the result must depend on the name alone and never change.
         """
         raise NotImplementedError
 
     def get_user_for_request(self, request: HttpRequest) -> AbstractBaseUser | None:
-        """Whose stream this is, None for an anonymous visitor's.
+        """The user who opens the stream; None for an anonymous visitor.
 
-        By default what Django's authentication says. Override it for tokens: the request
-        has the client's headers and query. Raise `django.core.exceptions.PermissionDenied`
-        to refuse the request as a whole.
+        By default, the user that Django's authentication found. Override it for tokens: the
+        request has the client's headers and query. Raise
+        `django.core.exceptions.PermissionDenied` to refuse the whole request.
         """
         user = getattr(request, "user", None)
         return user if user is not None and user.is_authenticated else None
 
     def get_user(self, user_id: str) -> AbstractBaseUser | None:
-        """The user with this primary key, None if there is none, or it is inactive.
+        """The user with this primary key; None if there is none or the user is inactive.
 
-        Asked when a stream goes on: the proxy's own requests carry no cookies or tokens of
-        the client, only the key of the user that `get_user_for_request` gave.
+        Called when a stream continues: the proxy's own requests carry no cookies or tokens of the
+        client, only the key of the user that `get_user_for_request` returned.
         """
         user = get_user_model()._default_manager.filter(pk=user_id).first()
         return user if user is not None and user.is_active else None
 
 
 class DefaultChannelManager(ChannelManagerBase):
-    """Channels by the URLconf, else by the query; everybody may read everything, reliably."""
+    """Channels come from the URLconf or else the query; all are reliable and open to everyone."""
 
     def get_channels_for_request(
         self, request: HttpRequest, view_kwargs: Mapping[str, Any]
     ) -> Collection[str]:
-        """The first that is there: ``format-channels``, ``channels``, ``channel``, ``?channel=``.
+        """The first that is set: ``format-channels``, ``channels``, ``channel``, ``?channel=``.
 
-        What the URLconf says excludes what the query says.
+        The first three are kwargs of the URLconf. They take precedence over the query.
         """
         if "format-channels" in view_kwargs:
             formats = _as_list("format-channels", view_kwargs["format-channels"])
@@ -97,8 +97,8 @@ class DefaultChannelManager(ChannelManagerBase):
         return True
 
 
-#: For a manager that is none.
-HINT = "Name a subclass of pg_eventstream.channelmanager.DefaultChannelManager."
+#: The remedy if the setting does not name a channel manager.
+HINT = "Set it to a subclass of pg_eventstream.channelmanager.DefaultChannelManager."
 
 
 def get_channelmanager() -> ChannelManagerBase:
@@ -111,7 +111,7 @@ def _instance(path: str) -> ChannelManagerBase:
 
 
 def load_class(path: str) -> type[ChannelManagerBase]:
-    """The class that the setting names. Raises `ImproperlyConfigured` if it is no manager."""
+    """The class at a dotted path. Raises `ImproperlyConfigured` if it is not a channel manager."""
     try:
         manager = import_string(path)
     except ImportError as e:
@@ -126,8 +126,8 @@ def load_class(path: str) -> type[ChannelManagerBase]:
 
 
 def _as_list(kwarg: str, names: Collection[str]) -> list[str]:
-    if isinstance(names, str):  # which is a collection too, of one channel per character
+    if isinstance(names, str):  # a collection as well, of one channel per character
         raise ImproperlyConfigured(
-            f"{kwarg!r} in the URLconf must be a list of channels: [{names!r}]."
+            f"{kwarg!r} in the URLconf must be a list of channels, such as [{names!r}]."
         )
     return list(names)

@@ -1,7 +1,7 @@
 """Settings: one typed property each, read at call time, validated by `checks`.
 
-A number that makes no sense is refused here too, by `ImproperlyConfigured`: application servers
-run no checks, and a retention of nothing would prune everything.
+A number that makes no sense raises `ImproperlyConfigured` here as well: application servers run no
+checks, and a retention of zero would prune everything.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from gripcontrol import parse_grip_uri
 
 from .postgres.connector import refuse_if_not_postgresql
 
-#: Channels of a stream. The proxy holds 20 for a connection and cuts off what is more without a
-#: word (Pushpin: connection_subscription_max); one of them is the user's.
+#: The maximum number of channels of a stream. The proxy holds 20 per connection and silently drops
+#: the rest (Pushpin: connection_subscription_max); one of them is the user's.
 MOST_CHANNELS = 19
 
-# What is older has a date that neither Python's datetime nor PostgreSQL's timestamp need to know.
+# Keeps dates in the range of Python's datetime and PostgreSQL's timestamp.
 _MOST_DAYS = 365_000
-# A next link works for a day (`hold.sign`), and poll() waits for less than 25.
+# A next link is valid for a day (`grip.links.sign`), and poll() waits for less than 25 days.
 _DAY_SECONDS = 86_400
 
 
 class Conf:
     def check_numbers(self) -> None:
-        """Raises `ImproperlyConfigured` if one of the numbers makes no sense.
+        """Raise `ImproperlyConfigured` if one of the numbers makes no sense.
 
-        For whoever starts what uses them later, in a thread or in the middle of a stream.
+        Call it before starting something that reads them later, in a thread or during a stream.
         """
         _ = (self.retention, self.replay_age, self.safety_poll, self.max_age)
         _ = (self.channel_limit, self.next_link_timeout)
@@ -44,68 +44,68 @@ class Conf:
     def database(self) -> str:
         """The alias of the database that holds the events.
 
-        Raises `ImproperlyConfigured` if there is no such database, or it is not PostgreSQL.
+        Raises `ImproperlyConfigured` if there is no such alias, or it is not PostgreSQL.
         """
         alias = self.database_alias
         if alias not in connections:
             raise ImproperlyConfigured(
-                f"EVENTSTREAM_DATABASE names {alias!r}, which is not in DATABASES. There are:"
-                f" {', '.join(connections)}."
+                f"EVENTSTREAM_DATABASE is {alias!r}, which is not in DATABASES. The aliases there"
+                f" are: {', '.join(connections)}."
             )
         refuse_if_not_postgresql(alias)
         return alias
 
     @property
     def database_alias(self) -> str:
-        """What EVENTSTREAM_DATABASE says, right or wrong."""
+        """The value of EVENTSTREAM_DATABASE, which may be wrong."""
         return str(getattr(settings, "EVENTSTREAM_DATABASE", "default"))
 
     @property
     def retention(self) -> timedelta | None:
-        """How long a sequenced event is kept (default 24 hours). A number counts seconds.
+        """How long a sequenced event is kept. Default: 24 hours. A number is in seconds.
 
-        None keeps events, whatever their age.
+        None keeps events of any age.
         """
         return _duration("EVENTSTREAM_RETENTION", timedelta(hours=24), "to keep all events")
 
     @property
     def replay_age(self) -> timedelta | None:
-        """The age of the oldest event that a client may begin with. A number counts seconds.
+        """The age of the oldest event that a client can begin with. A number is in seconds.
 
-        None, the default, for all that are kept.
+        None, the default, means all events that are kept.
         """
-        age = _duration("EVENTSTREAM_REPLAY_AGE", None, "for all that are kept")
+        age = _duration("EVENTSTREAM_REPLAY_AGE", None, "for all events that are kept")
         retention = self.retention
         return None if age and retention and age >= retention else age
 
     @property
     def safety_poll(self) -> float | None:
-        """Seconds between two looks at the database while nothing rings (default 5).
+        """Seconds between two looks at the database while no notification arrives. Default: 5.
 
-        None switches it off; the doorbell alone wakes the publisher then.
+        None switches the poll off. Then only the doorbell wakes the publisher.
         """
-        return _seconds("EVENTSTREAM_SAFETY_POLL", 5.0, "for none", _DAY_SECONDS)
+        return _seconds("EVENTSTREAM_SAFETY_POLL", 5.0, "for no poll", _DAY_SECONDS)
 
     @property
     def channel_limit(self) -> int:
-        """Channels per stream (default 10); 19 at most, whatever the setting says."""
+        """Channels per stream. Default: 10. A setting above 19 counts as 19."""
         return min(_whole("EVENTSTREAM_CHANNEL_LIMIT", 10), MOST_CHANNELS)
 
     @property
     def next_link_timeout(self) -> int:
-        """Seconds after which the proxy asks the origin whether a quiet stream may go on.
+        """Seconds after which the proxy asks the application how to continue a quiet stream.
 
-        Permissions are checked again then. Default 600.
+        Permissions are checked again at that time. Default: 600.
         """
         return _whole("EVENTSTREAM_NEXT_LINK_TIMEOUT", 600, _DAY_SECONDS)
 
     @property
     def max_age(self) -> float | None:
-        """Seconds after which a stream without a proxy ends, so that its client comes back.
+        """Seconds after which a stream without a proxy ends, so that its client reconnects.
 
-        None, the default, for never.
+        None, the default, means never.
         """
-        return _seconds("EVENTSTREAM_MAX_AGE", None, "for no end", _MOST_DAYS * _DAY_SECONDS)
+        return _seconds("EVENTSTREAM_MAX_AGE", None, "for no limit", _MOST_DAYS * _DAY_SECONDS)
 
     @property
     def channelmanager_class(self) -> str:
@@ -120,9 +120,9 @@ class Conf:
 
     @property
     def allow_origins(self) -> list[str]:
-        """The origins whose pages may read streams: of EVENTSTREAM_ALLOW_ORIGIN and _ORIGINS.
+        """The origins in EVENTSTREAM_ALLOW_ORIGIN and _ORIGINS, whose pages may read streams.
 
-        In lower case, as browsers write them. "*" stands for any.
+        In lower case, as browsers send them. "*" stands for any origin.
         """
         return [
             origin.lower()
@@ -137,7 +137,7 @@ class Conf:
 
     @property
     def allow_headers(self) -> list[str]:
-        """Further request headers that those pages may send. A string is split at commas."""
+        """Additional request headers that those pages may send. A string is split at commas."""
         value = _strings("EVENTSTREAM_ALLOW_HEADERS")
         return [name.strip() for text in value for name in text.split(",") if name.strip()]
 
@@ -148,11 +148,11 @@ class Conf:
 
     @property
     def grip_proxies(self) -> list[dict[str, Any]]:
-        """The proxies of GRIP_PROXIES and GRIP_URL, each once, as gripcontrol's config.
+        """The proxies of GRIP_PROXIES and GRIP_URL, each once, as gripcontrol configures them.
 
-        GRIP_VERIFY_KEY is theirs if they have no other. Copies: django-grip appends GRIP_URL
-        to the GRIP_PROXIES list itself, again with every signed request (django_grip.py,
-        _get_proxies).
+        A proxy without a verify key gets GRIP_VERIFY_KEY. These are copies, because django-grip
+        appends GRIP_URL to the GRIP_PROXIES list itself, again with every signed request
+        (django_grip.py, _get_proxies).
         """
         configured = [dict(entry) for entry in getattr(settings, "GRIP_PROXIES", [])]
         url = getattr(settings, "GRIP_URL", None)
@@ -176,11 +176,11 @@ def proxy_name(config: dict[str, Any]) -> str:
 
 
 def _duration(name: str, default: timedelta | None, without: str) -> timedelta | None:
-    """A setting that is a timedelta or a number of seconds."""
+    """Read a setting that is a timedelta or a number of seconds."""
     value = getattr(settings, name, default)
     if value is None:
         return None
-    # As it is used: what rounds to nothing is nothing.
+    # Compared as a timedelta, as it is used: a number that rounds to zero is refused, too.
     with suppress(OverflowError, ValueError):
         age = timedelta(seconds=value) if _is_number(value) else value
         if isinstance(age, timedelta) and timedelta(0) < age <= timedelta(days=_MOST_DAYS):
@@ -192,7 +192,7 @@ def _duration(name: str, default: timedelta | None, without: str) -> timedelta |
 
 
 def _seconds(name: str, default: float | None, without: str, most: int) -> float | None:
-    """A setting that is a number of seconds."""
+    """Read a setting that is a number of seconds."""
     value = getattr(settings, name, default)
     if value is None:
         return None
@@ -205,7 +205,7 @@ def _seconds(name: str, default: float | None, without: str, most: int) -> float
 
 
 def _whole(name: str, default: int, most: float = math.inf) -> int:
-    """A setting that is a whole number, of seconds or of something else."""
+    """Read a setting that is a whole number."""
     value = getattr(settings, name, default)
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
         return value
@@ -220,7 +220,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _strings(name: str) -> list[str]:
-    """The strings of a setting that holds none, one or several."""
+    """Read a setting that is a string, a list of strings, or missing."""
     value = getattr(settings, name, None) or ()
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, Iterable) or not all(isinstance(text, str) for text in texts):

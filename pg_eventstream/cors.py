@@ -1,7 +1,7 @@
-"""Lets pages of other origins read streams, as the EVENTSTREAM_ALLOW_* settings say.
+"""Lets pages of other origins read streams, according to the EVENTSTREAM_ALLOW_* settings.
 
-Judged by the request's Origin. Without these settings nothing is added, so that a middleware
-such as django-cors-headers can do it instead.
+The request's Origin header decides. Without these settings no header is added, so that a
+middleware such as django-cors-headers can do it instead.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from django.utils.cache import patch_vary_headers
 from .conf import conf
 
 _METHODS = "GET, HEAD"
-# What libraries that read streams with fetch() send; EventSource itself needs no leave for its.
+# Headers of libraries that read streams with fetch(). EventSource sends its own without asking.
 _HEADERS = ("Last-Event-ID", "Cache-Control")
-# Browsers keep an answer for less if this is too long for them; Chromium's limit.
+# The limit of Chromium. Browsers with a lower limit use theirs.
 _MAX_AGE_SECONDS = 7200
 
 
 def add_headers(request: HttpRequest, response: HttpResponseBase) -> None:
-    """Tell the browser whether the page that asks may read the response.
+    """Tell the browser whether the requesting page may read the response.
 
-    Credentials are allowed to origins that are named only: a browser takes none for "*", and
-    to repeat whatever origin asks would let any page read as the user that visits it.
+    Only origins that are listed may send credentials. Browsers send none for "*", and to echo any
+    origin would let every page read what its visitor is allowed to read.
     """
     if _allow_origin(request, response) and request.method == "OPTIONS":
         response["Access-Control-Allow-Methods"] = _METHODS
@@ -32,7 +32,7 @@ def add_headers(request: HttpRequest, response: HttpResponseBase) -> None:
 
 
 def preflight(request: HttpRequest) -> HttpResponse:
-    """The answer to OPTIONS: what a browser asks before a page's request, if it has to."""
+    """The response to OPTIONS, which browsers send before some requests of a page."""
     response = HttpResponse(status=204, headers={"Allow": f"{_METHODS}, OPTIONS"})
     add_headers(request, response)
     return response
@@ -45,7 +45,7 @@ def _allow_origin(request: HttpRequest, response: HttpResponseBase) -> bool:
         return True
     if not allowed:
         return False
-    # A cache must not give one origin the answer to another, nor to a request without any.
+    # A cache must not serve this response to another origin or to a request without one.
     patch_vary_headers(response, ["Origin"])
     origin = request.headers.get("Origin", "")
     if origin.lower() not in allowed:

@@ -1,13 +1,13 @@
-"""What can go wrong, in one tree. The message says what to do about it.
+"""The exceptions. Their messages say what is wrong and what to do.
 
 EventStreamError
-├── InvalidEvent          an event that cannot be sent as it is (also a ValueError)
-├── InvalidRequest        a request for a stream that cannot be served as it is
-├── ResumeNotAllowed      a client that resumes after a stream-error
-├── EventsPruned          a subscription asks for events that are not kept any more
-├── EventPermissionError  a user may not read some of the channels asked for
-├── NotLeading            another publisher leads, so this one may not publish
-└── NotPublished          a publisher that publishes once has not published everything
+├── InvalidEvent          the event cannot be sent (also a ValueError)
+├── InvalidRequest        the request for a stream is malformed
+├── ResumeNotAllowed      a client resumes after a stream-error
+├── EventsPruned          a subscription asks for events that have been pruned
+├── EventPermissionError  the user may not read some of the requested channels
+├── NotLeading            another publisher leads, and only the leader publishes
+└── NotPublished          eventstream_publisher --once could not publish everything
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ from collections.abc import Sequence
 
 
 class EventStreamError(Exception):
-    """Base of every error that pg_eventstream raises on purpose."""
+    """The base class of the errors that pg_eventstream raises."""
 
 
 class InvalidEvent(EventStreamError, ValueError):
-    """The event cannot be sent as it is; nothing was written."""
+    """The event cannot be sent. Nothing was written."""
 
 
 class InvalidRequest(EventStreamError):
-    """The request for a stream is malformed; its message is shown to the client."""
+    """The request for a stream is malformed. The client is shown the message."""
 
 
 class ResumeNotAllowed(EventStreamError):
-    """The client asks to go on after a ``stream-error``, which ends a stream for good."""
+    """The client tries to resume after a ``stream-error``, which ends a stream permanently."""
 
 
 class EventsPruned(EventStreamError):
-    """Events of ``channels`` are gone; go on from ``last_event_id`` with a fresh state."""
+    """The next events of ``channels`` have been pruned.
+
+    To continue, read the current state again and subscribe from ``last_event_id``.
+    """
 
     def __init__(self, channels: Sequence[str], last_event_id: str) -> None:
         self.channels = list(channels)
         self.last_event_id = last_event_id
         super().__init__(
-            f"Events of {', '.join(channels)} that should come next are not kept any more. Read"
-            f" the present state, and go on from {last_event_id!r}."
+            f"The next events of {', '.join(channels)} have been pruned. Read the current state"
+            f" again, and continue from {last_event_id!r}."
         )
 
 
@@ -52,8 +55,8 @@ class EventPermissionError(EventStreamError):
 
 
 class NotLeading(EventStreamError):
-    """Another publisher leads; only the leader publishes."""
+    """Another publisher leads, and only the leader publishes."""
 
 
 class NotPublished(EventStreamError):
-    """Something was left; the message says what each proxy has taken, and what it has not."""
+    """Not everything was published. The message says what each proxy has taken and has not."""

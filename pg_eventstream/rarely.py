@@ -1,4 +1,4 @@
-"""Limits how often a warning is logged that any request might cause."""
+"""Limits how often a warning is logged that any request could cause."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Hashable
 
-#: Between two warnings of the same kind in one process.
+#: The minimum time between two warnings of the same kind in one process.
 SECONDS = 600.0
 
 
 class Rarely:
-    """True at most once in so many seconds, for each of a few reasons."""
+    """A callable that returns True at most once per ``seconds`` for each of a few reasons."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._seconds = seconds
@@ -34,4 +34,4 @@ class Rarely:
             self._next[reason] = math.inf
 
     def _forget_parent(self) -> None:
-        self._lock = threading.Lock()  # a thread that this process does not have may have held it
+        self._lock = threading.Lock()  # a thread of the parent may have held the old one

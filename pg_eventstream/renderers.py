@@ -1,6 +1,6 @@
-"""What views of Django REST Framework answer with: an event stream, or a page that shows it.
+"""Renderers for Django REST Framework: an event stream, or a page that shows one.
 
-The pages come from the templates of ``rest_framework``, which has to be in INSTALLED_APPS then.
+The page extends a template of ``rest_framework``, which must be in INSTALLED_APPS for it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["BrowsableAPIEventStreamRenderer", "SSEEventRenderer"]
 
 
 class StreamDescription(dict[str, list[str]]):
-    """The ``channels`` of a view, and the ``messages_types`` that its page shows."""
+    """The ``channels`` of a view and the ``messages_types`` that its page shows."""
 
 
 class SSEEventRenderer(BaseRenderer):
     """Lets a view answer ``Accept: text/event-stream``.
 
-    Streams themselves are not rendered. A refusal becomes a ``stream-error`` whose condition
-    is its status (``forbidden``, ``too-many-requests``), any other data a ``message``.
+    Streams themselves are not rendered. A refusal becomes a ``stream-error`` whose condition is the
+    status (``forbidden``, ``too-many-requests``). Any other data becomes a ``message``.
     """
 
-    media_type = sse.MEDIA_TYPE  # as clients ask for it, mostly without a charset
+    media_type = sse.MEDIA_TYPE  # as clients send it, mostly without a charset
     format = sse.MEDIA_TYPE
     charset = "utf-8"
 
@@ -52,7 +52,7 @@ class SSEEventRenderer(BaseRenderer):
 
 
 class BrowsableAPIEventStreamRenderer(BrowsableAPIRenderer):
-    """The browsable API, with the events of a stream as they arrive. Other data as ever."""
+    """The browsable API. Its page for a stream shows the events as they arrive."""
 
     format = "api_sse"
     template = "pg_eventstream/browsable_api.html"
@@ -65,7 +65,7 @@ class BrowsableAPIEventStreamRenderer(BrowsableAPIRenderer):
         renderer_context: Mapping[str, Any],
     ) -> str:
         if isinstance(data, StreamDescription):
-            return ""  # the events take its place
+            return ""  # the page shows the events instead
         return super().get_content(renderer, data, accepted_media_type, renderer_context)
 
     def get_context(
@@ -73,7 +73,7 @@ class BrowsableAPIEventStreamRenderer(BrowsableAPIRenderer):
     ) -> dict[str, Any]:
         context = super().get_context(data, accepted_media_type, renderer_context)
         if isinstance(data, StreamDescription):
-            # The same address, as an EventSource asks for it.
+            # The same URL, as an EventSource requests it.
             address = renderer_context["request"].get_full_path()
             url = remove_query_param(address, api_settings.URL_FORMAT_OVERRIDE)
             context["stream"] = {

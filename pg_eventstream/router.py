@@ -1,4 +1,4 @@
-"""For ``DATABASE_ROUTERS``, where the events have a database of their own."""
+"""A database router for projects that keep the events in a separate database."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _LABEL = "pg_eventstream"
 
 
 class EventStreamRouter:
-    """Keeps our tables in ``EVENTSTREAM_DATABASE``, and out of all others.
+    """Keeps the tables of this package in ``EVENTSTREAM_DATABASE`` and out of all others.
 
-    Name it before routers that decide for all apps. It says nothing of other apps.
+    List it in ``DATABASE_ROUTERS`` before routers that decide for all apps. It has no opinion on
+    other apps.
     """
 
     def db_for_read(self, model: type[Model], **hints: Any) -> str | None:

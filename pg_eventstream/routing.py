@@ -1,7 +1,7 @@
-"""For an ``asgi.py`` that routes with Channels: ``URLRouter(pg_eventstream.routing.urlpatterns)``.
+"""Routes for an ``asgi.py`` with Channels: ``URLRouter(pg_eventstream.routing.urlpatterns)``.
 
-The setup of django-eventstream 2.1 to 4.5. `pg_eventstream.urls` in the URLconf does the same
-without Channels, which this module does not import either.
+This is the setup of django-eventstream 2.1 to 4.5. `pg_eventstream.urls` in the URLconf does the
+same without Channels. This module does not import Channels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 class _Handler(ASGIHandler):
-    """Django, its middleware included, with `views.events` for every path.
+    """Django with its middleware, and with `views.events` for every path.
 
-    The routes above it name the channels, by ``channels``, ``format-channels`` or ``channel`` as
-    in a URLconf. Where they have put a user into the scope (AuthMiddlewareStack, or a middleware
-    that knows tokens), the stream is that user's, as it was with django-eventstream. Their
-    session is the request's where MIDDLEWARE provides none.
+    The outer routes name the channels, by ``channels``, ``format-channels`` or ``channel`` as in a
+    URLconf. If a middleware has put a user into the scope (AuthMiddlewareStack, or one that reads
+    tokens), the stream is that user's, as with django-eventstream. The scope's session becomes the
+    request's if MIDDLEWARE provides none.
     """
 
     def resolve_request(self, request: HttpRequest) -> ResolverMatch:
@@ -45,7 +45,7 @@ class _Handler(ASGIHandler):
 
 @cache
 def _handler() -> _Handler:
-    # Not at import: an asgi.py names `urlpatterns` before it calls get_asgi_application().
+    # Not at import: an asgi.py may import `urlpatterns` before it calls get_asgi_application().
     return _Handler()
 
 

@@ -7,6 +7,6 @@ endpoint.require_installed()
 
 urlpatterns = [
     path("", views.events, name=views.EVENTS_URL),
-    # The proxy's own requests; clients never see these addresses.
+    # The proxy's own requests. Clients never see these URLs.
     path(f"{links.NEXT}<token>", views.next_link, name=views.NEXT_LINK_URL),
 ]

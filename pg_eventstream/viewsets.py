@@ -1,7 +1,7 @@
 """The endpoint as views of Django REST Framework.
 
-DRF's authentication, permissions and throttles decide who opens a stream, and as which user;
-the channel manager decides, here as everywhere, which channels that user may read.
+DRF's authentication, permissions and throttles decide who may open a stream and as which user. The
+channel manager decides, as in the plain endpoint, which channels that user may read.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .renderers import BrowsableAPIEventStreamRenderer, SSEEventRenderer, Stream
 
 __all__ = ["EventsView", "EventsViewSet", "configure_events_view_set"]
 
-# What a channel manager takes from the URLconf; the query must not take its place.
+# Kwargs of the URLconf that name channels for a channel manager. The query cannot replace them.
 _NAMING = frozenset({"format-channels", "channels", "channel"})
 
 
 def _renderers(configured: Sequence[Any]) -> list[type[BaseRenderer]]:
-    """The renderers of events among these. Without any, the page is there if other views have one.
+    """Select the renderers of events. Without any, there is a page if other views have one.
 
-    Streams come first: they are what a client gets that accepts anything.
+    The renderer of streams comes first: a client that accepts any media type gets a stream.
     """
     streams = [r for r in configured if issubclass(r, SSEEventRenderer)]
     pages = [r for r in configured if issubclass(r, BrowsableAPIEventStreamRenderer)]
@@ -50,24 +50,24 @@ def _renderers(configured: Sequence[Any]) -> list[type[BaseRenderer]]:
 class EventsView(APIView):
     """Events of channels, as they are sent.
 
-    Channels are those of the view, else those that the query names: ?channels=news,sport
+    The channels are those of the view, or else those in the query: ?channels=news,sport
     """
 
-    #: What is streamed. If there are none, the request says: ``?channels=``, else what the
-    #: channel manager makes of the URL and ``?channel=``.
+    #: The channels to stream. If empty, ``?channels=`` names them, or else the channel manager
+    #: takes them from the URL and ``?channel=``.
     channels: Sequence[str] = ()
-    #: What the page shows, ``message`` or what ``?messages_types=`` says if there are none.
-    #: Streams carry all types.
+    #: The types that the page shows. If empty, ``?messages_types=`` names them, or else it is
+    #: ``message``. Streams carry all types.
     messages_types: Sequence[str] = ()
     renderer_classes: Sequence[type[BaseRenderer]] = _renderers(
         api_settings.DEFAULT_RENDERER_CLASSES
     )
-    # What makes OpenAPI schemas would have to guess what a stream is, and warn of it.
+    # Without this, generators of OpenAPI schemas guess what a stream is, and warn.
     schema: ViewInspector | None = None
 
     @method_decorator(never_cached)
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
-        # A browser asks this without credentials, so it must not be asked for any.
+        # Browsers send a preflight without credentials, so none can be demanded.
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return cors.preflight(request)
         return super().dispatch(request, *args, **kwargs)
@@ -79,7 +79,7 @@ class EventsView(APIView):
         self, request: Request, channels: Sequence[str], link_to: endpoint.LinkTo
     ) -> HttpResponseBase:
         if "channels" in request.query_params and not _NAMING.isdisjoint(self.kwargs):
-            raise ParseError("The channels of this address are fixed: leave ?channels= out.")
+            raise ParseError("The channels of this URL are fixed. Remove ?channels= from it.")
         channels = _one_of(request, "channels", channels)
         types = _one_of(request, "messages_types", self.messages_types)
         view_kwargs = {**self.kwargs, "channels": channels} if channels else self.kwargs
@@ -92,17 +92,17 @@ class EventsView(APIView):
 class EventsViewSet(ViewSetMixin, EventsView):
     """Events of channels, as they are sent.
 
-    Channels are those of the view set, else those that the address names: /news/ or
+    The channels are those of the view set, or else those in the URL: /news/ or
     ?channels=news,sport
     """
 
     @method_decorator(never_cached)
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
-        # The proxy's own request. It has no credentials, so no policy applies to it: its token
-        # was signed for a request that they let in.
+        # The proxy's own request. It has no credentials, so DRF's policies do not apply to it. Its
+        # token was signed for a request that they allowed.
         if self.action_map.get("get") == "next_link" and request.method in ("GET", "HEAD"):
-            go_on: Any = self.next_link  # bound, which its type hides
-            response: HttpResponseBase = go_on(request, **kwargs)
+            next_link: Any = self.next_link  # a bound method, which its type does not show
+            response: HttpResponseBase = next_link(request, **kwargs)
             return response
         return super().dispatch(request, *args, **kwargs)
 
@@ -114,7 +114,7 @@ class EventsViewSet(ViewSetMixin, EventsView):
         self, request: Request, channel: str, format: Any = None, **mount: Any
     ) -> HttpResponseBase:
         if self.channels or "channels" in self.kwargs:
-            raise ParseError("The channels of this address are fixed: leave the last part out.")
+            raise ParseError("The channels of this URL are fixed. Remove its last part.")
         return self._stream(request, [channel], partial(self._link_to, mount))
 
     @action(detail=False, url_path="next/(?P<token>[^/]+)", url_name="next-link", schema=None)
@@ -124,11 +124,11 @@ class EventsViewSet(ViewSetMixin, EventsView):
         return endpoint.continue_stream(request, token, partial(self._link_to, mount))
 
     def get_extra_action_url_map(self) -> dict[str, str]:
-        return {}  # for the page: no link there can name a channel or a token
+        return {}  # the page cannot link to actions that need a channel or a token
 
     def _link_to(self, mount: Mapping[str, Any], token: str) -> str:
         try:
-            # Without the request: a path, and no part of its query.
+            # Without the request, for a path that has no part of its query.
             return self.reverse_action("next-link", kwargs={**mount, "token": token}, request=None)
         except NoReverseMatch:  # not mounted by a router
             return views.link_anywhere(token)
@@ -137,17 +137,19 @@ class EventsViewSet(ViewSetMixin, EventsView):
 def configure_events_view_set(
     channels: Sequence[str] | None = None, messages_types: Sequence[str] | None = None
 ) -> type[EventsViewSet]:
-    """An `EventsViewSet` with these channels, whose page shows these types of events."""
+    """Create an `EventsViewSet` with these channels, whose page shows these types of events."""
     attributes = {"channels": channels or (), "messages_types": messages_types or ()}
     return type("EventsViewSet", (EventsViewSet,), {"__doc__": EventsViewSet.__doc__, **attributes})
 
 
 def _one_of(request: Request, name: str, configured: Sequence[str]) -> list[str]:
-    """What the view says, or else the query."""
-    if isinstance(configured, str):  # which is a sequence too, of its characters
-        raise ImproperlyConfigured(f"{name} of a view of events must be a list: [{configured!r}].")
+    """The values that the view configures, or else those in the query."""
+    if isinstance(configured, str):  # a sequence as well, of its characters
+        raise ImproperlyConfigured(
+            f"{name} of a view of events must be a list, such as [{configured!r}]."
+        )
     texts = request.query_params.getlist(name)
     asked = [item for text in texts for item in text.split(",") if item]
     if configured and asked:
-        raise ParseError(f"The {name} of this address are fixed: leave ?{name}= out.")
+        raise ParseError(f"The {name} of this URL are fixed. Remove ?{name}= from it.")
     return list(configured) or asked

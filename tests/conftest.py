@@ -1,7 +1,6 @@
-"""Real servers: PostgreSQL and Pushpin once per run, a database per test.
+"""Fixtures: real servers, each started for the first test that needs it, once per run.
 
-Django is set up against the run's PostgreSQL before any test module is imported. Each test
-gets a database of its own, a copy of a migrated template, so that no lock, notification or
+Each test gets a separate database, a copy of a migrated template, so that no lock, notification or
 row of one test reaches another.
 """
 
@@ -11,70 +10,48 @@ import fcntl
 import os
 import shutil
 import subprocess
-import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psycopg
 import pytest
+from django.test import override_settings
 
 from pg_eventstream.servers.postgres import Postgres
-from pg_eventstream.servers.processes import Process, accepts, free_port
+from pg_eventstream.servers.processes import Process, free_port
 from pg_eventstream.servers.pushpin import Pushpin
-from tests.support.browser import browser, page
-from tests.support.database import Database
+from tests.support.application import Serve, application
+from tests.support.control_port import ControlPort
+from tests.support.database import ADDRESS, Database, new_database, running_postgres
 from tests.support.environment import DIRECTORY, KEY, THOROUGH, child_environment, directory
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.folders import misplaced
+from tests.support.programs import installed
+from tests.support.publisher import NewPublisher, PublisherProcess
+from tests.support.sse_client import OpenStream, SSEClient
 
-__all__ = ["browser", "page"]  # fixtures
-
-_TEMPLATE = "template_migrated"
-
-# The programs of another version, for instance /usr/lib/postgresql/15/bin.
-_bin_dir = os.environ.get("PG_EVENTSTREAM_TEST_POSTGRES")
-_postgres = Postgres(
-    DIRECTORY / "postgres",
-    bin_dir=Path(_bin_dir) if _bin_dir else None,
-    settings={"max_connections": "300", "max_prepared_transactions": "10", "log_statement": "none"},
-)
+if TYPE_CHECKING:
+    from tests.support.browser import Browser, Page
 
 
-def _only_hands_out_tests(config: pytest.Config) -> bool:
-    """Whether this process runs none itself (pytest-xdist). Those that do have own servers."""
-    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if _only_hands_out_tests(config):
-        return
+def pytest_configure() -> None:
     DIRECTORY.chmod(0o755)
-    _postgres.start()
-    with psycopg.connect(_postgres.dsn(), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {_TEMPLATE}")
-    os.environ["PG_EVENTSTREAM_TEST_DSN"] = _postgres.dsn(_TEMPLATE)
+    os.environ["PG_EVENTSTREAM_TEST_DSN"] = ADDRESS
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.project.settings"
-
     import django
-    from django.core.management import call_command
-    from django.db import connections
 
     django.setup()
-    call_command("migrate", run_syncdb=True, verbosity=0)
-    connections.close_all()
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if not _only_hands_out_tests(config):
-        _postgres.stop("immediate")
+def pytest_unconfigure() -> None:
     directory.cleanup()
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that nobody's time limit runs meanwhile
+@pytest.hookimpl(
+    wrapper=True, tryfirst=True
+)  # so that the time limit of the test does not run while it waits
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Several tests run at once; with one that is marked ``alone`` none does."""
+    """Run several tests at once, but none together with a test marked ``alone``."""
     alone = item.get_closest_marker("alone") is not None
     with (item.config.rootpath / "pyproject.toml").open() as turn:
         fcntl.flock(turn, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
@@ -83,7 +60,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(folder)
+        if wrong := misplaced(folder, getattr(item, "fixturenames", ())):
+            raise pytest.UsageError(f"{item.nodeid}: {wrong}")
     if not THOROUGH:
         long = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if item not in long]
@@ -91,30 +71,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Postgres:
-    return _postgres
+def postgres() -> Iterator[Postgres]:
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture
 def database(postgres: Postgres) -> Iterator[Database]:
-    """A fresh, migrated database, which Django and every child process of the test use."""
-    from django.db import connections
-
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
-    connections.close_all()
-    connections.settings["default"]["NAME"] = name
-    connections["default"].settings_dict["NAME"] = name
-    previous = os.environ["PG_EVENTSTREAM_TEST_DSN"]
-    os.environ["PG_EVENTSTREAM_TEST_DSN"] = postgres.dsn(name)
-    try:
-        yield Database(postgres, name)
-    finally:
-        os.environ["PG_EVENTSTREAM_TEST_DSN"] = previous
-        connections.close_all()
-        with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    """A new, migrated database that Django and every child process of the test use."""
+    with new_database(postgres) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
@@ -124,9 +90,9 @@ def app_port() -> int:
 
 @pytest.fixture(scope="session")
 def pushpin(app_port: int) -> Iterator[Pushpin]:
-    """A proxy in front of `app_port`, which takes /stripped off the paths that begin with it.
+    """A proxy in front of `app_port`, which removes /stripped from the beginning of paths.
 
-    It remembers ids of a channel for a minute, so every test uses channels of its own.
+    It remembers ids of a channel for a minute, so every test uses separate channels.
     """
     app = f"127.0.0.1:{app_port}"
     with Pushpin(
@@ -154,20 +120,18 @@ def second_pushpin(app_port: int) -> Iterator[Pushpin]:
 @pytest.fixture(scope="session")
 def node_directory() -> Path:
     """A directory for Node.js programs, with its packages installed."""
-    if shutil.which("npm") is None and "CI" not in os.environ:
-        pytest.skip("needs Node.js and npm")
     directory = DIRECTORY / "node"
     source = Path(__file__).parent / "support" / "node"
     shutil.copytree(source, directory, ignore=shutil.ignore_patterns("node_modules"))
-    installed = subprocess.run(
-        ["npm", "ci", "--prefer-offline", "--ignore-scripts", "--no-audit", "--no-fund"],
+    done = subprocess.run(
+        [installed("npm"), "ci", "--prefer-offline", "--ignore-scripts", "--no-audit", "--no-fund"],
         cwd=directory,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert installed.returncode == 0, installed.stderr
+    assert done.returncode == 0, done.stderr
     return directory
 
 
@@ -181,30 +145,28 @@ def app(
     request: pytest.FixtureRequest, database: Database, pushpin: Pushpin, app_port: int
 ) -> Iterator[Process]:
     """The application server behind the proxy; parametrize indirectly with "wsgi"."""
-    arguments = {
-        "asgi": [
-            "uvicorn",
-            "tests.project.asgi:application",
-            f"--port={app_port}",
-            "--log-level=warning",
-        ],
-        "wsgi": ["gunicorn", "tests.project.wsgi", f"--bind=127.0.0.1:{app_port}", "--threads=8"],
-    }[request.param]
-    process = Process(
-        f"the application server ({request.param})",
-        [sys.executable, "-m", *arguments],
-        log_path=DIRECTORY / "app.log",
-        environment=child_environment(pushpin),
-    )
-    process.start(ready=lambda: accepts(app_port))
+    process = application(app_port, pushpin, kind=request.param)
     yield process
     process.stop(timeout=5)
 
 
 @pytest.fixture
-def new_publisher(
-    database: Database, pushpin: Pushpin
-) -> Iterator[Callable[..., PublisherProcess]]:
+def serve(database: Database) -> Iterator[Serve]:
+    """Starts application servers without any proxy."""
+    servers = Serve(database.name)
+    yield servers
+    servers.kill()
+
+
+@pytest.fixture
+def control() -> Iterator[ControlPort]:
+    """A control port without a proxy, to which this process publishes."""
+    with ControlPort() as port, override_settings(GRIP_URL=port.url):
+        yield port
+
+
+@pytest.fixture
+def new_publisher(database: Database, pushpin: Pushpin) -> Iterator[NewPublisher]:
     """Makes publishers that publish to the proxy, and ends them with the test."""
     made: list[PublisherProcess] = []
 
@@ -220,13 +182,13 @@ def new_publisher(
 
 
 @pytest.fixture
-def publisher(new_publisher: Callable[..., PublisherProcess]) -> PublisherProcess:
+def publisher(new_publisher: NewPublisher) -> PublisherProcess:
     """A publisher that leads."""
     return new_publisher().lead()
 
 
 @pytest.fixture
-def stream(app: Process, pushpin: Pushpin) -> Iterator[Callable[..., SSEClient]]:
+def stream(app: Process, pushpin: Pushpin) -> Iterator[OpenStream]:
     """Opens streams through the proxy, and closes them with the test."""
     opened: list[SSEClient] = []
 
@@ -238,3 +200,18 @@ def stream(app: Process, pushpin: Pushpin) -> Iterator[Callable[..., SSEClient]]
     yield open_stream
     for client in opened:
         client.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    from tests.support.browser import Browser
+
+    with Browser() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    opened = browser.new_page()
+    yield opened
+    opened.close()

@@ -1,1 +1,1 @@
-"""One small site, built with either package: pg_eventstream, or a peer to compare it with."""
+"""A small site, built with pg_eventstream or with a package that it is compared with."""

@@ -1,4 +1,4 @@
-"""Tables to compare with."""
+"""The table of the packages that pg_eventstream is compared with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .settings import PACKAGE
 
 
 class Message(models.Model):
-    """The columns of an event. With django-pgpubsub its trigger notifies of each row."""
+    """A row with the columns of an event. The trigger of django-pgpubsub notifies of each."""
 
     id = models.BigAutoField(primary_key=True)
     channel = models.CharField(max_length=255)
@@ -39,4 +39,4 @@ if PACKAGE == "pgpubsub":
 
     @_pgpubsub.post_insert_listener(MessageChannel)  # type: ignore[untyped-decorator]
     def _heard(old: Message, new: Message) -> None:
-        """It is the sender that is measured."""
+        """Only the sender is measured."""

@@ -1,6 +1,6 @@
-"""BENCHMARK_PACKAGE chooses the package, PG* variables the database.
+"""BENCHMARK_PACKAGE names the package, and the PG* variables the database.
 
-BENCHMARK_SETTINGS are more settings, in JSON.
+BENCHMARK_SETTINGS contains further settings in JSON.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The streams, and a view that sends."""
+"""The streams, and a view that sends events."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ else:
     _local = threading.local()
 
     def send_one(channel: str, data: dict[str, object], committed: list[float]) -> None:
-        # It commits by itself, and hands the event to the streams behind the commit. In a
-        # transaction of the caller's it would do so before the commit.
+        # It commits, and then passes the event to the streams. In the caller's transaction it would
+        # pass the event on before the commit.
         _peer.send_event(channel, "message", data)
         committed.append(_local.committed)
 
@@ -42,7 +42,7 @@ else:
 
 
 def send(request: HttpRequest) -> JsonResponse:
-    """Send events, one transaction each, numbered from `first`; when each was committed."""
+    """Send events numbered from `first`, one per transaction. Returns the times of the commits."""
     committed: list[float] = []
     first, count = int(request.GET["first"]), int(request.GET["count"])
     text = _TEXT * int(request.GET.get("length", 1))

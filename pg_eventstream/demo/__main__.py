@@ -1,8 +1,8 @@
 """Runs the demo: `python -m pg_eventstream.demo [--proxy pushpin] [--check] [--directory DIR]`.
 
-Starts PostgreSQL and an application server, which streams by itself, or has Pushpin in front and
-the publisher beside it. Each is the demo's own, on the loopback interface, and stopped with it.
-This process only minds the others.
+Starts PostgreSQL and an application server. The application streams directly, or through Pushpin,
+which is fed by the publisher. All servers are private to the demo, listen on the loopback
+interface, and stop with it. This process only supervises them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pg_eventstream.servers.processes import HOST, Process, ServerError, accepts
 from pg_eventstream.servers.pushpin import Pushpin, PushpinNotInstalled
 
 _DATABASE = "demo"
-# Browsers use "http" either way; the other two are for a proxy.
+# Browsers always use "http". "control" and "application" are only used with a proxy.
 _PORTS = ("postgres", "http", "control", "application")
 _CHECK_SECONDS = 120
 
 
 def main() -> int:
     arguments = _parse_arguments()
-    # To the rest of the program both signals are the same KeyboardInterrupt.
+    # Both signals raise KeyboardInterrupt.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -43,7 +43,7 @@ def main() -> int:
                 return demo.run(proxied=arguments.proxy is not None, check=arguments.check)
             finally:
                 for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, signal.SIG_IGN)  # the stopping is not interrupted
+                    signal.signal(number, signal.SIG_IGN)  # shutdown is not interrupted
     except KeyboardInterrupt:
         print("\nStopped.")
         return 1 if arguments.check else 0
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 class Demo:
-    """All processes of the demo. Each is handed to `stack` to be stopped before it starts."""
+    """The processes of the demo. Before each one starts, `stack` learns how to stop it."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self._directory = directory
@@ -65,7 +65,7 @@ class Demo:
         self._environment = dict(os.environ)
 
     def run(self, *, proxied: bool, check: bool) -> int:
-        """Start all servers, then check them, or wait for a signal."""
+        """Start all servers, then run the check or wait for a signal."""
         way = "through Pushpin" if proxied else "without a proxy"
         print(f"pg_eventstream demo {way}, in {self._directory}\n")
         self._lock()
@@ -90,7 +90,7 @@ class Demo:
         if check:
             return self._check()
         print(f"\nOpen {url}/ in a browser. Ctrl-C stops everything.", flush=True)
-        self._mind()
+        self._supervise()
         return 0
 
     def _lock(self) -> None:
@@ -100,7 +100,8 @@ class Demo:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ServerError(
-                f"A demo runs in {self._directory} already. Stop it, or give another --directory."
+                f"A demo is already running in {self._directory}. Stop it, or use another"
+                " --directory."
             ) from None
 
     def _start_postgres(self, kept: dict[str, str]) -> Postgres:
@@ -172,7 +173,7 @@ class Demo:
             time.sleep(0.1)
         return 0 if process.returncode == 0 else 1
 
-    def _mind(self) -> None:
+    def _supervise(self) -> None:
         while True:
             self._raise_if_one_ended()
             time.sleep(0.2)
@@ -201,14 +202,15 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--proxy",
         choices=["pushpin"],
-        help="let it carry the streams, fed by the publisher (default: the application streams by"
-        " itself, without either)",
+        help="stream through this proxy, fed by the publisher (default: the application streams"
+        " directly, without proxy and publisher)",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="no page: send 1000 events and 100 that are rolled back from ten connections,"
-        " check what two clients receive, print a table, exit 1 if anything is wrong",
+        help="instead of serving the page, send 1000 events and 100 that are rolled back from ten"
+        " connections, compare what two clients receive, print a table, and exit with status 1 if"
+        " anything is wrong",
     )
     parser.add_argument(
         "--directory",
@@ -220,7 +222,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _kept_from_last_run(path: Path) -> dict[str, str]:
-    """Keys and ports: those of the last run, so that a page that is still open works again."""
+    """Keys and ports of the last run, so that a page that is still open works again."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     for name in ("key", "secret"):
         kept.setdefault(name, secrets.token_urlsafe(32))

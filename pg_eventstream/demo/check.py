@@ -1,12 +1,12 @@
-"""The check that needs no person: many senders at once, two clients, and a table.
+"""The automatic check: many senders at once, two clients, and a table of the result.
 
-Half of the events are sent by `send_event`, half by psql as a role that may do nothing with
-our tables but INSERT. All transactions insert their event first and then queue up for one row,
-so that the order of the commits differs from the order of the INSERTs. The value that they count
-up in that row is the true commit order.
+Half of the events are sent by `send_event`, half by psql as a role that may only INSERT events.
+All transactions insert their event first and then wait for the lock on one row, so that the order
+of the commits differs from the order of the INSERTs. Each transaction increments a counter in that
+row, whose values are the true commit order.
 
-The first half of the transactions goes out as fast as it can, the second with pauses: the one
-tries the order, the other shows the latency of a system that is not at its limit.
+The first half of the transactions is sent as fast as possible, to test the order. The second half
+is sent with pauses, to show the latency of a system that is not at its limit.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _SENDERS = 5  # of each kind
 _COMMITTED, _ROLLED_BACK = 100, 10  # transactions of each sender
 _PAUSE = 0.05  # seconds after each transaction of the second half
 _AWAY_AFTER, _AWAY_SECONDS = 300, 1.0
-_DEADLINE = 30.0  # for the senders, and then again for the clients
-_LINGER = 1.0  # how long to look for repeats after the last event
+_DEADLINE = 30.0  # seconds for the senders, and again for the clients
+_LINGER = 1.0  # seconds to wait for duplicates after the last event
 
 _NUMBERS = range(1, _COMMITTED + _ROLLED_BACK + 1)  # one for each transaction of a sender
 _RUN = uuid.uuid4().hex
 
-# The last statement before COMMIT or ROLLBACK. Its clock is read after the wait for the row.
+# The last statement before COMMIT or ROLLBACK. It reads the clock after the wait for the row.
 _COUNT_UP = """
     UPDATE pg_eventstream_demo_counter SET value = value + 1 WHERE name = 'check'
     RETURNING value, extract(epoch FROM clock_timestamp())
@@ -52,7 +52,7 @@ _COUNT_UP = """
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A committed transaction: its place in the commit order, and when its COMMIT was due."""
+    """A committed transaction: its place in the commit order, and the time before its COMMIT."""
 
     order: int
     at: float
@@ -68,13 +68,13 @@ class Received:
     at: float
 
 
-Key = tuple[str, int]  # a sender's name, and its count of transactions
+Key = tuple[str, int]  # a sender's name, and the number of its transaction
 
 
 class Client(threading.Thread):
-    """A browser's EventSource, as far as it matters: it reconnects with the last id it saw.
+    """A minimal EventSource: it reconnects with the last id that it received.
 
-    After `away_after` events it stays away for a while, once.
+    After `away_after` events it disconnects once for `_AWAY_SECONDS`.
     """
 
     def __init__(self, name: str, away_after: int | None = None) -> None:
@@ -98,7 +98,7 @@ class Client(threading.Thread):
 
     def _stream(self) -> None:
         address = urlsplit(settings.URL)
-        # Longer than the keep-alive's interval: what is silent for that long is dead.
+        # Longer than the interval of keep-alives: a connection that is silent for longer is dead.
         link = http.client.HTTPConnection(address.netloc, timeout=30)
         headers = {"Accept": "text/event-stream"}
         if self._last_id is not None:
@@ -143,12 +143,12 @@ class Client(threading.Thread):
                     )
             case "keep-alive":
                 pass
-            case _:  # somebody plays with the channel; that has a place in the order too
+            case _:  # sent to this channel by someone else, and part of the order as well
                 self.eids.append(_eid(fields["id"]))
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, str]]:
-    """The events of a stream, each as its fields."""
+    """Yield the fields of each event of a stream."""
     fields: dict[str, str] = {}
     while line := response.readline():
         text = line.decode().rstrip("\r\n")
@@ -162,7 +162,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, str]]:
 
 
 def _eid(event_id: str) -> int:
-    """The number in `demo:5`; the proxy may have put more ids, or a space, behind it."""
+    """The number in `demo:5`, which can be followed by more ids or a space."""
     channel, _, number = event_id.strip().split(",")[0].rpartition(":")
     if channel != _CHANNEL:
         raise ValueError(f"unexpected id {event_id!r}")
@@ -248,12 +248,12 @@ def _prepare() -> None:
         cursor.execute(
             f"GRANT INSERT (channel, type, data, skip_user_ids) ON pg_eventstream_event TO {_ROLE}"
         )
-        # Its own business, so to speak: the table that its transactions change.
+        # The table that its transactions change stands for the sender's own data.
         cursor.execute(f"GRANT SELECT, UPDATE ON pg_eventstream_demo_counter TO {_ROLE}")
 
 
-def _overtaken(after: int) -> int:
-    """How many events had been inserted earlier than one that precedes them in the stream."""
+def _count_overtaken(after: int) -> int:
+    """Count the events that were inserted before an event that precedes them in the stream."""
     with connection.cursor() as cursor:
         cursor.execute(
             """
@@ -271,8 +271,8 @@ def _not_increasing(values: list[int]) -> int:
     return sum(later <= earlier for earlier, later in pairwise(values))
 
 
-def _faults(client: Client, sent: dict[Key, Sent]) -> dict[str, int]:
-    """What is wrong with what a client received, each as a count."""
+def _count_faults(client: Client, sent: dict[Key, Sent]) -> dict[str, int]:
+    """Count the errors of each kind in what a client received."""
     mine = [event for event in client.received if event.commits]
     times = Counter((event.sender, event.number) for event in mine)
     return {
@@ -290,7 +290,7 @@ def _faults(client: Client, sent: dict[Key, Sent]) -> dict[str, int]:
                 if (event.sender, event.number) in sent
             ]
         ),
-        "rolled back, but seen": sum(not event.commits for event in client.received),
+        "rolled back but received": sum(not event.commits for event in client.received),
         "unknown": len(times.keys() - sent.keys()),
         "stream-reset": client.resets,
     }
@@ -313,7 +313,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def main() -> int:
-    """Check, print the table; 0 if nothing is wrong, else 1."""
+    """Run the check and print the table. Returns 0 if nothing is wrong, else 1."""
     django.setup()
     _prepare()
     live = Client("connected")
@@ -323,15 +323,15 @@ def main() -> int:
         client.start()
     for client in clients:
         if not client.opened.wait(_DEADLINE):
-            print(f"FAILED: no stream from {settings.URL}/events/: {client.error}")
+            print(f"FAILED: {settings.URL}/events/ opened no stream: {client.error}")
             return 1
     first_eid = live.eids[0]
 
     kinds = {"send_event": _send_with_django, "psql": _send_with_psql}
     total = len(kinds) * _SENDERS * _COMMITTED
     print(
-        f"  Sending from {len(kinds) * _SENDERS} connections, half of them psql"
-        f" as a role that may only INSERT …",
+        f"  Sending from {len(kinds) * _SENDERS} connections, half of them psql as a role that"
+        " may only INSERT …",
         flush=True,
     )
     begin = time.monotonic()
@@ -347,20 +347,20 @@ def main() -> int:
     _wait_for(lambda: all(len(client.received) >= len(sent) for client in clients), _DEADLINE)
     time.sleep(_LINGER)
 
-    faults = {client: _faults(client, sent) for client in clients}
+    faults = {client: _count_faults(client, sent) for client in clients}
     rows = [
         ("sent and committed", [str(len(sent))] * 2),
         ("received", [str(len(client.received)) for client in clients]),
         *((fault, [str(faults[client][fault]) for client in clients]) for fault in faults[live]),
     ]
-    print(f"\n  {'a client that is':<34}" + "".join(f"{client.name:>16}" for client in clients))
+    print(f"\n  {'client':<34}" + "".join(f"{client.name:>16}" for client in clients))
     for name, values in rows:
         print(f"  {name:.<34}" + "".join(f"{value:.>16}" for value in values))
     print(
         f"\n  {len(kinds) * _SENDERS * _ROLLED_BACK} more transactions rolled back."
-        f" {_overtaken(first_eid)} of the events were inserted"
-        "\n  earlier than one that was committed before them.\n"
-        "\n  From just before COMMIT to the connected client (so the COMMIT is in it):"
+        f" {_count_overtaken(first_eid)} of the events were inserted"
+        "\n  before an event that was committed earlier.\n"
+        "\n  Latency from just before COMMIT to the connected client, COMMIT included:"
     )
     for in_burst in (True, False):
         late = [
@@ -368,7 +368,7 @@ def main() -> int:
             for event in live.received
             if (key := (event.sender, event.number)) in sent and sent[key].in_burst == in_burst
         ]
-        begin, *_, end = sorted(one.at for one in sent.values() if one.in_burst == in_burst)
+        begin, *_, end = sorted(s.at for s in sent.values() if s.in_burst == in_burst)
         print(
             f"  at {len(late) / (end - begin):4.0f} events/s:"
             f" p50 {_percentile(late, 50)}, p99 {_percentile(late, 99)}"

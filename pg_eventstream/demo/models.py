@@ -6,7 +6,7 @@ from django.db import models
 
 
 class Counter(models.Model):
-    """What the demo's transactions change, together with sending an event about it."""
+    """A number that the demo's transactions change when they send an event."""
 
     name = models.CharField(max_length=20, primary_key=True)
     value = models.BigIntegerField(default=0)

@@ -1,4 +1,4 @@
-"""The demo's Django project. `python -m pg_eventstream.demo` sets what changes from run to run."""
+"""The demo's Django project. `python -m pg_eventstream.demo` sets the environment variables."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MIDDLEWARE = [
 PROXIED = "DEMO_GRIP_URL" in os.environ
 if PROXIED:
     MIDDLEWARE.insert(0, "django_grip.GripMiddleware")
-    # The control port of the proxy, and the key with which it signs its requests to us.
+    # The control port of the proxy, and the key with which it signs its requests.
     GRIP_URL = os.environ["DEMO_GRIP_URL"]
 
 ROOT_URLCONF = "pg_eventstream.demo.urls"

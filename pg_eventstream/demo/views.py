@@ -1,4 +1,4 @@
-"""The page, the transaction behind its buttons, and what the database knows afterwards."""
+"""The page, the transaction that its buttons run, and what the database knows afterwards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def page(request: HttpRequest) -> HttpResponse:
 
 @require_POST
 def send(request: HttpRequest) -> JsonResponse:
-    """One transaction: count one up and send an event about it, then commit or roll back."""
+    """Run one transaction: add 1 to the counter, send an event, then commit or roll back."""
     rolls_back = request.POST.get("how") == "rollback"
     with transaction.atomic():
         counter = Counter.objects.select_for_update().get(name=_COUNTER)
@@ -74,7 +74,7 @@ def send(request: HttpRequest) -> JsonResponse:
 @require_safe
 @never_cache
 def seen(request: HttpRequest, event_id: int) -> JsonResponse:
-    """What PostgreSQL knows of an event, and the publisher if there is one."""
+    """What PostgreSQL knows about an event, and the publisher if there is one."""
     place = Stream.objects.filter(channel=CHANNEL, event_id=event_id).first()
     return JsonResponse(
         {
@@ -87,13 +87,13 @@ def seen(request: HttpRequest, event_id: int) -> JsonResponse:
 
 def _is_published(place: Stream) -> bool:
     if not settings.PROXIED:
-        return True  # the application streams what has a place
+        return True  # the application streams every event that has a place
     acknowledged = Proxy.objects.aggregate(position=Min("position"))["position"]
     return acknowledged is not None and place.position <= acknowledged
 
 
 def _id_of_last_event() -> int:
-    """The row id that this session's last event got, committed or not."""
+    """The row id of this session's last event, committed or not."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT currval(pg_get_serial_sequence('pg_eventstream_event', 'id'))")
         return int(cursor.fetchone()[0])

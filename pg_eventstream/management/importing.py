@@ -1,7 +1,7 @@
-"""Carry over from django-eventstream what its clients hold: ids, and what they missed.
+"""Imports from django-eventstream what its clients need to resume: last ids and recent events.
 
-It knows of that package only the two tables. What it takes over is history: it can be
-resumed from and expires, but is never sequenced or published.
+It uses only the two tables of that package. The imported events are history: clients can resume
+from them, and they expire, but they are never sequenced or published.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..send import NewEvent, to_row
 
 _PAGE_EVENTS = 1000
 _LINE_BREAK_OR_NUL = re.compile(r"[\r\n\0]")
-_apps = Apps()  # of our own, whether or not django_eventstream is installed
+_apps = Apps()  # a separate registry, so that it does not matter if django_eventstream is installed
 
 
 class Event(models.Model):
-    """An event that django-eventstream has stored; eid 0 is a placeholder of its own."""
+    """An event stored by django-eventstream. Rows with eid 0 are its placeholders."""
 
     id = models.AutoField(primary_key=True)
     channel = models.TextField()
@@ -68,24 +68,24 @@ class Counter(models.Model):
 
 @dataclass(slots=True)
 class Imported:
-    """What became of it.
+    """The result of an import."""
 
-    ``channels`` go on counting where they were, with ``events`` to resume from; ``behind_gaps``
-    are younger than the retention, but a later one of their channel is missing, and
-    ``unusable`` are among those missing. ``known`` channels had events here already and are
-    as they were, ``refused`` cannot exist here: name and reason.
-    """
-
+    #: Channels that continue to count where they were.
     channels: int = 0
+    #: Events that clients can resume from.
     events: int = 0
-    behind_gaps: int = 0
+    #: Events that are young enough, but a later event of their channel is missing.
+    before_gaps: int = 0
+    #: Events that cannot be stored here; they count as missing.
     unusable: int = 0
+    #: Channels that already have events here and are left unchanged.
     known: list[str] = field(default_factory=list)
+    #: Channels that cannot exist here, with the reason.
     refused: dict[str, str] = field(default_factory=dict)
 
 
 def missing_tables(source: str) -> list[str]:
-    """Those of django-eventstream's tables that the database alias does not have."""
+    """The names of django-eventstream's tables that this database alias does not have."""
     present = connections[source].introspection.table_names()
     return [m._meta.db_table for m in (Event, Counter) if m._meta.db_table not in present]
 
@@ -98,13 +98,13 @@ def import_events(
     dry_run: bool = False,
     say: Callable[[str], object] = lambda message: None,
 ) -> Imported:
-    """Import all channels of a database alias that are not known here, or nothing at all.
+    """Import all channels of a database alias that have no events here, in one transaction.
 
-    Per channel it takes the last eid, and the events younger than ``EVENTSTREAM_RETENTION``
-    that lead up to it without a gap. Memory is bounded; no sender waits, the publisher
-    does, for the last step.
+    For each channel it imports the last eid, and the events younger than ``EVENTSTREAM_RETENTION``
+    that precede it without a gap. Memory is bounded. No sender waits; the publisher waits during
+    the last step.
 
-    ``connection`` is in autocommit mode and READ COMMITTED, as the owner of our tables. Raises
+    ``connection`` must be in autocommit mode and READ COMMITTED, as the owner of the tables. Raises
     `psycopg.Error` and `django.db.Error`.
     """
     imported = Imported()
@@ -112,9 +112,9 @@ def import_events(
         _copy_counters(source, cursor, imported)
         _copy_events(source, cursor, imported, before_4_4)
         if not dry_run:
-            say("All is read. The publisher waits while it is written.")
-            # Keeps sequence() out: what is unknown here stays so until it is imported. The
-            # sweep may go on, since it only touches channels that are known.
+            say("All events are read. The publisher waits while they are written.")
+            # Keeps sequence() out, so that no channel gets its first event here before it is
+            # imported. Pruning can continue, because it only touches channels that have events.
             cursor.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SEQUENCE_LOCK})")
         _choose(cursor, imported)
         if not dry_run:
@@ -151,7 +151,7 @@ def _copy_events(
         for _, channel, eid, event_type, data, created in rows:
             if channel in imported.refused:
                 continue
-            # Up to 5.3.3 nothing was removed from the type before it was sent.
+            # django-eventstream up to 5.3.3 sent the type without removing these characters.
             event_type = _LINE_BREAK_OR_NUL.sub("", event_type) or "message"
             try:
                 text = _text_on_the_wire(data, before_4_4)
@@ -165,15 +165,15 @@ def _copy_events(
 
 
 def _text_on_the_wire(stored: str, before_4_4: bool) -> str:
-    """What django-eventstream would have sent when a client resumed.
+    """The data that django-eventstream would have sent to a client that resumes.
 
-    Its storage keeps JSON of what it is given, and is given text since 4.4: send_event()
-    writes the JSON that clients get, or with ``json_encode=False`` takes text as it is.
-    Earlier it was given the value itself, and what is stored is what clients got
-    (eventstream.py, send_event; storage.py, append_event; utils.py, sse_encode_event).
-    So a value that is no string tells its age, a string does not.
+    Its storage encodes its argument as JSON. Since 4.4 that argument is text: the JSON that
+    send_event() makes for clients, or the unchanged text with ``json_encode=False``. Before 4.4 it
+    was the value itself, so what is stored is what clients got (eventstream.py, send_event;
+    storage.py, append_event; utils.py, sse_encode_event). A stored value that is not a string
+    therefore is from before 4.4; for a string, ``before_4_4`` decides.
 
-    Raises `ValueError` if it is not JSON.
+    Raises `ValueError` if ``stored`` is not JSON.
     """
     if before_4_4 or not stored.startswith('"'):
         return stored
@@ -181,7 +181,7 @@ def _text_on_the_wire(stored: str, before_4_4: bool) -> str:
 
 
 def _pages(rows: models.QuerySet[Any], *columns: str) -> Iterator[tuple[Any, ...]]:
-    """The rows in pages, by their key: not every driver reads a result piece by piece."""
+    """Yield the rows, read in pages by their key: not every driver can stream a result."""
     last = 0
     while page := list(
         rows.filter(id__gt=last).order_by("id").values_list("id", *columns)[:_PAGE_EVENTS]
@@ -191,8 +191,8 @@ def _pages(rows: models.QuerySet[Any], *columns: str) -> Iterator[tuple[Any, ...
 
 
 def _choose(cursor: psycopg.Cursor[Any], imported: Imported) -> None:
-    """Narrow down to the channels that can be imported, and to their events to be kept."""
-    # No id may be given out twice: an event above its counter counts as well.
+    """Select the channels that can be imported, and their events that are kept."""
+    # An event above its channel's counter counts as well, so that no id is used twice.
     cursor.execute(
         """
         INSERT INTO old_channel AS old SELECT channel, max(eid) FROM old_event GROUP BY channel
@@ -209,8 +209,8 @@ def _choose(cursor: psycopg.Cursor[Any], imported: Imported) -> None:
         """
     )
     imported.known = sorted(name for (name,) in cursor)
-    # Counted down from the newest, eids are equal to tip, tip - 1, ... up to the first gap.
-    # Clocks of different hosts may disagree; the sweep needs times that rise with the eids.
+    # Counted down from the newest, eids are equal to tip, tip - 1, ... up to the first gap. Clocks
+    # of different hosts can disagree, but pruning needs times that increase with the eids.
     cursor.execute(
         """
         CREATE TEMP TABLE old_tail ON COMMIT DROP AS
@@ -229,14 +229,14 @@ def _choose(cursor: psycopg.Cursor[Any], imported: Imported) -> None:
         """
     )
     imported.channels, imported.events, young = cursor.fetchone() or (0, 0, 0)
-    imported.behind_gaps = young - imported.events
+    imported.before_gaps = young - imported.events
 
 
 def _write(cursor: psycopg.Cursor[Any]) -> None:
-    """Write history: positions up to 0, which feeds and their acknowledgements begin above."""
-    # The trigger puts each event into the outbox, from where it would be sequenced. Here it
-    # fires at the end of the INSERT, so that its rows can be deleted before anyone sees them.
-    # To disable it instead would lock all senders out. There is nothing to ring for.
+    """Write history at positions up to 0. Feeds and acknowledgements start above 0."""
+    # The trigger puts each event into the outbox, from which it would be sequenced. Here it fires
+    # at the end of the INSERT, so that its rows can be deleted before any session sees them.
+    # (Disabling it would lock out all senders.) These events need no notification.
     cursor.execute("SET LOCAL pg_eventstream.bell = off")
     cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
     cursor.execute(

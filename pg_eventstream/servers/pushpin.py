@@ -23,8 +23,8 @@ from pg_eventstream.servers.processes import (
     wait_until,
 )
 
-_LONGEST_RUNDIR = 75  # paths of Unix sockets may have some 104 bytes; their names have up to 29
-_PROBE_HOST = "probe.invalid"  # requests for it show that Pushpin works; no origin sees them
+_LONGEST_RUNDIR = 75  # paths of Unix sockets are limited to some 104 bytes, names take up to 29
+_PROBE_HOST = "probe.invalid"  # requests to this host test Pushpin and reach no origin
 
 
 class PushpinNotInstalled(ServerError):
@@ -32,13 +32,13 @@ class PushpinNotInstalled(ServerError):
 
 
 class Pushpin(Server):
-    """A Pushpin that forwards every request to `origin` (host:port), and its control port.
+    """A Pushpin that forwards every request to `origin` (host:port).
 
     It listens on 127.0.0.1 only: for browsers on `port` (`url`), for publishers on
     `control_port` (`control_url`). Requests to the origin carry a Grip-Sig signed with `sig_key`.
-    `message_rate` is its limit for deliveries (items times subscribers) per second, 0 for none.
-    Versions before 1.40 hold back all deliveries while items come less than 25 ms apart, whatever
-    the limit is, unless there is none (src/handler/ratelimiter.cpp: each item restarts the timer).
+    `message_rate` limits deliveries (items times subscribers) per second; 0 means no limit. With
+    any limit, versions before 1.40 hold back all deliveries while items arrive less than 25 ms
+    apart (src/handler/ratelimiter.cpp: each item restarts the timer).
 
     Raises PushpinNotInstalled if there is no such program.
     """
@@ -83,9 +83,9 @@ class Pushpin(Server):
         Raises ServerError, with nothing left running, if they do not within 30 seconds.
         """
         if self.running:
-            raise ServerError("Pushpin is already running")
+            raise ServerError("Pushpin is already running.")
         ports = (self.port, self.control_port, *self._other_ports)
-        # Killed services take a moment to let go of theirs.
+        # Services that were killed take a moment to release their ports.
         with suppress(TimeoutError):
             wait_until(lambda: all(map(is_free, ports)), timeout=5)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ class Pushpin(Server):
             "Pushpin",
             [self.program, f"--config={config}", "--merge-output"],
             log_path=self.log_path,
-            orphan_signal=signal.SIGTERM,  # its services have groups of their own: it ends them
+            orphan_signal=signal.SIGTERM,  # it then ends its services, which are in other groups
         )
         try:
             self._process.start(ready=self._answers)
@@ -116,13 +116,13 @@ class Pushpin(Server):
             raise
 
     def stop(self, *, timeout: float = 10) -> None:
-        """Stop in order; what is still there after `timeout` seconds is killed."""
+        """Stop in order. Processes that still run after `timeout` seconds are killed."""
         if self._process is not None:
             self._process.stop(timeout=timeout)
         self._remove_rundir()
 
     def kill(self) -> None:
-        """SIGKILL to all its processes at once."""
+        """Send SIGKILL to all its processes at once."""
         if self._process is not None:
             self._process.kill()
         self._remove_rundir()
@@ -135,8 +135,8 @@ class Pushpin(Server):
     def _config(self, rundir: Path) -> str:
         publish, subscribe, command, _ = self._other_ports
         if self.version < (1, 40):
-            # Two separate programs handle HTTP. Debian runs the second, zurl, as a service of
-            # the system; this one is ours, with sockets in our directory.
+            # Two separate programs handle HTTP. Debian runs the second, zurl, as a system service.
+            # This zurl is a private one, with sockets in our directory.
             services = "condure,zurl"
             zurl = "\n".join(
                 f"{option}=ipc://{{rundir}}/{{ipc_prefix}}{socket}"
@@ -179,9 +179,9 @@ id_cache_ttl=60
 """
 
     def _answers(self) -> bool:
-        # The services connect to each other asynchronously, and what they send before that is
-        # lost without a trace. So try both ways that a request can take: to an origin and back,
-        # and into a stream that is held.
+        # The services connect to each other asynchronously, and silently lose all that they send
+        # before that. So test both paths of a request: to an origin and back, and into a stream
+        # that is held.
         return (
             accepts(self.control_port)
             and self._probe("/refused", expect=502)
@@ -211,10 +211,10 @@ def _pushpin_version(program: str) -> tuple[int, int]:
         )
     except FileNotFoundError:
         raise PushpinNotInstalled(
-            f"{program} is not installed. On Debian and Ubuntu: apt-get install pushpin."
-            " Other systems: https://pushpin.org/docs/install/"
+            f"{program} is not installed. On Debian and Ubuntu, run apt-get install pushpin. For"
+            " other systems, see https://pushpin.org/docs/install/"
         ) from None
     found = re.search(r"(\d+)\.(\d+)", output.stdout)
     if found is None:
-        raise ServerError(f"{program} --version does not tell a version: {output.stdout!r}")
+        raise ServerError(f"The output of {program} --version has no version: {output.stdout!r}")
     return int(found[1]), int(found[2])

@@ -1,7 +1,7 @@
-"""Places that the user who runs PostgreSQL can reach, when we are root and keep ours to ourselves.
+"""Finds directories that the user who runs PostgreSQL can reach, when this process is root.
 
-Nothing that is there already changes its owner or its mode: what that user cannot reach gets a
-stand-in that it can.
+No existing file changes its owner or mode: a directory that the user cannot reach is replaced by a
+substitute that the user can reach.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 
 from pg_eventstream.servers.processes import ServerError
 
-# Where everybody may have directories of their own, and keeps them over a restart.
+# Every user can create directories here, and they survive a restart of the machine.
 _SHARED = Path("/var/tmp")
 _PREFIX = "pg_eventstream-"
-# In a directory that stands in for another: which that is.
+# A file in a substitute, which contains the path of the original directory.
 _NAME = "stands-in-for"
 
 
 def may(account: pwd.struct_passwd, what: str, path: Path) -> bool:
-    """Whether the user may read (``-r``) or search and execute (``-x``) it."""
+    """Whether the user may read (``-r``), or search and execute (``-x``), this path."""
     asked = subprocess.run(
         ["/bin/sh", "-c", f'test {what} "$1"', "sh", path],
         user=account.pw_uid,
@@ -37,15 +37,15 @@ def may(account: pwd.struct_passwd, what: str, path: Path) -> bool:
 
 
 def reachable(account: pwd.struct_passwd, directory: Path) -> Path:
-    """The directory, if the user can reach it, or else one in /var/tmp that stands in for it.
+    """The directory if the user can reach it, or else its substitute in /var/tmp.
 
-    That is always the same one: ``directory / "elsewhere"`` leads to it.
+    The substitute is always the same: ``directory / "elsewhere"`` is a link to it.
     """
     if may(account, "-x", directory):
         return directory
     link = directory / "elsewhere"
     if not link.is_dir():
-        _remove_what_stands_in_for_nothing()
+        _remove_unused_substitutes()
         link.unlink(missing_ok=True)
         place = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHARED))
         place.chmod(0o755)
@@ -54,14 +54,14 @@ def reachable(account: pwd.struct_passwd, directory: Path) -> Path:
     place = link.resolve()
     if not may(account, "-x", place):
         raise ServerError(
-            f"the user {account.pw_name}, who is to run PostgreSQL, can reach neither {directory}"
-            f" nor {place}; start it in another directory, or as another user than root"
+            f"PostgreSQL must run as the user {account.pw_name}, which can reach neither"
+            f" {directory} nor {place}. Use another directory, or do not start it as root."
         )
     return place
 
 
-def _remove_what_stands_in_for_nothing() -> None:
-    """The directory that it stood in for has been removed, a temporary one for instance."""
+def _remove_unused_substitutes() -> None:
+    """Remove substitutes of directories that no longer exist, such as temporary ones."""
     for name in _SHARED.glob(f"{_PREFIX}*/{_NAME}"):
         place = name.parent
         if place.is_symlink() or place.stat().st_uid != os.geteuid():
@@ -80,20 +80,20 @@ def _runs_in(place: Path) -> bool:
 
 
 def runnable(account: pwd.struct_passwd, programs: Path, place: Path) -> Path:
-    """The programs of the wheel, or else a copy of them in ``place``, which the user can run."""
+    """The wheel's programs if the user can run them, or else a copy of them in ``place``."""
     postgres = programs / "postgres"
     if may(account, "-r", postgres) and may(account, "-x", postgres):
         return programs
     package = programs.parents[1]
     if programs.parent.name != "pginstall":
         raise ServerError(
-            f"the user {account.pw_name} cannot run the programs in {programs}; let everybody"
-            " reach them, or start PostgreSQL as another user than root"
+            f"The user {account.pw_name} cannot run the programs in {programs}. Make them"
+            " accessible to all users, or do not start PostgreSQL as root."
         )
     found = postgres.stat()
     copy = place / f"programs-{found.st_mtime_ns:x}-{found.st_size:x}"
     if not copy.exists():
-        unfinished = copy.with_suffix(".unfinished")  # we may be interrupted
+        unfinished = copy.with_suffix(".unfinished")  # in case this process is interrupted
         shutil.rmtree(unfinished, ignore_errors=True)
         for source in (package, package.with_name(f"{package.name}.libs")):
             shutil.copytree(source, unfinished / source.name)

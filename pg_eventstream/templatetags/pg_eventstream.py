@@ -1,4 +1,4 @@
-"""``{% load pg_eventstream %}``: what a page needs to begin its stream."""
+"""``{% load pg_eventstream %}``: gives a page the id from which its stream begins."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ register = template.Library()
 
 @register.simple_tag
 def get_current_event_id(*channels: str | Iterable[str]) -> str:
-    """The id of the newest event of the channels: names, or lists of names.
+    """The id of the newest event of the channels, which are names or lists of names.
 
-    It stands in the page as ``lastEventId`` of the stream, before the state that it shows.
+    Use it in the page as the ``lastEventId`` of the stream, before the state that the page shows.
     """
     names: list[str] = []
     for channel in channels:

@@ -14,21 +14,18 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from django.core.management import call_command
-from django.test import override_settings
 
 from pg_eventstream import send_events
 from pg_eventstream.servers.processes import Process, accepts, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support import pages
 from tests.support.browser import Page
-from tests.support.classic_script import CLASSIC, MODULE, STATIC, classic
 from tests.support.database import Database
 from tests.support.documentation import example
 from tests.support.network import Network
 from tests.support.publisher import PublisherProcess
 from tests.support.scripted_server import Answer, Request, ScriptedServer, answer
-from tests.support.sse_client import SSEClient
+from tests.support.sse_client import OpenStream
 
 Serve = Callable[..., ScriptedServer]
 
@@ -272,7 +269,7 @@ def test_page_that_comes_back_from_the_history_goes_on(
     application: Process,
     pushpin: Pushpin,
     publisher: PublisherProcess,
-    stream: Callable[..., SSEClient],
+    stream: OpenStream,
     page: Page,
     kind: str,
     channel: str,
@@ -936,6 +933,7 @@ def _run_script(page: Page, code: str) -> None:
 
 # The format
 
+
 EVERYTHING = (
     "\ufeffdata: after a BOM\n\n"
     ": a comment\r\rdata:no blank\r\ndata:  two blanks\rdata:\r\n\r\n"
@@ -1016,29 +1014,3 @@ def test_it_does_not_matter_where_a_stream_is_cut_into_pieces(page: Page, serve:
     for at in [None, *range(len(EVERYTHING.encode()))]:
         page.evaluate("([text, at]) => cut(text, at)", [EVERYTHING, at])
         assert native_events(page, "/events/", "ReconnectingEventSource") == whole, at
-
-
-# The files
-
-
-def test_both_scripts_are_one() -> None:
-    written = CLASSIC.read_text(encoding="utf-8")
-    assert written == classic(MODULE.read_text(encoding="utf-8")), (
-        "run: python -m tests.support.classic_script"
-    )
-
-
-def test_scripts_can_be_collected_under_hashed_names(tmp_path: Path) -> None:
-    storage = "django.contrib.staticfiles.storage.ManifestStaticFilesStorage"
-    with override_settings(
-        INSTALLED_APPS=["django.contrib.staticfiles", "pg_eventstream"],
-        STATIC_ROOT=tmp_path,
-        STATIC_URL="/static/",
-        STORAGES={"staticfiles": {"BACKEND": storage}},
-    ):
-        call_command("collectstatic", interactive=False, verbosity=0)
-    hashed = json.loads((tmp_path / "staticfiles.json").read_text())["paths"]
-    for path in (MODULE, CLASSIC):
-        name = path.relative_to(STATIC).as_posix()
-        assert re.fullmatch(rf"{path.stem}\.[0-9a-f]+", Path(hashed[name]).stem)
-        assert (tmp_path / hashed[name]).read_bytes() == path.read_bytes()

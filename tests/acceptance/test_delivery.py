@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 
-import psycopg
 import pytest
 from django.db import transaction
 
 from pg_eventstream import send_event, send_events
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-Stream = Callable[..., SSEClient]
+from tests.support.publisher import NewPublisher, PublisherProcess
+from tests.support.sse_client import OpenStream
 
 
 @pytest.mark.parametrize("app", ["asgi", "wsgi"], indirect=True)
 def test_committed_event_reaches_a_client(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     with transaction.atomic():
@@ -41,7 +37,7 @@ def test_committed_event_reaches_a_client(
 
 
 def test_rolled_back_event_is_never_published(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     for n in range(20):
@@ -56,7 +52,7 @@ def test_rolled_back_event_is_never_published(
 
 
 def test_event_of_a_rolled_back_savepoint_is_never_published(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     with transaction.atomic():
@@ -72,7 +68,7 @@ def test_event_of_a_rolled_back_savepoint_is_never_published(
 
 
 def test_sender_killed_before_commit_publishes_nothing(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     killed = subprocess.Popen(
@@ -111,7 +107,7 @@ with transaction.atomic():
 
 
 def test_nothing_is_published_twice_after_an_orderly_restart(
-    database: Database, new_publisher: Callable[..., PublisherProcess], stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     for n in range(3):
@@ -128,7 +124,7 @@ def test_nothing_is_published_twice_after_an_orderly_restart(
 def test_events_that_somebody_else_has_sequenced_are_published(
     database: Database,
     publisher: PublisherProcess,
-    stream: Callable[..., SSEClient],
+    stream: OpenStream,
     channel: str,
 ) -> None:
     """Whoever may, may call it: a script, or a person in psql."""
@@ -147,7 +143,7 @@ def test_events_that_somebody_else_has_sequenced_are_published(
 
 
 def test_once_publishes_what_is_there(
-    database: Database, new_publisher: Callable[..., PublisherProcess], stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     send_events([(channel, "message", n) for n in range(1500)])
@@ -160,21 +156,10 @@ def test_once_publishes_what_is_there(
 
 
 def test_once_leaves_a_running_publisher_alone(
-    database: Database, publisher: PublisherProcess, new_publisher: Callable[..., PublisherProcess]
+    database: Database, publisher: PublisherProcess, new_publisher: NewPublisher
 ) -> None:
     once = new_publisher("--once")
     once.start()
     wait_until(lambda: not once.running, timeout=30)
     assert once.returncode == 1
     assert "leads and publishes already" in once.log
-
-
-def test_two_phase_commit_is_refused_and_writes_nothing(database: Database, channel: str) -> None:
-    with database.connect() as connection:
-        connection.execute("BEGIN")
-        connection.execute(
-            "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, '1')", [channel]
-        )
-        with pytest.raises(psycopg.errors.FeatureNotSupported, match="NOTIFY"):
-            connection.execute("PREPARE TRANSACTION 'two-phase'")
-    assert database.value("SELECT count(*) FROM pg_eventstream_event") == 0

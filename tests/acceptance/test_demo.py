@@ -30,7 +30,7 @@ FAULTS = {
     "id is not the next number",
     "out of its sender's order",
     "out of commit order",
-    "rolled back, but seen",
+    "rolled back but received",
     "unknown",
     "stream-reset",
 }
@@ -161,11 +161,11 @@ def test_page_shows_what_is_committed_and_goes_on_after_a_restart(
         wait_until(lambda least=number: len(rows(page, "attempts")) == least, timeout=30)  # type: ignore[misc]
         wait_until(lambda: not any("…" in row for row in rows(page, "attempts")), timeout=30)
     by_name = {row[0].split("\n")[0]: row for row in rows(page, "attempts")}
-    assert by_name["one"][2:4] == ["there", "demo:1"]
+    assert by_name["one"][2:4] == ["exists", "demo:1"]
     assert by_name["one"][-1].endswith("ms after the click")
     seen = page.evaluate("fetch('seen/1/').then(response => response.json())")
     assert seen == {"row": True, "id": "demo:1", "published": True}
-    assert by_name["not this"][2:4] == ["none", "no place"]
+    assert by_name["not this"][2:4] == ["none", "none"]
     assert by_name["not this"][-1].startswith("never")
     assert {len(row) for row in by_name.values()} == {6 if mode == "pushpin" else 5}
 

@@ -9,9 +9,7 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -24,41 +22,16 @@ from django.db import transaction
 
 from pg_eventstream import channel_permission_changed, send_event, send_events
 from pg_eventstream.postgres.listener import Listener
-from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
+from pg_eventstream.servers.processes import Process, wait_until
 from tests.project.app.models import Membership
+from tests.support.application import Serve
 from tests.support.database import Database
-from tests.support.environment import DIRECTORY, child_environment
 from tests.support.load import Load
 from tests.support.many_clients import ManyClients
-from tests.support.origin import log_in, prune, sequence
-from tests.support.publisher import PublisherProcess
+from tests.support.origin import log_in
+from tests.support.publisher import NewPublisher
+from tests.support.rounds import prune, sequence
 from tests.support.sse_client import SSEClient
-
-Serve = Callable[..., str]
-
-
-@pytest.fixture
-def serve(database: Database) -> Iterator[Serve]:
-    """Starts application servers without any proxy; the URL of the endpoint of each."""
-    servers: list[Process] = []
-
-    def start(**settings: Any) -> str:
-        port = free_port()
-        server = Process(
-            f"server {len(servers)}",
-            [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={port}",
-             "--log-level=warning"],
-            log_path=DIRECTORY / f"direct-{database.name}-{len(servers)}.log",
-            environment=child_environment(PG_EVENTSTREAM_TEST_SETTINGS=json.dumps(settings)),
-        )  # fmt: skip
-        servers.append(server)
-        server.start(ready=lambda: accepts(port))
-        return f"http://127.0.0.1:{port}/events/"
-
-    start.servers = servers  # type: ignore[attr-defined]
-    yield start
-    for server in servers:
-        server.kill()
 
 
 def texts(client: SSEClient) -> list[str]:
@@ -93,7 +66,7 @@ def test_server_alone_streams_what_is_committed(database: Database, serve: Serve
 
 
 def test_both_a_publisher_and_servers_at_once_are_safe(
-    database: Database, serve: Serve, new_publisher: Callable[..., PublisherProcess], channel: str
+    database: Database, serve: Serve, new_publisher: NewPublisher, channel: str
 ) -> None:
     load = Load(database, channel, senders=4)
     with SSEClient(serve(), [channel]) as client:
@@ -331,11 +304,13 @@ def test_permission_that_cannot_be_asked_for_just_now_ends_no_stream(
     join(ann, "room")
     with SSEClient(url, ["room"], headers={"Cookie": cookie}) as client:
         client.wait_open()
-        (server,) = serve.servers  # type: ignore[attr-defined]
+        (server,) = serve.servers
         database.execute("ALTER TABLE app_membership RENAME TO away")
         channel_permission_changed(ann, "room")
         send_event("room", "message", "waits")
-        wait_until(lambda: "trying again" in server.log_path.read_text(), timeout=20)
+        log = server.log_path
+        assert log is not None
+        wait_until(lambda: "trying again" in log.read_text(), timeout=20)
         assert client.events == []
         database.execute("ALTER TABLE away RENAME TO app_membership")
         assert received(client, 1) == ['"waits"']
@@ -392,7 +367,7 @@ def test_a_thousand_streams_hold_no_connections_and_get_everything(
     database: Database, serve: Serve, channel: str
 ) -> None:
     url = serve()
-    (server,) = serve.servers  # type: ignore[attr-defined]
+    (server,) = serve.servers
 
     def connections() -> int:
         count = database.value(
@@ -429,7 +404,7 @@ def test_client_that_stops_reading_delays_nobody_and_gets_everything_when_it_rea
     database: Database, serve: Serve, channel: str
 ) -> None:
     url = serve()
-    (server,) = serve.servers  # type: ignore[attr-defined]
+    (server,) = serve.servers
     padding = "x" * 50_000
     with SSEClient(url, [channel]) as client:
         client.wait_open()
@@ -485,7 +460,7 @@ def test_client_that_comes_back_on_its_connection_does_not_hold_up_the_end_of_th
 ) -> None:
     """As browsers do, at once, before the server closes the connection."""
     link = http.client.HTTPConnection(urlsplit(serve()).netloc, timeout=10)
-    (server,) = serve.servers  # type: ignore[attr-defined]
+    (server,) = serve.servers
     with closing(link):
         link.request("GET", f"/events/?channel={channel}")
         with link.getresponse() as response:

@@ -39,12 +39,10 @@ from tests.support.database import Database
 from tests.support.environment import DIRECTORY, KEY, child_environment
 from tests.support.http_service import HttpService, body_of, respond
 from tests.support.origin import Origin
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.publisher import NewPublisher
+from tests.support.sse_client import OpenStream, SSEClient
 
-NewPublisher = Callable[..., PublisherProcess]
 NewApplication = Callable[[int, dict[str, str]], None]
-Stream = Callable[..., SSEClient]
 
 SECRET = bytes(range(150, 214))  # not text
 TOKEN = "an-api-token"
@@ -278,7 +276,7 @@ def test_events_go_to_pushpin_and_to_a_cloud_at_once(
     cloud: Cloud,
     new_publisher: NewPublisher,
     pushpin: Pushpin,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
 ) -> None:
     cloud.path = "/service/ID"

@@ -20,10 +20,9 @@ from pg_eventstream import get_events
 from pg_eventstream.servers.processes import Process
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
-from tests.support.publisher import PublisherProcess
+from tests.support.publisher import NewPublisher
 from tests.support.sse_client import Received, SSEClient
 
-NewPublisher = Callable[..., PublisherProcess]
 Way = Callable[[Database, Path], None]
 
 ALL = ["event", "outbox", "stream", "channel", "cursor", "publisher", "proxy"]

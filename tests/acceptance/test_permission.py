@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from django.contrib.auth.models import AnonymousUser, User
+from django.contrib.auth.models import User
 from django.db import transaction
-from django.test import override_settings
 
 from pg_eventstream import (
-    InvalidEvent,
     channel_permission_changed,
-    get_events,
     send_event,
 )
 from pg_eventstream.channels import PERMISSION_CHANGES
 from pg_eventstream.servers.processes import Process, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project.app.models import Membership
-from tests.project.channelmanagers import Racing, SlowMembers
+from tests.project.channelmanagers import SlowMembers
 from tests.support.database import Database
 from tests.support.environment import KEY
-from tests.support.origin import Origin, behind_a_proxy, log_in, sequence
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-Stream = Callable[..., SSEClient]
+from tests.support.origin import log_in
+from tests.support.publisher import NewPublisher, PublisherProcess
+from tests.support.rounds import sequence
+from tests.support.sse_client import OpenStream, SSEClient
 
 
 @pytest.fixture(autouse=True, params=["Members"])
@@ -72,7 +67,7 @@ ODD_NAMES = ["a b", "a,b;c:d", "ключ 🔑", '100% "%41" <x>', "line\ttab", "
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_revoked_user_loses_that_stream_at_once_and_no_other(
-    publisher: PublisherProcess, stream: Stream, channel: str, name: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str, name: str
 ) -> None:
     room, other_room = f"{channel}{name}", f"{channel}other{name}"
     ann, ann_cookie = log_in("ann")
@@ -98,7 +93,7 @@ def test_revoked_user_loses_that_stream_at_once_and_no_other(
 
 
 def test_stream_of_as_many_channels_as_there_can_be_ends_at_once_and_more_are_refused(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     rooms = [f"{channel}{n:02}" for n in range(20)]
@@ -120,17 +115,8 @@ def test_stream_of_as_many_channels_as_there_can_be_ends_at_once_and_more_are_re
         join(ann, revoked)
 
 
-@behind_a_proxy
-def test_channel_by_which_a_user_is_told_is_the_last_that_a_proxy_would_cut_off(
-    database: Database,
-) -> None:
-    opened = Origin().open("public-a", "public-b")
-    names = [part.partition(";")[0] for part in opened.response["Grip-Channel"].split(", ")]
-    assert names == ["user-anonymous", "events-public-a", "events-public-b"]
-
-
 def test_second_revocation_within_a_minute_ends_the_stream_too(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     for _ in range(3):
@@ -141,7 +127,7 @@ def test_second_revocation_within_a_minute_ends_the_stream_too(
 
 
 def test_visitors_who_are_not_logged_in_can_be_revoked(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     for user in (None, ann):
@@ -155,7 +141,7 @@ def test_visitors_who_are_not_logged_in_can_be_revoked(
 
 
 def test_nothing_that_commits_after_the_revocation_reaches_the_user(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     bob, bob_cookie = log_in("bob")
@@ -176,7 +162,7 @@ def test_nothing_that_commits_after_the_revocation_reaches_the_user(
 
 
 def test_revocation_that_is_rolled_back_does_nothing(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     join(ann, channel)
@@ -192,7 +178,7 @@ def test_revocation_that_is_rolled_back_does_nothing(
 
 
 def test_user_who_may_still_read_keeps_the_stream_and_misses_nothing(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     join(ann, channel)
@@ -205,7 +191,7 @@ def test_user_who_may_still_read_keeps_the_stream_and_misses_nothing(
 
 
 def test_revocation_that_is_published_late_does_not_end_what_is_granted_again(
-    new_publisher: Callable[..., PublisherProcess], stream: Stream, channel: str
+    new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     ann, cookie = log_in("ann")
     join(ann, channel)
@@ -221,7 +207,7 @@ def test_revocation_that_is_published_late_does_not_end_what_is_granted_again(
 @pytest.mark.parametrize("manager", ["SlowMembers"], indirect=True)
 @pytest.mark.parametrize("by_whom", ["this publisher", "the next one"])
 def test_stream_that_was_allowed_before_the_revocation_and_held_after_it_ends_soon(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str, by_whom: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str, by_whom: str
 ) -> None:
     """The hint is repeated: the first may find a stream that is still being opened."""
     ann, cookie = log_in("ann")
@@ -256,7 +242,7 @@ _ACKNOWLEDGED = "SELECT coalesce(min(position), 0) >= %s FROM pg_eventstream_pro
 
 @pytest.mark.parametrize("manager", ["Volatile"], indirect=True)
 def test_only_streams_of_the_channel_ask_again_and_not_all_of_the_user(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     """For visitors who are not logged in, these would be all streams there are."""
     for changed, other in ((f"a{channel}", f"b{channel}"), (f"volatile{channel}", f"d{channel}")):
@@ -277,33 +263,6 @@ def test_only_streams_of_the_channel_ask_again_and_not_all_of_the_user(
         assert there.events == []
 
 
-@behind_a_proxy
-@override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.Racing")
-@pytest.mark.parametrize("how", ["open", "go on", "get_events"])
-def test_nothing_is_read_before_permission_is_asked_for(
-    database: Database, channel: str, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    origin = Origin()
-    monkeypatch.setattr(Racing, "allowed", True)
-    first = origin.open(channel)
-
-    def revoke() -> None:
-        Racing.allowed = False
-        channel_permission_changed(None, channel)
-        send_event(channel, "message", "secret")
-        sequence(database)
-
-    Racing.meanwhile.append(revoke)
-    if how == "open":
-        answer = origin.open(channel, last_event_id="earliest").body
-    elif how == "go on":
-        answer = origin.follow(first).body
-    else:
-        answer = str(get_events([channel], "earliest", user=None))
-    assert not Racing.allowed
-    assert "secret" not in answer
-
-
 FORGED = [
     *("x", "{}", "[]", "", "9" * 5000, "[" * 100_000, '{"user": 1, "channel": "c"}'),
     *(json.dumps({"user": "%" * 190_000, "channel": "c"}),),
@@ -316,7 +275,7 @@ FORGED = [
 def test_forged_change_of_permission_stops_nothing(
     database: Database,
     publisher: PublisherProcess,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
     data: str,
 ) -> None:
@@ -334,8 +293,8 @@ def test_revocation_counts_at_every_proxy(
     app: Process,
     pushpin: Pushpin,
     app_port: int,
-    new_publisher: Callable[..., PublisherProcess],
-    stream: Stream,
+    new_publisher: NewPublisher,
+    stream: OpenStream,
     tmp_path: Path,
     channel: str,
 ) -> None:
@@ -356,55 +315,9 @@ def test_revocation_counts_at_every_proxy(
                 assert_ended(client, channel)
 
 
-def test_user_without_a_primary_key_is_no_one_whose_streams_could_end(database: Database) -> None:
-    ann = User.objects.create_user("ann")
-    ann.delete()
-    with pytest.raises(InvalidEvent, match="call this before"):
-        channel_permission_changed(ann, "c")
-    for name in ("", "a\nb", "x" * 300, 5):
-        with pytest.raises(InvalidEvent, match="channel"):
-            channel_permission_changed(None, name)  # type: ignore[arg-type]
-    channel_permission_changed(AnonymousUser(), "c")
-    assert database.fetch("SELECT data FROM pg_eventstream_event") == [
-        ('{"user": "anonymous", "channel": "c"}',)
-    ]
-
-
-# Channels of our own
-
-
-@behind_a_proxy
-def test_nobody_reads_or_sends_on_a_channel_of_our_own(database: Database) -> None:
-    channel_permission_changed(None, "secret room")
-    sequence(database)
-    answer = Origin().open(PERMISSION_CHANGES, last_event_id="earliest")
-    assert json.loads(answer.control["stream-error"].data)["condition"] == "bad-request"
-    assert "secret" not in answer.body
-    with pytest.raises(InvalidEvent, match="reserved"):
-        send_event(PERMISSION_CHANGES, "message", "x")
-
-
-# Who the user is
-
-
-@behind_a_proxy
-@override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.Tokens")
-def test_manager_sees_the_request_and_says_who_the_user_is(database: Database) -> None:
-    User.objects.create_user("ann")
-    origin = Origin()
-    ask = {"Authorization": "Bearer user-ann"}
-    stream = origin.ask("/events/?channel=of%20ann", ask)
-    assert stream.held
-    # The proxy's own requests have no token, and go on as the same user.
-    assert origin.follow(stream).held
-    assert origin.ask("/events/?channel=of%20bob", ask).control["stream-error"]
-    assert origin.open("of ann").control["stream-error"]
-    assert origin.ask("/events/?channel=of%20ann", {"Authorization": "Basic x"}).status == 403
-
-
 @pytest.mark.parametrize("manager", ["Tokens"], indirect=True)
 def test_stream_of_a_token_goes_on_behind_the_proxy(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann = User.objects.create_user(channel)
     room = f"of {channel}"

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -19,13 +19,11 @@ from pg_eventstream.servers.processes import Process, accepts, free_port, wait_u
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
 from tests.support.load import Load
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.programs import installed
+from tests.support.publisher import NewPublisher
+from tests.support.sse_client import OpenStream
 
 pytestmark = pytest.mark.faults
-
-NewPublisher = Callable[..., PublisherProcess]
-Stream = Callable[..., SSEClient]
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def pooled(database: Database) -> Iterator[str]:
     )
     process = Process(
         "PgBouncer",
-        ["pgbouncer", configuration],
+        [installed("pgbouncer"), configuration],
         log_path=directory / "log",
         user="nobody" if os.geteuid() == 0 else None,
     )
@@ -65,7 +63,7 @@ for n in range(20):
 
 
 def test_events_of_senders_behind_a_pooler_are_delivered_promptly(
-    pooled: str, database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    pooled: str, database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     # Nothing but the doorbell helps an event along.
@@ -93,10 +91,11 @@ WITHOUT_LISTEN = "so that two publishers may lead at once: give it a direct conn
 
 
 def test_publisher_behind_a_pooler_says_what_is_wrong_and_delivers_by_polling(
-    pooled: str, database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    pooled: str, database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
-    publisher = new_publisher(f"--dsn={pooled}").lead()
+    # Nothing but that polling helps an event along.
+    publisher = new_publisher(f"--dsn={pooled}", PG_EVENTSTREAM_TEST_SAFETY_POLL="off").lead()
     publisher.wait_for_log(WITHOUT_LISTEN)
     load = Load(database, channel)
     with load.running():
@@ -152,7 +151,7 @@ def test_session_that_may_only_read_is_not_taken_for_a_standby(
 
 @pytest.mark.thorough
 def test_two_publishers_behind_a_pooler_both_lead_repeat_nothing_and_give_way_to_a_direct_one(
-    pooled: str, database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    pooled: str, database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     load = Load(database, channel, pause=0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -16,11 +16,9 @@ from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project.channelmanagers import SlowMembers
 from tests.support.database import Database
-from tests.support.origin import prune, sequence
 from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import Received, SSEClient
-
-Stream = Callable[..., SSEClient]
+from tests.support.rounds import prune, sequence
+from tests.support.sse_client import OpenStream, Received
 
 ODD_NAMES = [
     " blanks  around ",
@@ -102,7 +100,7 @@ def as_browsers_see_it(text: str) -> str:
     ids=["asgi", "wsgi", "prefix"],
 )
 def test_resumed_streams_have_no_gap_and_no_repeat_whatever_the_channels_are_called(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     names = [f"{channel}{name}" for name in ODD_NAMES]
     texts_sent = [f"{n} {name}" for n, name in enumerate(names * 6)]
@@ -138,7 +136,7 @@ def test_resumed_streams_have_no_gap_and_no_repeat_whatever_the_channels_are_cal
 
 
 def test_client_that_has_seen_nothing_yet_resumes_without_a_gap(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     first = stream(channel).wait_open()
     first.close()
@@ -151,7 +149,7 @@ def test_client_that_has_seen_nothing_yet_resumes_without_a_gap(
 
 @on_both_servers
 def test_client_that_is_3000_events_behind_gets_each_once_in_commit_order(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     names = [f"{channel}{letter}" for letter in "abc"]
     for start in range(0, 3000, 500):
@@ -166,7 +164,7 @@ def test_client_that_is_3000_events_behind_gets_each_once_in_commit_order(
 
 @on_both_servers
 def test_client_that_is_megabytes_behind_gets_all_of_it(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     # On either side of each limit: of a held response, of a page, of what is published live.
     sizes = [3_000] * 100 + [45_000, 60_000, 70_000, 110_000, 500_000, 10, 5_000_000, 20]
@@ -190,7 +188,7 @@ def test_client_that_is_megabytes_behind_gets_all_of_it(
 )
 @pytest.mark.parametrize("pages", [1, 2])
 def test_event_between_the_last_page_and_the_hold_is_not_left_behind(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str, pages: int
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str, pages: int
 ) -> None:
     """No later event shows the gap; and the proxy would ask by itself after ten minutes."""
     channel = f"public{channel}"
@@ -222,7 +220,7 @@ def test_100_clients_that_come_back_at_once_are_up_to_date_within_seconds(
     database: Database,
     publisher: PublisherProcess,
     pushpin: Pushpin,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
 ) -> None:
     sent = [f"{n} {'x' * 100}" for n in range(1200)]  # three pages
@@ -246,7 +244,7 @@ def test_100_clients_that_come_back_at_once_are_up_to_date_within_seconds(
 
 
 def test_reset_stream_goes_on_with_live_events(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     send((channel, "1"), (channel, "2"))
     stream(channel, last_event_id=f"{channel}:0").wait_count(2)
@@ -265,7 +263,7 @@ def test_reset_stream_goes_on_with_live_events(
 
 
 def test_texts_arrive_unchanged_and_live_the_same_as_replayed(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     live = stream(channel).wait_open()
     types = ["message", "100 %I", "t: y", " ü🎉\t"]
@@ -288,7 +286,7 @@ def test_texts_arrive_unchanged_and_live_the_same_as_replayed(
 
 
 def test_event_too_large_for_the_proxy_reaches_connected_clients_in_order(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client, both = stream(channel).wait_open(), stream(channel, f"{channel}quiet").wait_open()
     sent = ["first"]
@@ -304,7 +302,7 @@ def test_event_too_large_for_the_proxy_reaches_connected_clients_in_order(
 
 
 def test_event_of_5_megabytes_reaches_a_connected_client_in_order(
-    publisher: PublisherProcess, stream: Stream, channel: str
+    publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     sent = ["before", "m" * 5_000_000, "after"]

@@ -1,4 +1,4 @@
-"""The project of somebody who follows the quickstart, for the examples of all pages."""
+"""The project of a reader who follows the quickstart, for the examples of all pages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def project(database: Database, pushpin: Pushpin, tmp_path: Path) -> Iterator[Pr
 
 @pytest.fixture
 def serve(project: Project, app_port: int) -> Callable[[], str]:
-    """Migrates the project and serves it with its `runserver`; the address."""
+    """Migrates the project and serves it with its `runserver`. Returns the address."""
 
     def start() -> str:
         migrate(project)
@@ -55,7 +55,7 @@ def serve(project: Project, app_port: int) -> Callable[[], str]:
 
 @pytest.fixture
 def serve_behind_pushpin(project: Project, pushpin: Pushpin, app_port: int) -> Callable[[], str]:
-    """Migrates the project, and serves it with a publisher and behind Pushpin; its address."""
+    """Migrates the project and serves it behind Pushpin, with a publisher. Returns the address."""
 
     def start() -> str:
         put_behind_pushpin(project)

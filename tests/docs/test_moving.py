@@ -14,9 +14,9 @@ from django.contrib.auth.models import User
 from django.test import Client
 
 from pg_eventstream.servers.pushpin import Pushpin
-from tests.integration.test_import import DjangoEventstream
 from tests.support.browser import Browser, Page
 from tests.support.database import Database
+from tests.support.django_eventstream import DjangoEventstream
 from tests.support.documentation import example
 from tests.support.projects import ROOT, Project
 from tests.support.sse_client import SSEClient

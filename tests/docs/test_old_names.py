@@ -39,7 +39,7 @@ from pg_eventstream.views import events
 from tests.project.settings import INSTALLED_APPS
 from tests.support.database import Database
 from tests.support.documentation import example, text_of
-from tests.support.origin import sequence
+from tests.support.rounds import sequence
 
 PAGE = text_of("docs/moving.md")
 HERE, _, DIFFERENT = PAGE.partition("## What is different")

@@ -15,10 +15,10 @@ from pg_eventstream.postgres.locks import (
     PRUNE_LOCK,
     SEQUENCE_LOCK,
 )
-from tests.integration.test_grants import as_role, make_old, prune_only, sequence, serve
 from tests.support.database import Database
 from tests.support.documentation import example
-from tests.support.roles import granted
+from tests.support.role_work import prune_only, sequence, serve
+from tests.support.roles import as_role, granted, make_old
 
 ROOT = Path(__file__).parents[2]
 POLICY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")

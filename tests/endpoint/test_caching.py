@@ -1,6 +1,6 @@
-"""What the endpoint answers is for whoever asked: no cache keeps it, whatever it looks at.
+"""Responses of the endpoint are for one user: no cache keeps any of them.
 
-And whatever is an event stream among the answers says that it is UTF-8.
+Event streams among them declare that they are UTF-8.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ RAISED: dict[str, type[Exception]] = {
     "suspicious": SuspiciousOperation,
 }
 _cache: dict[str, HttpResponse] = {}
-# 204 has no content; what DRF answers with is either a page or a stream.
+# 204 has no content; DRF responds with a page or a stream.
 TYPES = (None, "text/event-stream; charset=utf-8", "text/html; charset=utf-8", "text/plain")
 
 
 def caches_all_but_private(
     get_response: Callable[[HttpRequest], HttpResponse],
 ) -> Callable[[HttpRequest], HttpResponse]:
-    """As Django's UpdateCacheMiddleware before 5.2.9, but of any method and status."""
+    """Django's UpdateCacheMiddleware before 5.2.9, but for all methods and statuses."""
 
     def middleware(request: HttpRequest) -> HttpResponse:
         key = f"{request.method} {request.get_full_path()}"
@@ -58,7 +58,7 @@ def caches_all_but_private(
 
 
 class Raising(DefaultChannelManager):
-    """Refuses by exception what the query says, and members' channels in the ordinary way."""
+    """Refuses by an exception that the query names, and members' channels in the ordinary way."""
 
     def get_user_for_request(self, request: HttpRequest) -> Any:
         if "raise" in request.GET:
@@ -86,7 +86,7 @@ JSON = {"Accept": "application/json"}
 HTML = {"Accept": "text/html"}
 PREFLIGHT = {"Origin": "https://a.example", "Access-Control-Request-Method": "GET"}
 
-#: Method, address, headers, and the status of the answer.
+#: Method, URL, headers, and the status of the response.
 PROXIED = [
     ("GET", "/plain/?channel=c", {}, 200),
     ("HEAD", "/plain/?channel=c", {}, 200),

@@ -1,12 +1,8 @@
-"""Pages of other origins: who may read, who may not, and what a browser makes of it."""
+"""Pages of other origins: which may read, and which may not."""
 
 from __future__ import annotations
 
-import http.client
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +10,9 @@ from django.conf import settings
 from django.test import Client, override_settings
 
 from pg_eventstream import send_event
-from pg_eventstream.servers.processes import Process
-from pg_eventstream.servers.pushpin import Pushpin
-from tests.support.browser import Browser
 from tests.support.database import Database
-from tests.support.http_service import HttpService, respond
-from tests.support.origin import Origin, behind_a_proxy, sequence, signature
+from tests.support.origin import Origin, behind_a_proxy, signature
+from tests.support.rounds import sequence
 
 PAGE = "https://app.example"
 NAMED = {"EVENTSTREAM_ALLOW_ORIGINS": [PAGE, "http://localhost:3000"]}
@@ -33,7 +26,7 @@ def proxied() -> Iterator[None]:
 
 
 def ask(origin: str | None, path: str = STREAM, method: str = "GET", **headers: str) -> Any:
-    """The endpoint's answer to a request that a page of this origin makes."""
+    """The endpoint's response to a request from a page of this origin."""
     headers["Grip-Sig"] = signature()
     if origin is not None:
         headers["Origin"] = origin
@@ -41,20 +34,20 @@ def ask(origin: str | None, path: str = STREAM, method: str = "GET", **headers: 
 
 
 def ask_first(origin: str, **headers: str) -> Any:
-    """What a browser asks before it lets a page send headers of its own."""
+    """The browser's preflight before a page may send additional headers."""
     headers["Access-Control-Request-Method"] = "GET"
     return ask(origin, method="OPTIONS", **headers)
 
 
 def allowed(response: Any) -> dict[str, str]:
-    """The answer's CORS headers, without the beginning that they all have."""
+    """The CORS headers of the response, without their common prefix."""
     headers = {name.lower(): value for name, value in response.headers.items()}
     prefix = "access-control-"
     return {n.removeprefix(prefix): v for n, v in headers.items() if n.startswith(prefix)}
 
 
 def depends_on_origin(response: Any) -> bool:
-    """Whether a cache must keep the answers to different origins apart."""
+    """Whether caches must keep the responses to different origins apart."""
     return "origin" in response.headers.get("Vary", "").lower().split(", ")
 
 
@@ -141,7 +134,7 @@ def test_every_answer_says_who_may_read_it(database: Database) -> None:
         response = ask(PAGE, path)
         assert response.status_code == status
         assert allowed(response) == {"allow-origin": PAGE}
-        # A cache must not keep it for another page, nor this page's for lack of an Origin.
+        # A cache must not use it for another page, nor for a request without an Origin.
         for other in (PAGE, "https://evil.example", None):
             assert depends_on_origin(ask(other, path))
     assert allowed(Client().get(STREAM, headers={"Origin": PAGE})) == {"allow-origin": PAGE}  # 501
@@ -212,93 +205,3 @@ def test_django_cors_headers_does_it_instead(database: Database) -> None:
     refused = ask("https://evil.example")
     assert allowed(refused) == {}
     assert depends_on_origin(refused)
-
-
-# Through a real proxy
-
-
-class EmptyPages(HttpService):
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        respond(request, 200, content_type="text/html")
-
-
-@pytest.fixture
-def pages() -> Iterator[int]:
-    """The port of a server whose every page is empty; localhost is another origin."""
-    with EmptyPages() as server:
-        yield server.port
-
-
-@pytest.fixture
-def cross_origin(pages: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The origin that the application allows; to be requested before the application."""
-    origin = f"http://127.0.0.1:{pages}"
-    chosen = {"EVENTSTREAM_ALLOW_ORIGINS": [origin], "EVENTSTREAM_ALLOW_CREDENTIALS": True}
-    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(chosen))
-    return origin
-
-
-@contextmanager
-def answer_of(
-    pushpin: Pushpin, path: str, method: str = "GET", headers: Mapping[str, str] | None = None
-) -> Iterator[http.client.HTTPResponse]:
-    connection = http.client.HTTPConnection(pushpin.url.removeprefix("http://"), timeout=20)
-    try:
-        connection.request(method, path, headers=headers or {})
-        yield connection.getresponse()
-    finally:
-        connection.close()
-
-
-def test_proxy_passes_on_what_is_allowed(
-    cross_origin: str, app: Process, pushpin: Pushpin, channel: str
-) -> None:
-    path = f"/events/?channel={channel}"
-    headers = {"Origin": cross_origin}
-    with answer_of(pushpin, path, headers=headers) as held:
-        assert held.getheader("Content-Type") == "text/event-stream; charset=utf-8"
-        assert held.getheader("Access-Control-Allow-Origin") == cross_origin
-        assert held.getheader("Access-Control-Allow-Credentials") == "true"
-        assert "Origin" in held.getheader("Vary", "")
-    with answer_of(pushpin, path, headers={"Origin": "https://evil.example"}) as held:
-        assert held.getheader("Access-Control-Allow-Origin") is None
-        assert "Origin" in held.getheader("Vary", "")
-    with answer_of(
-        pushpin, path, "OPTIONS", {**headers, "Access-Control-Request-Method": "GET"}
-    ) as preflight:
-        assert (preflight.status, preflight.read()) == (204, b"")
-        assert preflight.getheader("Access-Control-Allow-Methods") == "GET, HEAD"
-        assert preflight.getheader("Access-Control-Allow-Origin") == cross_origin
-
-
-READ_WITH_EVENTSOURCE = """([url]) => new Promise((resolve) => {
-    const events = new EventSource(url, { withCredentials: true });
-    events.addEventListener("stream-open", () => { events.close(); resolve("open"); });
-    events.onerror = () => { events.close(); resolve("refused"); };
-})"""
-# Headers that a browser asks about first.
-READ_WITH_FETCH = """async ([url, lastEventId]) => {
-    const headers = { "Last-Event-ID": lastEventId, "Cache-Control": "no-store" };
-    try {
-        const response = await fetch(url, { headers, credentials: "include" });
-        const { value } = await response.body.getReader().read();
-        return new TextDecoder().decode(value).includes("event: stream-open") ? "open" : "odd";
-    } catch (e) {
-        return "refused";
-    }
-}"""
-
-
-def test_browser_lets_pages_of_the_allowed_origin_read_and_no_others(
-    cross_origin: str, app: Process, pages: int, pushpin: Pushpin, browser: Browser, channel: str
-) -> None:
-    url = f"{pushpin.url}/events/?channel={channel}"
-    for origin, outcome in (
-        (cross_origin, "open"),
-        (f"http://localhost:{pages}", "refused"),
-    ):
-        page = browser.new_page()
-        page.goto(origin)
-        for script in (READ_WITH_EVENTSOURCE, READ_WITH_FETCH):
-            assert page.evaluate(script, [url, f"{channel}:0"]) == outcome
-        page.close()

@@ -1,4 +1,4 @@
-"""Views of Django REST Framework: whom they let in, what they stream, and their page."""
+"""Views of Django REST Framework: whom they admit, what they stream, and their page."""
 
 from __future__ import annotations
 
@@ -6,48 +6,33 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from django.contrib.auth.models import User
 from django.core.exceptions import ImproperlyConfigured
 from django.test import AsyncClient, Client, override_settings
 from django.test.utils import override_script_prefix
 from django.urls import resolve
 
 from pg_eventstream import send_events
-from pg_eventstream.servers.processes import Process
-from pg_eventstream.servers.pushpin import Pushpin
-from tests.project import settings
 from tests.project.app.models import Membership
-from tests.support.browser import Page
+from tests.project.drf_settings import APPS, DRF
 from tests.support.database import Database
 from tests.support.environment import child_environment
-from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, sequence, signature
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.members import member, token
+from tests.support.origin import Answer, Origin, behind_a_proxy, log_in, signature
+from tests.support.rounds import sequence
 
-APPS = [*settings.INSTALLED_APPS, "django.contrib.staticfiles", "rest_framework"]
-PROJECT = {
-    "ROOT_URLCONF": "tests.project.drf_urls",
-    "INSTALLED_APPS": APPS,
-    "MIDDLEWARE": [*settings.MIDDLEWARE, "tests.project.drf_urls.own_scripts_only"],
-    "STATIC_URL": "/static/",
-    "EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.Members",
-    "EVENTSTREAM_NEXT_LINK_TIMEOUT": 5,
-}
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 EVENT_SOURCE = {"Accept": "text/event-stream"}
-
-Stream = Callable[..., SSEClient]
 
 
 @pytest.fixture(autouse=True)
 def project(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """These settings here, and in the servers of the test."""
-    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(PROJECT))
-    with behind_a_proxy, override_settings(**PROJECT):
+    """Use these settings here and in the servers of the test."""
+    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(DRF))
+    with behind_a_proxy, override_settings(**DRF):
         yield
 
 
@@ -56,45 +41,15 @@ def origin() -> Origin:
     return Origin()
 
 
-@pytest.fixture
-def stream(app: Process, pushpin: Pushpin) -> Iterator[Stream]:
-    """Opens streams of paths through the proxy, and closes them with the test."""
-    opened: list[SSEClient] = []
-
-    def open_stream(path: str, *channels: str, **options: Any) -> SSEClient:
-        client = SSEClient(f"{pushpin.url}{path}", list(channels), **options)
-        opened.append(client.__enter__())
-        return client
-
-    yield open_stream
-    for client in opened:
-        client.close()
-
-
-def token(user: User) -> dict[str, str]:
-    return {"Authorization": f"Token {user.username}"}
-
-
-def member(name: str, *channels: str) -> User:
-    user = User.objects.create_user(name)
-    for channel in channels:
-        Membership.objects.create(user_id=user.pk, channel=channel)
-    return user
-
-
-def send(channel: str, *data: str, event_type: str = "message") -> None:
-    send_events([(channel, event_type, text, None, False) for text in data])
-
-
 def refusal(answer: Answer) -> Any:
-    """The stream-error that the answer consists of."""
+    """The stream-error that is the whole response."""
     assert not any(name.startswith("Grip-") for name in answer.response.headers)
     [error] = answer.all
     assert error.type == "stream-error"
     return json.loads(error.data)
 
 
-# Addresses, their channels, and the names of the routes of their links.
+# URLs, their channels, and the names of the routes of their links.
 ADDRESSES = [
     ("/events/?channels=public-a,public-b", ["public-a", "public-b"], "events-next-link"),
     ("/events/?channels=public-a&channels=public-b", ["public-a", "public-b"], "events-next-link"),
@@ -134,7 +89,7 @@ def test_mounted_in_every_form_it_opens_the_streams_and_follows_its_links(
 
 
 def test_links_keep_the_prefix_that_the_server_took_off(origin: Origin) -> None:
-    with override_script_prefix("/app/"):  # as the handlers of Django's servers do
+    with override_script_prefix("/app/"):  # as Django's handlers do
         assert origin.ask("/function/").next_link.startswith("/app/function/next/")
         assert origin.ask("/events/public-a/").next_link.startswith("/app/events/next/")
 
@@ -180,7 +135,7 @@ def test_channels_and_types_that_are_fixed_are_not_to_be_asked_for(
     for accept in (EVENT_SOURCE, BROWSER):
         answer = origin.ask(path, accept)
         assert answer.status == 400
-        assert "are fixed: leave" in answer.body
+        assert "are fixed. Remove" in answer.body
     assert refusal(origin.ask(path))["condition"] == "bad-request"
 
 
@@ -319,7 +274,7 @@ def test_default_renderers_decide_whether_there_is_a_page(
     configured: Sequence[str] | None, ours: list[str]
 ) -> None:
     rest_framework = {"DEFAULT_RENDERER_CLASSES": configured} if configured else {}
-    more = json.dumps({**PROJECT, "REST_FRAMEWORK": rest_framework})
+    more = json.dumps({**DRF, "REST_FRAMEWORK": rest_framework})
     script = (
         "import django; django.setup()\n"
         "from pg_eventstream.viewsets import EventsViewSet\n"
@@ -337,14 +292,14 @@ def test_default_renderers_decide_whether_there_is_a_page(
 
 
 def schema(urlconf: str) -> dict[str, Any]:
-    """What ``manage.py spectacular --fail-on-warn --validate`` makes of a URLconf."""
+    """The schema by ``manage.py spectacular --fail-on-warn --validate`` for a URLconf."""
     script = (
         "import django; django.setup()\n"
         "from django.core.management import call_command\n"
         "call_command('spectacular', fail_on_warn=True, validate=True, format='openapi-json')"
     )
     project = {
-        **PROJECT,
+        **DRF,
         "ROOT_URLCONF": urlconf,
         "INSTALLED_APPS": [*APPS, "drf_spectacular"],
         "REST_FRAMEWORK": {"DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema"},
@@ -406,7 +361,7 @@ def test_page_tells_whom_the_proxy_is_missing(origin: Origin) -> None:
     ("asgi", "settings", "hint"),
     [
         (True, {"GRIP_URL": None}, ""),
-        (True, {}, ""),  # past the proxy, which is no mistake: the stream comes from here
+        (True, {}, ""),  # past the proxy, which is allowed: the application streams
         (True, {"GRIP_PROXY_REQUIRED": True}, "Open it at the proxy"),
         (False, {}, "Open it at the proxy"),
         (False, {"GRIP_URL": None}, "an ASGI server"),
@@ -452,72 +407,6 @@ def test_page_renderer_leaves_other_views_as_they_are(origin: Origin) -> None:
         assert "data-url" not in page
 
 
-@pytest.mark.parametrize("path", ["/events/{}/", "/bare/{}", "/nested/events/{}/"])
-def test_events_arrive_and_are_resumed_page_by_page(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str, path: str
-) -> None:
-    channel = f"public-{channel}"
-    path = path.format(channel)
-    first = stream(path).wait_open()
-    send(channel, "live")
-    assert [event.data for event in first.wait_count(1)] == ["live"]
-    first.close()
-    missed = [f"{number} {'x' * 9_000}" for number in range(50)]  # several pages
-    send(channel, *missed)
-    sequence(database)
-    resumed = stream(path, last_event_id=f"{channel}:1")
-    assert [event.data for event in resumed.wait_count(50)] == missed
-    send(channel, "live again")
-    assert resumed.wait_count(51)[-1].data == "live again"
-    assert [event.eids[channel] for event in resumed.events] == list(range(2, 53))
-    assert resumed.connections == 1
-
-
-def test_stream_outlasts_its_links_until_the_permission_is_gone(
-    publisher: PublisherProcess, stream: Stream, channel: str
-) -> None:
-    client = stream(f"/members/{channel}/", headers=token(member("ada", channel))).wait_open()
-    # Too large to be published: it comes by the link.
-    send(channel, "x" * 500_000, "small")
-    assert [len(event.data) for event in client.wait_count(2)] == [500_000, 5]
-    Membership.objects.all().delete()
-    assert client.ended.wait(30)
-    assert json.loads(client.control[-1].data)["condition"] == "forbidden"
-    assert stream(f"/members/{channel}/").ended.wait(10)
-
-
-def test_page_shows_events_as_they_arrive_and_only_as_text(
-    publisher: PublisherProcess, app: Process, pushpin: Pushpin, page: Page, channel: str
-) -> None:
-    page.goto(f"{pushpin.url}/events/public-{channel}/?messages_types=message,info")
-    page.wait_for("document.querySelector('[data-role=state]').textContent === 'open'")
-    hostile = "<img src=x onerror=\"document.title = 'run'\">"
-    send(f"public-{channel}", hostile)
-    send(f"public-{channel}", "not shown", event_type="other")
-    send(f"public-{channel}", hostile, event_type="info")
-    rows = "[...document.querySelectorAll('[data-role=events] tr')]"
-    page.wait_for(f"{rows}.length === 2")
-    shown = page.evaluate(f"{rows}.map((row) => [...row.cells].map((cell) => cell.textContent))")
-    assert [[cell.strip() for cell in cells[1:]] for cells in shown] == [
-        ["info", f"public-{channel}:3", hostile],
-        ["message", f"public-{channel}:1", hostile],
-    ]
-    assert page.evaluate("document.querySelectorAll('[data-role=events] img').length") == 0
-    assert page.evaluate("document.title") != "run"
-    page.evaluate("document.querySelector('[data-role=clear]').click()")
-    page.wait_for(f"{rows}.length === 0")
-    assert page.console == []
-
-
-def test_page_says_that_its_stream_was_refused(
-    app: Process, pushpin: Pushpin, page: Page, channel: str
-) -> None:
-    page.goto(f"{pushpin.url}/events/{channel}/")
-    page.wait_for("document.querySelector('[data-role=state]').textContent === 'ended'")
-    text = page.evaluate("document.querySelector('[data-role=events]').textContent")
-    assert "forbidden" in text
-
-
 @pytest.mark.parametrize(
     "path",
     [
@@ -538,34 +427,3 @@ def test_query_never_takes_the_place_of_what_the_urlconf_says(
         answer = origin.ask(path, {**EVENT_SOURCE, "Last-Event-ID": "earliest"})
     assert answer.status == 400
     assert "for nobody here" not in answer.body
-
-
-@pytest.mark.parametrize(
-    ("path", "condition", "goes_on"),
-    [
-        ("/members/?channels=public-a", "unauthorized", False),  # 401
-        ("/nobody/?channels=public-a", "forbidden", False),  # 403
-        ("/function/?channels=public-a", "bad-request", False),
-        ("/events/?channels=secret", "forbidden", False),  # by the channel manager
-        ("/throttled/?channels=public-a", "too-many-requests", True),
-    ],
-)
-def test_page_that_is_refused_stops_asking_unless_it_may_come_back(
-    app: Process, pushpin: Pushpin, page: Page, path: str, condition: str, goes_on: bool
-) -> None:
-    page.goto(f"{pushpin.url}/class/")
-    page.evaluate(
-        """(path) => {
-            window.errors = [];
-            const open = () => {
-                window.source = new ReconnectingEventSource(path, { max_retry_time: 10 });
-                source.addEventListener("stream-open", () => { source.close(); open(); });
-                source.addEventListener("stream-error", ({ data }) =>
-                    errors.push(JSON.parse(data).condition));
-            };
-            open();
-        }""",
-        path,
-    )
-    page.wait_for(f"errors.length === 1 && source.readyState === {0 if goes_on else 2}")
-    assert page.evaluate("errors") == [condition]

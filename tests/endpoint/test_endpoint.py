@@ -15,7 +15,8 @@ from django.test.utils import CaptureQueriesContext
 from pg_eventstream import get_events, send_events, sse
 from pg_eventstream.streams import replay
 from tests.support.database import Database
-from tests.support.origin import Origin, behind_a_proxy, prune, sequence, signature
+from tests.support.origin import Origin, behind_a_proxy, signature
+from tests.support.rounds import prune, sequence
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def test_stream_opens_with_padding_and_headers_that_nobody_may_buffer_or_change(
 def test_every_stream_says_that_it_is_utf_8(
     database: Database, origin: Origin, channel: str, default: str
 ) -> None:
-    """Clients that follow HTTP take a text without a charset for Latin-1: requests, for one."""
+    """Clients that follow HTTP decode text without a charset as Latin-1, for example requests."""
     event = ("message", "✅ ü\u2028", None, False)
     with override_settings(DEFAULT_CHARSET=default):
         send_events([(channel, *event)])
@@ -129,7 +130,7 @@ def test_resume_by_the_header_before_the_query_and_by_the_last_that_is_not_empty
         ("%63:3", ["4"]),
         ("c:4", []),
         ("c:0", ["1", "2", "3", "4"]),
-        ("other:7", []),  # says nothing of this channel: from now on
+        ("other:7", []),  # has no id of this channel: from now on
     ],
 )
 def test_resume_from_an_id_as_a_browser_sends_it_back(
@@ -197,7 +198,7 @@ def test_reset_when_what_is_asked_for_is_pruned(database: Database, origin: Orig
     assert json.loads(reset.data) == {"channels": ["old"]}
     assert sse.parse_id(reset.id) == {"new": 0, "old": 5}
     assert [(event.data, event.eids) for event in answer.events] == [("1", {"new": 1, "old": 5})]
-    # ... and from there the client goes on as if nothing had been
+    # ... and from there the client resumes as if nothing had happened
     send(database, "old", "6")
     resumed = origin.open("new", "old", last_event_id=answer.events[-1].id)
     assert (resumed.data, list(resumed.control)) == (["6"], ["stream-open"])
@@ -267,7 +268,7 @@ def test_client_begins_no_further_back_than_the_replay_age(
         else:
             assert answer.data == []
             assert sse.parse_id(answer.control["stream-reset"].id) == {"c": len(sent)}
-    # What is open goes on, and trusted code reads everything.
+    # Open streams continue, and trusted code reads everything.
     held = origin.open("c", last_event_id=f"c:{old}")
     database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 h'")
     send(database, "c", "8")
@@ -280,7 +281,7 @@ def test_client_begins_no_further_back_than_the_replay_age(
             assert origin.open("c", last_event_id="earliest").data == [*sent, "8"]
 
 
-# How it is read
+# Queries
 
 
 @pytest.mark.parametrize("analyzed", [True, False])

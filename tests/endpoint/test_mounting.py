@@ -1,4 +1,4 @@
-"""Where a project may mount the endpoint, and which channels the URLconf chooses."""
+"""Where a project can mount the endpoint, and which channels the URLconf selects."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from collections.abc import Iterator
 import pytest
 from django.test import override_settings
 
-from pg_eventstream import send_events
-from pg_eventstream.servers.processes import Process
-from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.origin import Origin, behind_a_proxy, signature
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
 
 
 @pytest.fixture(autouse=True)
@@ -70,16 +65,3 @@ def test_link_never_leads_to_another_host(origin: Origin) -> None:
         link = origin.ask(f"http://testserver{path}").next_link
         assert link.startswith("/")
         assert not link.startswith("//")
-
-
-def test_stream_below_a_path_with_odd_characters_is_recovered_there(
-    publisher: PublisherProcess, app: Process, pushpin: Pushpin, channel: str
-) -> None:
-    url = f"{pushpin.url}/rooms/{channel}%20%C3%BC%2C%3B%25/events/"
-    with SSEClient(url) as client:
-        client.wait_open()
-        name = f"{channel} ü,;%"
-        assert client.control[0].eids == {name: 0}
-        texts = ["too large to be published" * 20_000, "small"]
-        send_events([(name, "message", text, None, False) for text in texts])
-        assert [event.data for event in client.wait_count(2)] == texts

@@ -1,32 +1,25 @@
-"""By some types of events the server speaks of the stream itself: nobody else sends these."""
+"""Some types of events are reserved for the server, which reports on the stream by them."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 from typing import Any
 
-import httpx
 import psycopg
 import pytest
 from django.core.management import call_command
 from django.db import connections
-from httpx_sse import connect_sse
 
 from pg_eventstream import InvalidEvent, asend_event, get_events, send_event, send_events, subscribe
-from pg_eventstream.servers.processes import HOST, Process, accepts, free_port, wait_until
-from pg_eventstream.servers.pushpin import Pushpin
+from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
-from tests.support.environment import DIRECTORY, child_environment
-from tests.support.origin import Origin, behind_a_proxy, sequence
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.origin import Origin, behind_a_proxy
+from tests.support.reserved_types import CONSTRAINT, TYPES, send_as_before
+from tests.support.rounds import sequence
 
-TYPES = ["stream-open", "stream-reset", "stream-error", "keep-alive", "event-erased"]
-#: To an EventSource, types are what they are, to the letter.
+#: An EventSource compares types exactly.
 OTHERS = ["Stream-Error", "stream-error ", " keep-alive", "stream-closed", "error", "open"]
-CONSTRAINT = "pg_eventstream_type_not_reserved"
 
 
 @pytest.mark.parametrize("event_type", TYPES)
@@ -54,84 +47,6 @@ def test_types_that_only_look_like_these_are_events_like_others(database: Databa
     with behind_a_proxy:
         body = Origin().open("c", last_event_id="earliest").body
     assert [f"event: {event_type}\n" in body for event_type in OTHERS] == [True] * len(OTHERS)
-
-
-def send_as_before(database: Database, channel: str) -> None:
-    """An event of each type, as senders could before the table refused it, between others."""
-    with database.connect(autocommit=False) as sender:
-        sender.execute(f"ALTER TABLE pg_eventstream_event DROP CONSTRAINT {CONSTRAINT}")
-        for event_type in ["message", *TYPES, "message"]:
-            sender.execute(
-                "INSERT INTO pg_eventstream_event (channel, type, data) VALUES (%s, %s, %s)",
-                [channel, event_type, '{"condition": "forbidden"}'],
-            )
-        sender.execute("SET CONSTRAINTS ALL IMMEDIATE")
-        sender.execute(
-            f"ALTER TABLE pg_eventstream_event ADD CONSTRAINT {CONSTRAINT} CHECK"
-            f" (type NOT IN ({', '.join(map(repr, TYPES))})) NOT VALID"
-        )
-
-
-def assert_left_out(client: SSEClient, channel: str, first: int = 0) -> None:
-    assert [event.id.strip() for event in client.wait_count(2)] == [
-        f"{channel}:{first + 1}",
-        f"{channel}:{first + 7}",
-    ]
-    assert [event.type for event in client.control] == ["stream-open"]
-    assert client.connections == 1
-
-
-def test_old_events_of_such_a_type_do_not_reach_clients_through_the_proxy(
-    database: Database,
-    publisher: PublisherProcess,
-    app: Process,
-    pushpin: Pushpin,
-    channel: str,
-) -> None:
-    url = f"{pushpin.url}/events/"
-    with SSEClient(url, [channel]) as live, SSEClient(url, [channel, f"{channel}2"]) as both:
-        live.wait_open()
-        both.wait_open()
-        send_as_before(database, channel)
-        assert_left_out(live, channel)
-        assert len(both.wait_count(2)) == 2
-        with SSEClient(url, [channel], "earliest") as replayed:
-            assert_left_out(replayed, channel)
-        # Nothing was missing in between, so nobody asked.
-        assert [event.type for event in both.control] == ["stream-open"]
-
-
-def test_old_events_of_such_a_type_do_not_reach_clients_without_a_proxy(
-    database: Database, channel: str
-) -> None:
-    port = free_port()
-    server = Process(
-        "uvicorn",
-        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={port}"],
-        log_path=DIRECTORY / f"reserved-{database.name}.log",
-        environment=child_environment(),
-    )
-    server.start(ready=lambda: accepts(port))
-    url = f"http://{HOST}:{port}/events/"
-    try:
-        with SSEClient(url, [channel]) as live:
-            live.wait_open()
-            send_as_before(database, channel)
-            assert_left_out(live, channel)
-        with SSEClient(url, [channel], f"{channel}:0") as replayed:
-            assert_left_out(replayed, channel)
-        got = []
-        with (
-            httpx.Client(timeout=30) as client,
-            connect_sse(client, "GET", f"{url}?channel={channel}&lastEventId=earliest") as source,
-        ):
-            for event in source.iter_sse():
-                got += [event.event]
-                if event.id == f"{channel}:7":
-                    break
-        assert got == ["stream-open", "message", "message"]
-    finally:
-        server.kill()
 
 
 def test_programs_read_what_is_stored(database: Database) -> None:

@@ -1,38 +1,28 @@
-"""Unreliable channels: no ids, no replay, gone soon; and still transactional."""
+"""Unreliable channels: no ids, no replay, pruned soon; and still transactional."""
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from io import StringIO
 
 import pytest
 from django.core.management import call_command
-from django.db import transaction
 from django.test import override_settings
 
 from pg_eventstream import get_current_event_id, get_events, permission, send_event
-from pg_eventstream.limits import Limits
-from pg_eventstream.postgres.connector import Connector
-from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Pruner
-from pg_eventstream.servers.processes import wait_until
-from pg_eventstream.servers.pushpin import Pushpin
 from tests.project.channelmanagers import Volatile
 from tests.support.database import Database
-from tests.support.environment import KEY
-from tests.support.origin import Origin, behind_a_proxy, log_in, sequence
-from tests.support.publisher import PublisherProcess
+from tests.support.origin import Origin, behind_a_proxy
+from tests.support.rounds import sequence
 from tests.support.sse_client import SSEClient
-
-Stream = Callable[..., SSEClient]
 
 
 @pytest.fixture(autouse=True)
 def volatile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Channels whose name begins with "volatile" are unreliable, here and in the servers."""
+    """Make channels whose names begin with "volatile" unreliable, here and in the servers."""
     settings = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.Volatile"}
     monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(settings))
     with override_settings(**settings):
@@ -46,108 +36,6 @@ def send(channel: str, *texts: str, skip: int | None = None) -> None:
 
 def texts(client: SSEClient) -> list[str]:
     return [event.data for event in client.events]
-
-
-def test_unreliable_event_has_no_id_and_is_delivered_if_its_transaction_commits(
-    publisher: PublisherProcess, stream: Stream, channel: str
-) -> None:
-    client = stream(f"volatile{channel}").wait_open()
-    assert client.control[0].id == ""
-    with pytest.raises(ZeroDivisionError), transaction.atomic():
-        send(f"volatile{channel}", "rolled back")
-        _ = 1 / 0
-    odd = ["100 %", "%I %(x)s %%", "ü🎉 ключ", "<p>\n  two lines\n</p>", ""]
-    send(f"volatile{channel}", *odd)
-    client.wait_count(len(odd))
-    assert texts(client) == odd
-    assert {event.id for event in client.events} == {""}
-    assert client.connections == 1
-
-
-def test_unreliable_and_reliable_channels_of_one_stream_do_not_disturb_each_other(
-    publisher: PublisherProcess, stream: Stream, channel: str
-) -> None:
-    names = [channel, f"more{channel}", f"volatile{channel}"]
-    client = stream(*names).wait_open()
-    assert client.control[0].eids == {channel: 0, f"more{channel}": 0}
-    for n in range(30):
-        for name in names:
-            send(name, f"{name} {n}")
-    client.wait_count(90)
-    for name in names:
-        own = [text for text in texts(client) if text.startswith(f"{name} ")]
-        assert own == [f"{name} {n}" for n in range(30)]
-    for event in client.events:
-        # An event without an id leaves the client with that of the event before.
-        assert set(event.eids) <= set(names[:2]) or event.id == ""
-
-    # A client that comes back gets what it missed of the reliable ones. What it missed of the
-    # other was published while it was away: somebody who stayed has it.
-    stayed = stream(names[2]).wait_open()
-    client.close()
-    for name in names:
-        send(name, f"{name} missed", f"{name} missed too")
-    stayed.wait_count(2)
-    again = stream(*names, last_event_id=client.last_event_id).wait_open()
-    again.wait_count(4)
-    send(names[2], "live")
-    again.wait_count(5)
-    assert sorted(texts(again)[:4]) == sorted(
-        f"{name} missed{too}" for name in names[:2] for too in ("", " too")
-    )
-    assert texts(again)[4] == "live"
-
-
-def test_gap_in_a_reliable_channel_is_still_found_beside_an_unreliable_one(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
-) -> None:
-    client = stream(channel, f"volatile{channel}").wait_open()
-    send(channel, "1")
-    client.wait_count(1)
-    publisher.kill()
-    send(channel, "never published")
-    sequence(database)
-    database.execute("UPDATE pg_eventstream_proxy SET position = 2")  # as if it had been
-    publisher.lead()
-    send(channel, "3")
-    client.wait_count(3)
-    assert texts(client) == ["1", "never published", "3"]
-
-
-def test_users_are_skipped_on_unreliable_channels_too(
-    publisher: PublisherProcess, stream: Stream, channel: str
-) -> None:
-    ann, cookie = log_in("ann")
-    client = stream(f"volatile{channel}", headers={"Cookie": cookie}).wait_open()
-    others = stream(f"volatile{channel}").wait_open()
-    send(f"volatile{channel}", "not for ann", skip=ann.pk)
-    send(f"volatile{channel}", "for all")
-    others.wait_count(2)
-    client.wait_count(1)
-    assert texts(client) == ["for all"]
-
-
-def test_private_unreliable_channels_stay_private_when_all_next_links_are_fetched_at_once(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
-) -> None:
-    """The proxy shares one fetch among sessions whose links have the same path."""
-    users = [log_in(f"user{n}") for n in range(6)]
-    clients = [
-        stream(f"volatile{channel}-{user.pk}", headers={"Cookie": cookie}).wait_open()
-        for user, cookie in users
-    ]
-    for round_ in range(3):
-        with transaction.atomic():  # all their streams ask the origin at the same moment
-            for user, _ in users:
-                permission.channel_permission_changed(user, f"volatile{channel}-{user.pk}")
-        with transaction.atomic():
-            for user, _ in users:
-                send(f"volatile{channel}-{user.pk}", f"{round_} for {user.pk}")
-        for (user, _), client in zip(users, clients, strict=True):
-            expected = [f"{n} for {user.pk}" for n in range(round_ + 1)]
-            client.wait_count(len(expected))
-            assert texts(client) == expected
-    assert {client.connections for client in clients} == {1}
 
 
 @behind_a_proxy
@@ -181,7 +69,7 @@ def kept(database: Database) -> list[str]:
 def test_unreliable_events_are_pruned_after_a_minute_whoever_took_them(
     database: Database, channel: str, taken: int
 ) -> None:
-    # Not sooner: a process that streams by itself may not have read yet what a proxy has.
+    # Not sooner: a process that streams directly can be behind a proxy.
     send(f"volatile{channel}", "1", "2", "3")
     send(channel, "stays")
     sequence(database)
@@ -208,24 +96,6 @@ def test_unreliable_events_are_pruned_after_a_minute_whoever_took_them(
 
 def call_command_quietly(name: str) -> None:
     call_command(name, stdout=StringIO())
-
-
-def test_running_publisher_prunes_unreliable_events_by_itself(
-    database: Database, pushpin: Pushpin, channel: str
-) -> None:
-    send(f"volatile{channel}", *(str(n) for n in range(300)))
-    send(channel, "stays")
-    sequence(database)
-    database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 hour'")
-    with override_settings(GRIP_URL=f"{pushpin.control_url}?key={KEY}"):
-        publisher = Publisher(Connector("default"), Limits(prune=0.2))
-        thread = threading.Thread(target=publisher.run)
-        thread.start()
-        try:
-            wait_until(lambda: kept(database) == ["stays"], timeout=30)
-        finally:
-            publisher.stop()
-            thread.join()
 
 
 def test_channel_that_becomes_reliable_does_not_use_an_id_again(
@@ -263,7 +133,7 @@ def test_manager_that_fails_stops_nothing(
 def test_change_of_permission_is_kept_like_a_reliable_event(
     database: Database, channel: str, proxied: bool
 ) -> None:
-    # However late a proxy or a process is, it ends the streams that may not go on.
+    # A proxy or a process that is late still ends the streams that may not continue.
     permission.channel_permission_changed(None, channel)
     sequence(database)
     database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '23 hours'")

@@ -1,9 +1,9 @@
-r"""Visitors are nobody's user: not even of one whose primary key is the text "anonymous"."""
+"""Visitors are not users, not even a user whose primary key is the text "anonymous"."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,17 +17,12 @@ from pg_eventstream import (
     channel_permission_changed,
     get_events,
     send_event,
-    users,
 )
 from pg_eventstream.grip import links
-from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.testing import captured_events
 from tests.support.database import Database
-from tests.support.origin import Origin, behind_a_proxy, sequence
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-Stream = Callable[..., SSEClient]
+from tests.support.origin import Origin, behind_a_proxy
+from tests.support.rounds import sequence
 
 MANAGER = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.TextKeys"}
 #: Users whose names look alike; None is a visitor.
@@ -49,12 +44,6 @@ def headers(key: str | None) -> dict[str, str]:
     return {} if key is None else {"X-User": key}
 
 
-def test_no_two_have_the_same_name_and_each_name_leads_back_to_its_user() -> None:
-    names = [users.user_id(user(key)) for key in KEYS]
-    assert len(set(names)) == len(KEYS)
-    assert [users.primary_key(name) for name in names] == KEYS
-
-
 @pytest.mark.parametrize("how", ["users", "keys"])
 @pytest.mark.parametrize("key", KEYS)
 def test_who_is_skipped_misses_the_event_and_nobody_else_does(
@@ -63,7 +52,7 @@ def test_who_is_skipped_misses_the_event_and_nobody_else_does(
     send_event("public", "message", 1, skip_user_ids=[user(key) if how == "users" else key])
     sequence(database)
     skipped = {k for k in KEYS if not get_events(["public"], "earliest", user=user(k)).events}
-    # The bare text says both: so that nobody gets what was not for him.
+    # The bare text stands for both, so that no one receives an event that skips them.
     assert skipped == ({key, None} if (how, key) == ("keys", "anonymous") else {key})
 
 
@@ -121,47 +110,3 @@ def test_get_events_asks_for_the_permission_of_the_user_that_it_is_given(
     for wrong in ((["visitors"], user("anonymous")), (["of anonymous"], None)):
         with pytest.raises(EventPermissionError):
             get_events(wrong[0], user=wrong[1])
-
-
-def test_proxy_tells_them_apart(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
-) -> None:
-    public = f"public{channel}"
-    clients = {key: stream(public, headers=headers(key)).wait_open() for key in KEYS[:4]}
-    for key in clients:
-        send_event(public, "message", key, skip_user_ids=[user(key)])
-    send_event(public, "message", "last")
-    for key, client in clients.items():
-        assert json.loads(client.wait_count(len(clients))[-1].data) == "last"
-        got = [json.loads(event.data) for event in client.events]
-        assert got == [*(other for other in clients if other != key), "last"]
-        assert client.connections == 1
-
-
-def test_change_of_permission_asks_the_streams_of_that_user_alone(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
-) -> None:
-    """A stream that asks gets what nobody has published."""
-    public = f"public{channel}"
-    clients = {key: stream(public, headers=headers(key)).wait_open() for key in KEYS[:3]}
-    send_event(public, "message", 1)
-    for client in clients.values():
-        client.wait_count(1)
-    wait_until(lambda: database.value(_ACKNOWLEDGED), timeout=20)
-    publisher.kill()
-    send_event(public, "message", 2)
-    sequence(database)
-    database.execute(
-        "UPDATE pg_eventstream_proxy"
-        " SET position = (SELECT max(position) FROM pg_eventstream_stream)"
-    )
-    publisher.lead()
-    channel_permission_changed(user("anonymous"), public)
-    clients["anonymous"].wait_count(2)
-    channel_permission_changed(user(r"\anonymous"), public)
-    clients[r"\anonymous"].wait_count(2)
-    assert len(clients[None].events) == 1
-
-
-_ACKNOWLEDGED = """SELECT (SELECT max(position) FROM pg_eventstream_stream)
-                        = (SELECT min(position) FROM pg_eventstream_proxy)"""

@@ -1,17 +1,14 @@
-"""What nobody would notice stands in the log: what is wrong, what to do, and not too often."""
+"""Silent faults are logged: what is wrong and what to do, and not too often."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from django.db import connection, transaction
-from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.test import Client, override_settings
 from django.test.utils import setup_test_environment, teardown_test_environment
 
@@ -21,25 +18,22 @@ from pg_eventstream.grip import signature as signatures
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.publisher import daemon as publisher
 from pg_eventstream.rarely import Rarely
-from pg_eventstream.servers.processes import Process, accepts, wait_until
-from pg_eventstream.servers.pushpin import Pushpin
+from pg_eventstream.servers.processes import wait_until
 from tests.project import settings
 from tests.support.database import Database
-from tests.support.environment import DIRECTORY, KEY, child_environment
-from tests.support.origin import Origin, behind_a_proxy, sequence, signature
-from tests.support.publisher import PublisherProcess
+from tests.support.environment import KEY
+from tests.support.logged import OTHER_KEY, START, Log, look, said
+from tests.support.origin import Origin, behind_a_proxy, signature
 from tests.support.roles import granted
-from tests.support.sse_client import SSEClient
+from tests.support.rounds import sequence
+from tests.support.stored import make_older
 
-HERE = "tests.endpoint.test_warnings"
 GRIP = "django_grip.GripMiddleware"
-OTHER_KEY = "another key, which no proxy of ours has"
-Log = pytest.LogCaptureFixture
 
 
 @pytest.fixture(autouse=True)
 def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing has been logged yet."""
+    """Reset the warnings that are logged once."""
     for module in (next_links, signatures, liveness):
         monkeypatch.setattr(module, "_rarely", Rarely())
     monkeypatch.setattr(liveness, "_look_is_due", Rarely())
@@ -47,123 +41,11 @@ def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
 
 
-def said(log: Log, module: Any) -> list[str]:
-    return [record.getMessage() for record in log.records if record.name == module.logger.name]
-
-
-class Server(Process):
-    """The application behind the proxy, and what it says."""
-
-    @property
-    def log(self) -> str:
-        return (DIRECTORY / "app.log").read_text()
-
-    def wait_for(self, text: str) -> None:
-        wait_until(lambda: text in self.log, timeout=30)
-
-
-@pytest.fixture
-def serve(database: Database, pushpin: Pushpin, app_port: int) -> Iterator[Callable[..., Server]]:
-    """Starts the application with these settings, and ends it with the test."""
-    started: list[Server] = []
-
-    def start(server: str = "asgi", **settings: Any) -> Server:
-        arguments = {
-            "asgi": ["uvicorn", "tests.project.asgi:application", f"--port={app_port}"],
-            "wsgi": [
-                "gunicorn",
-                "tests.project.wsgi",
-                f"--bind=127.0.0.1:{app_port}",
-                "--threads=8",
-            ],
-        }[server]
-        (DIRECTORY / "app.log").unlink(missing_ok=True)
-        process = Server(
-            f"the application server ({server})",
-            [sys.executable, "-m", *arguments],
-            log_path=DIRECTORY / "app.log",
-            environment=child_environment(
-                pushpin, PG_EVENTSTREAM_TEST_SETTINGS=json.dumps(settings)
-            ),
-        )
-        started.append(process)
-        process.start(ready=lambda: accepts(app_port))
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-
-
-# A next link that something else answers
-
-Middleware = Callable[[HttpRequest], HttpResponse]
-
-
-def only_with_a_cookie(get_response: Middleware) -> Middleware:
-    """As a site does that is not open to the public yet."""
-
-    def middleware(request: HttpRequest) -> HttpResponse:
-        return get_response(request) if request.COOKIES else HttpResponseRedirect("/login/")
-
-    return middleware
-
-
-def under_maintenance(get_response: Middleware) -> Middleware:
-    return lambda request: HttpResponse("We are back soon.", status=503)
-
-
-def only_links_without_a_cookie(get_response: Middleware) -> Middleware:
-    """As the README says."""
-
-    class OnlyLinks:
-        def __call__(self, request: HttpRequest) -> HttpResponse:
-            return get_response(request)
-
-        def process_view(self, request: HttpRequest, *args: Any) -> HttpResponse | None:
-            assert request.resolver_match
-            if request.resolver_match.url_name == "pg_eventstream-next" or request.COOKIES:
-                return None
-            return HttpResponseRedirect("/login/")
-
-    return OnlyLinks()
-
-
-@pytest.mark.parametrize("server", ["asgi", "wsgi"])
-def test_next_link_that_a_middleware_answers_is_logged(
-    server: str, serve: Callable[..., Server], pushpin: Pushpin, channel: str
-) -> None:
-    app = serve(server, MIDDLEWARE=[*settings.MIDDLEWARE, f"{HERE}.only_with_a_cookie"])
-    with SSEClient(f"{pushpin.url}/events/", [channel], headers={"Cookie": "a=b"}) as client:
-        client.wait_open()
-        app.wait_for("something else answers than the view 'pg_eventstream-next'")
-
-
-def test_next_link_that_a_middleware_lets_through_goes_on(
-    serve: Callable[..., Server], publisher: PublisherProcess, pushpin: Pushpin, channel: str
-) -> None:
-    app = serve("wsgi", MIDDLEWARE=[*settings.MIDDLEWARE, f"{HERE}.only_links_without_a_cookie"])
-    with SSEClient(f"{pushpin.url}/events/", [channel], headers={"Cookie": "a=b"}) as client:
-        client.wait_open()
-        send_event(channel, "message", "x" * 500_000)  # only the link brings it
-        client.wait_count(1)
-    assert "something else answers" not in app.log
-
-
-@pytest.mark.parametrize("server", ["asgi", "wsgi"])
-def test_path_that_was_changed_on_the_way_is_logged(
-    server: str, serve: Callable[..., Server], pushpin: Pushpin, channel: str
-) -> None:
-    """The application is not told what was taken off, so links are wrong."""
-    app = serve(server)
-    with SSEClient(f"{pushpin.url}/stripped/events/", [channel]) as client:
-        client.wait_open()
-        app.wait_for("name the prefix in FORCE_SCRIPT_NAME")
-
-
 ANSWERS: dict[str, dict[str, Any]] = {
-    "redirect": {"MIDDLEWARE": [*settings.MIDDLEWARE, f"{HERE}.only_with_a_cookie"]},
-    "refusal": {"MIDDLEWARE": [f"{HERE}.under_maintenance", *settings.MIDDLEWARE]},
+    "redirect": {
+        "MIDDLEWARE": [*settings.MIDDLEWARE, "tests.project.middleware.only_with_a_cookie"]
+    },
+    "refusal": {"MIDDLEWARE": ["tests.project.middleware.under_maintenance", *settings.MIDDLEWARE]},
     "TLS": {
         "MIDDLEWARE": ["django.middleware.security.SecurityMiddleware", *settings.MIDDLEWARE],
         "SECURE_SSL_REDIRECT": True,
@@ -208,26 +90,10 @@ def test_what_no_proxy_asks_is_not_logged(caplog: Log) -> None:
             Client().get(path, headers=headers)
     # Links of another application with such channels, which has a view for them.
     Client().get("/rooms/a/events/", headers={"Grip-Sig": signature(), **last})
-    # An answer of ours is an answer, whatever it is.
+    # Any response of this package counts.
     for path in (link, f"{link}x"):
         assert Client().get(path, headers={"Grip-Sig": signature()}).status_code in (403, 404)
     assert said(caplog, next_links) == []
-
-
-# A signature that does not verify
-
-
-def test_stream_through_a_proxy_with_another_key_is_direct_and_logged(
-    serve: Callable[..., Server], pushpin: Pushpin, channel: str
-) -> None:
-    app = serve(GRIP_URL=f"{pushpin.control_url}?key={OTHER_KEY}")
-    with SSEClient(f"{pushpin.url}/events/", [channel]) as client:
-        client.wait_open()
-        send_event(channel, "message", 1)  # no publisher runs: the process sequences by itself
-        client.wait_count(1)
-    app.wait_for("Compare the key in GRIP_URL")
-    assert OTHER_KEY not in app.log
-    assert KEY not in app.log
 
 
 PROXIES = [{"control_uri": f"http://user:pw@127.0.0.1:{n}", "key": OTHER_KEY} for n in (1, 2)]
@@ -307,11 +173,9 @@ def test_what_was_said_is_said_again_after_a_while(monkeypatch: pytest.MonkeyPat
 
 # A publisher that does not run
 
-START = "python manage.py eventstream_publisher"
-
 
 def lead(database: Database, *names: str, silent: float = 0) -> None:
-    """Leave behind what a publisher to these proxies does, so many seconds after it died."""
+    """Leave the traces of a publisher to these proxies that died some seconds ago."""
     with database.connect() as leader:
         proxies = [Proxy({"control_uri": name}) for name in names]
         publisher.register(leader, "host:1", proxies)
@@ -319,47 +183,6 @@ def lead(database: Database, *names: str, silent: float = 0) -> None:
             "UPDATE pg_eventstream_publisher SET heartbeat = now() - make_interval(secs => %s)",
             [silent],
         )
-
-
-def make_older(database: Database, seconds: float) -> None:
-    database.execute(
-        "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - make_interval(secs => %s)",
-        [seconds],
-    )
-
-
-def look(log: Log) -> list[str]:
-    liveness._look()
-    return said(log, liveness)
-
-
-@pytest.mark.parametrize("server", ["asgi", "wsgi"])
-def test_stream_that_opens_without_a_publisher_is_logged_once(
-    server: str, serve: Callable[..., Server], pushpin: Pushpin, channel: str
-) -> None:
-    app = serve(server)
-    for n in range(2):
-        with SSEClient(f"{pushpin.url}/events/", [f"{channel}{n}"]) as client:
-            client.wait_open()
-    app.wait_for(START)
-    assert app.log.count("No publisher has ever run") == 1
-
-
-def test_healthy_publisher_is_nothing_to_log(
-    publisher: PublisherProcess,
-    serve: Callable[..., Server],
-    pushpin: Pushpin,
-    channel: str,
-    caplog: Log,
-) -> None:
-    app = serve()
-    with SSEClient(f"{pushpin.url}/events/", [channel]) as client:
-        client.wait_open()
-        send_event(channel, "message", 1)
-        client.wait_count(1)
-    with override_settings(GRIP_URL=f"{pushpin.control_url}?key={KEY}"):
-        assert look(caplog) == []
-    assert "ublisher" not in app.log
 
 
 def test_publisher_that_died_is_named(database: Database, caplog: Log) -> None:
@@ -393,19 +216,6 @@ def test_proxy_that_takes_nothing_is_noticed_when_something_waits(
     [message] = look(caplog)
     assert "for the proxy http://127.0.0.1:1" in message
     assert "publisher host:1" in message
-
-
-def test_proxy_that_cannot_be_reached_is_noticed(
-    database: Database, new_publisher: Callable[..., PublisherProcess], caplog: Log
-) -> None:
-    send_event("c", "message", 1)
-    new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=f"http://127.0.0.1:1?key={KEY}").lead()
-    wait_until(
-        lambda: database.value("SELECT count(*) FROM pg_eventstream_stream") == 1, timeout=20
-    )
-    make_older(database, 40)
-    [message] = look(caplog)
-    assert "Events have waited for the proxy http://127.0.0.1:1" in message
 
 
 def test_sender_is_told_with_debug_on_and_its_transaction_is_left_alone(
@@ -442,23 +252,10 @@ def test_role_without_rights_learns_nothing_and_does_not_ask_again(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_direct_stream_of_a_role_that_may_not_sequence_is_logged(
-    database: Database, serve: Callable[..., Server], app_port: int, channel: str
-) -> None:
-    role = granted(database, "endpoint")
-    database.execute(f"REVOKE ALL ON FUNCTION pg_eventstream_sequence() FROM {role}")
-    default = {**settings.DATABASES["default"], "NAME": database.name, "USER": role}
-    app = serve(GRIP_URL=None, DATABASES={"default": default}, EVENTSTREAM_SAFETY_POLL=0.1)
-    with SSEClient(f"http://127.0.0.1:{app_port}/events/", [channel]) as client:
-        client.wait_open()
-        app.wait_for("hub: no publisher leads")
-    assert START in app.log
-
-
 def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process sequences by itself."""
     looks: list[object] = []
-    monkeypatch.setattr(liveness, "run_later", looks.append)
+    monkeypatch.setattr(liveness, "in_background", looks.append)
     with override_settings(DEBUG=True):
         with override_settings(GRIP_URL=None):
             send_event("c", "message", 1)
@@ -470,9 +267,9 @@ def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_in_the_tests_of_a_project_nobody_looks(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A further connection would keep the test database from being removed."""
+    """Another connection would prevent the removal of the test database."""
     looks: list[object] = []
-    monkeypatch.setattr(liveness, "run_later", looks.append)
+    monkeypatch.setattr(liveness, "in_background", looks.append)
     setup_test_environment()
     try:
         with override_settings(DEBUG=True):

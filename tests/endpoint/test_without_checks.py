@@ -1,4 +1,4 @@
-"""Where no command has run the checks: what is wrong is said in the log, and where it is used."""
+"""Where no command runs the checks: errors are logged, and raised where a setting is used."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class DeniesAll:
         return False
 
 
-#: What each check finds. Whether streams, senders and the publisher refuse to work with it.
+#: What each check finds, and which of streams, senders and publishers refuse to work with it.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "E001": ({"EVENTSTREAM_DATABASE": "elsewhere"}, "streams senders publisher"),
     "E002": ({"EVENTSTREAM_DATABASE": "lite"}, "streams senders publisher"),
@@ -87,7 +87,7 @@ def first_request(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def lite(database: Database, tmp_path: Path) -> Iterator[None]:
-    """A database that is not PostgreSQL, beside the one that is."""
+    """A database that is not PostgreSQL, in addition to the one that is."""
     connections.settings["lite"] = connections.configure_settings(
         {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / "lite")}}
     )["default"]
@@ -115,7 +115,7 @@ def test_first_request_logs_what_the_checks_would_have_said(
 def test_every_check_of_the_settings_is_in_the_table() -> None:
     source = inspect.getsource(checks) + inspect.getsource(proxies)
     ids = set(re.findall(r"pg_eventstream\.([EW]\d{3})", source))
-    assert ids == {*WRONG, "W008"}  # of an app whose checks would stay here
+    assert ids == {*WRONG, "W008"}  # of another app, whose checks would remain registered here
 
 
 async def directly() -> None:
@@ -201,7 +201,7 @@ def test_answer_501_says_why_and_so_does_the_log_where_no_stream_can_come(
     assert all(says in line for line in lines)
 
 
-# Views of a project's own
+# Views of a project
 
 
 def own(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -11,8 +10,8 @@ from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.environment import THOROUGH
 from tests.support.faults import wait_for_waiting
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.publisher import NewPublisher, PublisherProcess
+from tests.support.sse_client import OpenStream
 
 EVENTS = 10_000_000 if THOROUGH else 250_000
 TRANSACTIONS = EVENTS // 100
@@ -68,8 +67,8 @@ def position(database: Database) -> int:
 )
 def test_backlog_of_very_many_events_starts_at_once_and_in_bounded_memory(
     database: Database,
-    new_publisher: Callable[..., PublisherProcess],
-    stream: Callable[..., SSEClient],
+    new_publisher: NewPublisher,
+    stream: OpenStream,
     channel: str,
     transactions: int,
 ) -> None:
@@ -98,8 +97,8 @@ def test_backlog_of_very_many_events_starts_at_once_and_in_bounded_memory(
 
 def test_publisher_that_is_stopped_in_a_backlog_keeps_what_it_has_sequenced(
     database: Database,
-    new_publisher: Callable[..., PublisherProcess],
-    stream: Callable[..., SSEClient],
+    new_publisher: NewPublisher,
+    stream: OpenStream,
     channel: str,
 ) -> None:
     database.execute(
@@ -125,7 +124,7 @@ def test_publisher_that_is_stopped_in_a_backlog_keeps_what_it_has_sequenced(
 def test_ten_thousand_channels_are_published_in_bounded_memory(
     database: Database,
     publisher: PublisherProcess,
-    stream: Callable[..., SSEClient],
+    stream: OpenStream,
     channel: str,
 ) -> None:
     few = [f"{channel}-{n}" for n in (0, 4_711, 9_999)]

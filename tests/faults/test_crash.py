@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import signal
 import time
-from collections.abc import Callable
 
 import pytest
 
 from pg_eventstream.servers.processes import wait_until
+from tests.support.chance import seeded
 from tests.support.database import Database
 from tests.support.environment import THOROUGH
 from tests.support.faults import OURS, suspended
 from tests.support.load import Load
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-NewPublisher = Callable[..., PublisherProcess]
-Stream = Callable[..., SSEClient]
+from tests.support.publisher import NewPublisher, PublisherProcess
+from tests.support.sse_client import OpenStream, SSEClient
 
 pytestmark = pytest.mark.faults
 
@@ -30,15 +26,8 @@ FEW = 10 if THOROUGH else 2
 TAKEOVER_SECONDS = 2.0
 
 
-def seeded() -> random.Random:
-    """Chance that can be repeated: the seed is printed, and taken from the environment."""
-    seed = os.environ.get("PG_EVENTSTREAM_TEST_SEED", str(time.time_ns()))
-    print(f"PG_EVENTSTREAM_TEST_SEED={seed}")  # noqa: T201  (shown if the test fails)
-    return random.Random(seed)
-
-
 def test_publisher_killed_at_any_moment_loses_and_repeats_nothing(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     chance = seeded()
     steady = stream(channel).wait_open()
@@ -59,7 +48,7 @@ def test_publisher_killed_at_any_moment_loses_and_repeats_nothing(
 
 @pytest.mark.timeout(600)
 def test_standby_takes_over_when_the_leader_is_killed(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     chance = seeded()
     steady = stream(channel).wait_open()
@@ -92,7 +81,7 @@ def _longest_gap_since(client: SSEClient, since: float) -> float:
 
 
 def test_leader_that_is_suspended_and_continued_repeats_nothing(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     load = Load(database, channel)
@@ -118,7 +107,7 @@ def test_leader_that_is_suspended_and_continued_repeats_nothing(
 def test_leader_that_was_suspended_while_another_took_over_repeats_nothing(
     database: Database,
     new_publisher: NewPublisher,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
     seconds: float,
 ) -> None:
@@ -144,7 +133,7 @@ def test_leader_that_was_suspended_while_another_took_over_repeats_nothing(
 
 @pytest.mark.timeout(900)
 def test_three_publishers_killed_and_suspended_at_random_repeat_nothing(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     chance = seeded()
     client = stream(channel).wait_open()
@@ -168,7 +157,7 @@ def test_three_publishers_killed_and_suspended_at_random_repeat_nothing(
 
 
 def test_sigterm_ends_the_publisher_in_good_order(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     load = Load(database, channel)
@@ -198,7 +187,7 @@ def test_sigterm_ends_a_publisher_that_waits_for_a_lock(
 
 
 def test_postgres_backends_terminated_under_load(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     load = Load(database, channel)

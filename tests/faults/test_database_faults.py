@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from pg_eventstream.servers.processes import wait_until
-from tests.faults.test_crash import seeded
-from tests.integration.test_publisher import control
+from tests.support.chance import seeded
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.environment import THOROUGH
 from tests.support.faults import OURS, terminating_backends
 from tests.support.load import Load
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-__all__ = ["control"]  # a fixture
+from tests.support.publisher import NewPublisher
+from tests.support.sse_client import OpenStream
 
 pytestmark = pytest.mark.faults
 
-NewPublisher = Callable[..., PublisherProcess]
-Stream = Callable[..., SSEClient]
 
 CRASHES = 20 if THOROUGH else 2
 TERMINATIONS = 400 if THOROUGH else 15
@@ -30,7 +23,7 @@ TERMINATIONS = 400 if THOROUGH else 15
 
 @pytest.mark.timeout(600)
 def test_postgresql_that_crashes_under_load_loses_and_repeats_nothing(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     chance = seeded()
     client = stream(channel).wait_open()
@@ -70,7 +63,7 @@ def test_what_is_sequenced_survives_a_crash_whatever_the_database_is_set_to(
 
 @pytest.mark.timeout(600)
 def test_sessions_ended_at_random_all_the_time_lose_and_repeat_nothing(
-    database: Database, new_publisher: NewPublisher, stream: Stream, channel: str
+    database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     chance = seeded()
     client = stream(channel).wait_open()

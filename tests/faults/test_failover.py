@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -14,18 +14,17 @@ import pytest
 from pg_eventstream.servers.postgres import Postgres
 from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.servers.pushpin import Pushpin
-from tests.faults.test_crash import seeded
-from tests.integration.test_restore import application
+from tests.support.application import application
+from tests.support.chance import seeded
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, THOROUGH
 from tests.support.load import Load
 from tests.support.network import Network
-from tests.support.publisher import PublisherProcess
+from tests.support.publisher import NewPublisher
 from tests.support.sse_client import SSEClient
 
 pytestmark = pytest.mark.faults
 
-NewPublisher = Callable[..., PublisherProcess]
 
 FAILOVERS = 6 if THOROUGH else 1
 
@@ -101,7 +100,7 @@ def test_nothing_is_lost_or_repeated_when_the_standby_is_promoted(
     with Network(primary.port) as network:
         served = Database(primary, database.name)
         served.dsn = f"postgresql://postgres@127.0.0.1:{network.port}/{database.name}"
-        app = application(served, pushpin, app_port)
+        app = application(app_port, pushpin, PG_EVENTSTREAM_TEST_DSN=served.dsn)
         try:
             with SSEClient(f"{pushpin.url}/events/", [channel]) as client:
                 client.wait_open()
@@ -144,7 +143,7 @@ def test_ids_that_were_lost_with_the_primary_are_told_from_those_given_since(
     with Network(primary.port) as network:
         served = Database(primary, database.name)
         served.dsn = f"postgresql://postgres@127.0.0.1:{network.port}/{database.name}"
-        app = application(served, pushpin, app_port)
+        app = application(app_port, pushpin, PG_EVENTSTREAM_TEST_DSN=served.dsn)
         try:
             url = f"{pushpin.url}/events/"
             with (

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from pg_eventstream.servers.pushpin import Pushpin
-from tests.faults.test_crash import seeded
 from tests.support import faults
+from tests.support.chance import seeded
 from tests.support.database import Database
 from tests.support.environment import THOROUGH
 from tests.support.load import Load
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.publisher import NewPublisher
+from tests.support.sse_client import OpenStream
 
 pytestmark = pytest.mark.faults
 
@@ -30,8 +30,8 @@ def relay(pushpin: Pushpin) -> Iterator[faults.Relay]:
 @pytest.mark.timeout(900)
 def test_publisher_killed_at_any_point_of_its_work_loses_and_repeats_nothing(
     database: Database,
-    new_publisher: Callable[..., PublisherProcess],
-    stream: Callable[..., SSEClient],
+    new_publisher: NewPublisher,
+    stream: OpenStream,
     relay: faults.Relay,
     channel: str,
 ) -> None:

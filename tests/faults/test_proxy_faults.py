@@ -11,7 +11,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from http.client import HTTPConnection
 
@@ -19,24 +19,20 @@ import pytest
 
 from pg_eventstream.servers.processes import HOST, children, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
-from tests.faults.test_crash import seeded
+from tests.support.chance import seeded
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.environment import THOROUGH, publishes_to
 from tests.support.load import Load, two_clients
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.publisher import BACK, UNREACHABLE, NewPublisher
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("app")]
 
-NewPublisher = Callable[..., PublisherProcess]
 
 KILLS = 30 if THOROUGH else 2
 PAUSES = 20 if THOROUGH else 2
 #: A proxy that is starting loses requests without a trace; clients have to give up on those.
 PATIENCE = 3.0
-BACK = "takes events again"
-UNREACHABLE = "cannot be reached: "
 #: The publisher waits for an answer for so many seconds.
 ANSWER_SECONDS = 10.0
 
@@ -46,17 +42,6 @@ def proxy(second_pushpin: Pushpin) -> Pushpin:
     """A proxy of the test's own, which it may break."""
     second_pushpin.start()
     return second_pushpin
-
-
-def goes_on(load: Load, *clients: SSEClient) -> None:
-    """Until the clients have all that is committed by now."""
-    count = len(load.committed)
-    for client in clients:
-        client.wait_count(count + 1, timeout=60)
-
-
-def lines(publisher: PublisherProcess, text: str) -> int:
-    return sum(text in line for line in publisher.log.splitlines())
 
 
 # Pushpin itself
@@ -75,14 +60,14 @@ def test_proxy_killed_at_any_moment_costs_clients_nothing_but_a_pause(
                 if n % 2:
                     _kill_one_service(proxy, chance)
                 proxy.kill()
-                wait_until(lambda k=n: lines(publisher, UNREACHABLE) > k, timeout=20)  # type: ignore[misc]
+                wait_until(lambda k=n: publisher.lines_with(UNREACHABLE) > k, timeout=20)  # type: ignore[misc]
                 proxy.start()
                 restless.drop()
-                goes_on(load, steady, restless)
+                load.wait_delivered(steady, restless)
         load.check(steady)
         load.check(restless)
     # Clients can have everything, by the endpoint too, before the publisher has its answer.
-    wait_until(lambda: lines(publisher, BACK) >= KILLS, timeout=60)
+    wait_until(lambda: publisher.lines_with(BACK) >= KILLS, timeout=60)
     assert "events wait, trying again" in publisher.log
 
 
@@ -102,17 +87,17 @@ def test_proxy_that_was_away_gets_what_has_been_waiting(
     with two_clients(proxy.url, channel, patience=PATIENCE) as clients:
         with load.running():
             for waiting in (1500, 10_000):
-                goes_on(load, *clients)
+                load.wait_delivered(*clients)
                 proxy.stop()
                 count = len(load.committed) + waiting
                 wait_until(lambda n=count: len(load.committed) >= n, timeout=60)  # type: ignore[misc]
                 proxy.start()
-                goes_on(load, *clients)
+                load.wait_delivered(*clients)
         for client in clients:
             load.check(client)
     publisher.wait_for_log(BACK, timeout=60)
     # At the first failure and the tenth, not with each.
-    assert lines(publisher, "trying again") <= 8
+    assert publisher.lines_with("trying again") <= 8
 
 
 def test_proxy_that_hangs_and_goes_on_repeats_nothing(
@@ -131,7 +116,7 @@ def test_proxy_that_hangs_and_goes_on_repeats_nothing(
                 time.sleep(chance.uniform(0.1, 0.8))
                 for pid in services:
                     os.kill(pid, signal.SIGCONT)
-                goes_on(load, steady, restless)
+                load.wait_delivered(steady, restless)
         load.check(steady)
         load.check(restless)
     assert steady.connections == 1
@@ -146,14 +131,14 @@ def test_batch_that_a_hanging_proxy_gets_again_and_again_is_delivered_once(
     load = Load(database, channel, pause=0.02)
     with two_clients(proxy.url, channel) as clients:
         with load.running():
-            goes_on(load, *clients)
+            load.wait_delivered(*clients)
             for pid in children(proxy.pid):
                 os.kill(pid, signal.SIGSTOP)
             publisher.wait_for_log("cannot be reached: timed out", timeout=3 * ANSWER_SECONDS)
             time.sleep(2.5 * ANSWER_SECONDS)  # so that it is repeated some more times
             for pid in children(proxy.pid):
                 os.kill(pid, signal.SIGCONT)
-            goes_on(load, *clients)
+            load.wait_delivered(*clients)
         for client in clients:
             load.check(client)
     publisher.wait_for_log(BACK, timeout=60)
@@ -196,10 +181,10 @@ def test_proxy_that_is_unavailable_for_a_while_gets_everything_in_order(
     with two_clients(pushpin.url, channel) as clients:
         with load.running():
             for n, (failures, lies) in enumerate(rounds):
-                goes_on(load, *clients)
+                load.wait_delivered(*clients)
                 front.takes_all = lies
                 front.answers = [503, 500, 502, 504, 401, 429, 302, 404, 500][:failures]
-                wait_until(lambda k=n: lines(publisher, BACK) > k, timeout=60)  # type: ignore[misc]
+                wait_until(lambda k=n: publisher.lines_with(BACK) > k, timeout=60)  # type: ignore[misc]
                 clients[1].drop()
         for client in clients:
             load.check(client)
@@ -222,7 +207,7 @@ def test_event_that_the_proxy_refuses_reaches_clients_by_the_endpoint_and_delays
     with two_clients(pushpin.url, channel) as clients:
         with load.running():
             for n in range(poisoned):
-                goes_on(load, *clients)
+                load.wait_delivered(*clients)
                 database.send(channel, f"poison {n}")
                 load.committed.append(f"poison {n}")
         for client in clients:

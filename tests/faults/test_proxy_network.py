@@ -17,19 +17,16 @@ from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.servers.pushpin import Pushpin
-from tests.faults.test_crash import seeded
-from tests.faults.test_proxy_faults import BACK, UNREACHABLE, goes_on, lines
+from tests.support.chance import seeded
 from tests.support.database import Database
 from tests.support.environment import THOROUGH, publishes_to
 from tests.support.load import Load, two_clients
 from tests.support.network import Network
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.publisher import BACK, UNREACHABLE, NewPublisher, PublisherProcess
+from tests.support.sse_client import OpenStream, SSEClient
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("app")]
 
-NewPublisher = Callable[..., PublisherProcess]
-Stream = Callable[..., SSEClient]
 
 BREAKS = 60 if THOROUGH else 4
 SECONDS = 20.0 if THOROUGH else 1.0
@@ -69,7 +66,7 @@ def test_slow_proxy_gets_everything_though_late(
         network.heal()
         for client in clients:
             load.check(client)
-    assert lines(publisher, "WARNING") == 0  # there is nothing that one should do
+    assert publisher.lines_with("WARNING") == 0  # there is nothing that one should do
 
 
 def test_batch_whose_answer_is_lost_on_the_way_is_not_delivered_twice(
@@ -86,7 +83,7 @@ def test_batch_whose_answer_is_lost_on_the_way_is_not_delivered_twice(
     with two_clients(pushpin.url, channel) as (steady, restless):
         with load.running():
             for n in range(BREAKS):
-                goes_on(load, steady, restless)
+                load.wait_delivered(steady, restless)
                 # The first in a way that is noticed for certain.
                 count = chance.randrange(1, ANSWER_BYTES) if n else 1
                 network.cut_after(count, reset=n == 0 or chance.random() < 0.7)
@@ -98,8 +95,8 @@ def test_batch_whose_answer_is_lost_on_the_way_is_not_delivered_twice(
         load.check(steady)
         load.check(restless)
     assert steady.connections == 1
-    assert lines(publisher, UNREACHABLE) >= BREAKS // 4
-    wait_until(lambda: lines(publisher, BACK) >= BREAKS // 4, timeout=60)
+    assert publisher.lines_with(UNREACHABLE) >= BREAKS // 4
+    wait_until(lambda: publisher.lines_with(BACK) >= BREAKS // 4, timeout=60)
 
 
 @pytest.mark.thorough
@@ -115,10 +112,10 @@ def test_answer_that_ends_behind_its_status_line_counts(
     network.cut_after(len("HTTP/1.0 200 OK\r\n"), reset=False)
     with two_clients(pushpin.url, channel) as clients:
         with load.running():
-            goes_on(load, *clients)
+            load.wait_delivered(*clients)
         for client in clients:
             load.check(client)
-    assert lines(publisher, "WARNING") == 0
+    assert publisher.lines_with("WARNING") == 0
 
 
 def test_control_port_that_falls_silent_gets_everything_once(
@@ -138,7 +135,7 @@ def test_control_port_that_falls_silent_gets_everything_once(
     ):
         with load.running():
             for n, way in enumerate((None, "server", "client") * (10 if THOROUGH else 1)):
-                goes_on(load, *clients)
+                load.wait_delivered(*clients)
                 made = network.connections
                 network.deaf(way)  # type: ignore[arg-type]
                 wait_until(lambda k=made: network.connections >= k + 3, timeout=20)  # type: ignore[misc]
@@ -163,13 +160,13 @@ def test_batch_that_is_repeated_for_longer_than_the_proxy_remembers_is_delivered
     load = Load(database, channel, pause=0.1)
     with two_clients(pushpin.url, channel) as clients:
         with load.running():
-            goes_on(load, *clients)
+            load.wait_delivered(*clients)
             network.deaf("client")
             publisher.wait_for_log(UNREACHABLE, timeout=30)
             time.sleep(75)
             network.heal()
             publisher.wait_for_log(BACK, timeout=30)
-            goes_on(load, *clients)
+            load.wait_delivered(*clients)
         for client in clients:
             load.check(client)
 
@@ -212,7 +209,7 @@ def test_broken_proxy_delays_no_other_and_ends_up_complete(
     ):
         publisher = new_publisher(**publishes_to(network.url, pushpin.control_url)).lead()
         with load.running():
-            goes_on(load, *well, *late)
+            load.wait_delivered(*well, *late)
             _break(network, fault)
             broken_at = time.monotonic()
             while time.monotonic() < broken_at + SECONDS:
@@ -251,7 +248,7 @@ def test_client_whose_network_breaks_misses_nothing(
                 _disturb(network, chance)
                 time.sleep(chance.uniform(0, 0.3))
                 network.heal()
-                goes_on(load, *clients)
+                load.wait_delivered(*clients)
         for client in clients:
             load.check(client)
 
@@ -287,7 +284,11 @@ def test_client_that_reads_slowly_gets_what_the_proxy_drops(
 
 @pytest.mark.thorough
 def test_client_that_does_not_read_for_a_while_gets_what_the_proxy_drops(
-    database: Database, publisher: PublisherProcess, pushpin: Pushpin, stream: Stream, channel: str
+    database: Database,
+    publisher: PublisherProcess,
+    pushpin: Pushpin,
+    stream: OpenStream,
+    channel: str,
 ) -> None:
     """Pushpin 1.36 takes up to 45 seconds to notice that it reads on."""
     with Network(pushpin.port) as network:

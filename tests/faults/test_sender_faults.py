@@ -5,21 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import pytest
 
 from pg_eventstream.servers.processes import wait_until
-from tests.faults.test_crash import seeded
+from tests.support.chance import seeded
 from tests.support.database import Database
 from tests.support.environment import THOROUGH
 from tests.support.faults import locked
 from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.sse_client import OpenStream, SSEClient
 
 pytestmark = pytest.mark.faults
 
-Stream = Callable[..., SSEClient]
 
 ROUNDS, KILLS = 12 if THOROUGH else 1, 3
 
@@ -62,7 +60,7 @@ class Sender:
 
 @pytest.mark.timeout(600)
 def test_sender_killed_at_any_moment_sends_what_it_committed_and_nothing_else(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     chance = seeded()
     client = stream(channel).wait_open()
@@ -84,7 +82,7 @@ def test_sender_killed_at_any_moment_sends_what_it_committed_and_nothing_else(
 
 
 def test_sender_killed_during_commit_sends_all_or_nothing(
-    database: Database, publisher: PublisherProcess, stream: Stream, channel: str
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
     senders = [Sender(channel, str(number)) for number in range(2)]

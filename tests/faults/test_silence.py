@@ -26,22 +26,17 @@ from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.postgres.watchdog import WatchedConnection
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import wait_until
-from tests.acceptance.test_direct import Serve, serve
-from tests.integration.test_publisher import control
+from tests.support.application import Serve
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.faults import OURS, locked, suspended
 from tests.support.load import Load
 from tests.support.network import Network
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-__all__ = ["control", "serve"]  # fixtures
+from tests.support.publisher import NewPublisher
+from tests.support.sse_client import OpenStream, SSEClient
 
 pytestmark = pytest.mark.faults
 
-NewPublisher = Callable[..., PublisherProcess]
-Stream = Callable[..., SSEClient]
 
 #: How long the silence lasts that ends by itself.
 PAUSE = 30
@@ -64,7 +59,7 @@ def through(network: Network, database: Database) -> str:
 
 
 @pytest.fixture
-def in_thread() -> Iterator[Callable[..., Future[Any]]]:
+def arun() -> Iterator[Callable[..., Future[Any]]]:
     with ThreadPoolExecutor() as threads:
         yield threads.submit
 
@@ -90,12 +85,12 @@ def test_statement_that_works_or_waits_is_waited_for(
     database: Database,
     network: Network,
     impatient: Limits,
-    in_thread: Callable[..., Future[Any]],
+    arun: Callable[..., Future[Any]],
 ) -> None:
     with Connector("default", through(network, database), impatient).connect("test") as connection:
         connection.execute("SELECT pg_sleep(1.5)")
         with locked(database, "LOCK TABLE pg_eventstream_cursor"):
-            waiting = in_thread(connection.execute, "SELECT pg_eventstream_sequence()")
+            waiting = arun(connection.execute, "SELECT pg_eventstream_sequence()")
             assert wait([waiting], timeout=1.5).not_done
         assert waiting.result(10).fetchone() == (0,)
 
@@ -186,12 +181,12 @@ def test_silent_server_that_cannot_be_asked_is_waited_for(
     database: Database,
     network: Network,
     impatient: Limits,
-    in_thread: Callable[..., Future[Any]],
+    arun: Callable[..., Future[Any]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Connector("default", through(network, database), impatient).connect("test") as connection:
         network.deaf()
-        waiting = in_thread(connection.execute, "SELECT 1")
+        waiting = arun(connection.execute, "SELECT 1")
         wait_until(lambda: "cannot be asked" in caplog.text, timeout=20)
         network.heal()
         assert waiting.result(20).fetchone() == (1,)
@@ -217,11 +212,11 @@ def test_publisher_whose_connections_died_without_a_word_goes_on(
     network: Network,
     control: ControlPort,
     impatient: Limits,
-    in_thread: Callable[..., Future[Any]],
+    arun: Callable[..., Future[Any]],
 ) -> None:
     publisher = Publisher(Connector("default", through(network, database), impatient), impatient)
     with override_settings(EVENTSTREAM_SAFETY_POLL=0.5):
-        running = in_thread(publisher.run)
+        running = arun(publisher.run)
         try:
             for n in range(1, 3):
                 send_event("a", "message", n)
@@ -243,7 +238,7 @@ def test_clients_get_everything_when_the_database_is_heard_again(
     database: Database,
     network: Network,
     new_publisher: NewPublisher,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
     fault: str,
 ) -> None:
@@ -276,7 +271,7 @@ def test_standby_with_another_way_to_the_database_takes_over(
     database: Database,
     network: Network,
     new_publisher: NewPublisher,
-    stream: Stream,
+    stream: OpenStream,
     channel: str,
 ) -> None:
     """The server has noticed that the leader is gone; the leader has not."""

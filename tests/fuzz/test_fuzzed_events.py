@@ -22,7 +22,8 @@ from pg_eventstream.streams import direct
 from pg_eventstream.streams.subscription import Batch
 from tests.fuzz.hostile import SEED, Parsed, fuzzed, parse_strictly, storable, texts
 from tests.support.database import Database
-from tests.support.origin import Origin, behind_a_proxy, sequence
+from tests.support.origin import Origin, behind_a_proxy
+from tests.support.rounds import sequence
 
 pytestmark = pytest.mark.faults
 

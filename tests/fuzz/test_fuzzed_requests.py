@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from pg_eventstream import send_events
 from pg_eventstream.errors import InvalidRequest
 from pg_eventstream.grip import links, names
-from tests.endpoint.test_drf import PROJECT
 from tests.fuzz.hostile import SEED, Parsed, fuzzed, header_values, parse_strictly, texts
+from tests.project.drf_settings import DRF
 from tests.support.database import Database
-from tests.support.origin import behind_a_proxy, sequence, signature
+from tests.support.origin import behind_a_proxy, signature
+from tests.support.rounds import sequence
 
 pytestmark = pytest.mark.faults
 
@@ -273,7 +274,7 @@ def test_any_request_for_a_view_of_the_rest_framework_is_answered_in_order(
     signed: bool,
 ) -> None:
     note(SEED)
-    with override_settings(**PROJECT):
+    with override_settings(**DRF):
         path = "/" + path.format(quote(part, safe=""))
         response = ask(method, path, query, {"Accept": accept, **headers}, signed)
         if method != "OPTIONS" or response.status_code != 200:  # what the rest framework tells

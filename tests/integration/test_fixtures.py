@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import psycopg
@@ -14,16 +14,12 @@ import pytest
 from django.core import serializers
 from django.core.management import call_command
 from django.db import connections, transaction
-from django.test import override_settings
 
-from pg_eventstream import get_events
 from pg_eventstream.models import Channel, Cursor, Event, Outbox, Stream
-from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.postgres import Postgres
-from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
+from tests.support.dumped_data import as_default, check, dumped, fill, in_order, load, sequence
 from tests.support.environment import child_environment
-from tests.support.publisher import PublisherProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,104 +34,8 @@ def other(database: Database, postgres: Postgres) -> Iterator[Database]:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@contextmanager
-def as_default(database: Database) -> Iterator[None]:
-    address = connections["default"].settings_dict
-    before = address["NAME"]
-    connections.close_all()
-    address["NAME"] = database.name
-    try:
-        yield
-    finally:
-        connections.close_all()
-        address["NAME"] = before
-
-
-def sequence(database: Database) -> int:
-    return int(database.value("SELECT pg_eventstream_sequence()"))
-
-
-def in_order(database: Database, channel: str) -> list[tuple[int, str]]:
-    """What clients get of a channel: eid and data, in the order of the stream."""
-    return database.fetch(
-        """
-        SELECT s.eid, e.data FROM pg_eventstream_stream s
-          LEFT JOIN pg_eventstream_event e ON e.id = s.event_id
-         WHERE s.channel = %s ORDER BY s.position
-        """,
-        [channel],
-    )
-
-
-def fill(database: Database) -> None:
-    """Events of all kinds: pruned, sequenced, committed, of transactions that overlap."""
-    for n in range(1, 4):
-        database.send("a", f"pruned {n}")
-        database.send("idle", f"pruned {n}")
-    sequence(database)
-    database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '2 days'")
-    with database.connect() as connection, override_settings(GRIP_URL=None):
-        assert Pruner(connection).run_once() == 6
-    for n in range(4, 7):
-        database.send("a", f"sequenced {n}")
-        database.send("b", f'sequenced "{n}" <&>\nSüß')
-    sequence(database)
-    with database.connect(autocommit=False) as late, database.connect(autocommit=False) as first:
-        late.execute(
-            "INSERT INTO pg_eventstream_event (channel, data, skip_user_ids)"
-            " VALUES ('a', 'committed 8', '{7,x}')"
-        )
-        first.execute(
-            "INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', 'committed 7')"
-        )
-        first.commit()
-        late.commit()
-
-
-A = [
-    *((n, f"sequenced {n}") for n in range(4, 7)),
-    (7, "committed 7"),
-    (8, "committed 8"),
-]
-
-
-def check(database: Database, *more: str) -> None:
-    """Everything is there once, in order, with the ids that it had; more can be sent."""
-    database.send("a", "new")
-    database.send("idle", "new")
-    sequence(database)
-    sequence(database)
-    sent = [*A, *enumerate([*more, "new"], start=9)]
-    assert in_order(database, "a") == sent
-    if connections["default"].settings_dict["NAME"] == database.name:
-        # A client that has been away since before goes on where it was.
-        for known in ("earliest", "a:5"):
-            page = get_events(["a"], known)
-            assert page.reset == []
-            first = 0 if known == "earliest" else 2
-            assert [event.data for event in page.events] == [text for _, text in sent[first:]]
-    assert in_order(database, "b") == [(n - 3, f'sequenced "{n}" <&>\nSüß') for n in range(4, 7)]
-    assert in_order(database, "idle") == [(4, "new")]
-    assert database.fetch(
-        "SELECT data, skip_user_ids FROM pg_eventstream_event WHERE skip_user_ids <> '{}'"
-    ) == [("committed 8", ["7", "x"])]
-    assert database.value("SELECT count(*) FROM pg_eventstream_cursor") == 1
-    # A sweep understands what is there, too.
-    with database.connect() as connection, override_settings(GRIP_URL=None):
-        assert Pruner(connection).run_once() == 0
-
-
-def dumped(path: Path, *models: str, **options: object) -> Path:
-    call_command("dumpdata", *models, output=str(path), verbosity=0, **options)
-    return path
-
-
 def flush() -> None:
     call_command("flush", interactive=False, verbosity=0)
-
-
-def load(*paths: Path) -> None:
-    call_command("loaddata", *map(str, paths), verbosity=0)
 
 
 @pytest.mark.parametrize(
@@ -270,26 +170,6 @@ def test_place_whose_event_was_sent_after_the_events_were_dumped_is_left_out(
     database.send("a", "3")
     sequence(database)
     assert in_order(database, "a") == [(1, "1"), (2, "3")]
-
-
-def test_loaded_while_a_publisher_runs(
-    database: Database,
-    other: Database,
-    new_publisher: Callable[..., PublisherProcess],
-    tmp_path: Path,
-) -> None:
-    fill(database)
-    dump = dumped(tmp_path / "dump.json", "pg_eventstream")
-    publisher = new_publisher(PG_EVENTSTREAM_TEST_DSN=other.dsn).lead()
-    with as_default(other):
-        load(dump)
-        wait_until(lambda: in_order(other, "a") == A, timeout=30)
-        other.send("a", "since then")
-        wait_until(lambda: len(in_order(other, "a")) == len(A) + 1, timeout=30)
-        check(other, "since then")
-    publisher.stop()
-    assert "database:" not in publisher.log, publisher.log
-    assert "Traceback" not in publisher.log, publisher.log
 
 
 @pytest.mark.parametrize("atomic", [True, False])

@@ -2,161 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
 import pytest
-from django.db import ProgrammingError, connections
-from django.test import override_settings
+from django.db import ProgrammingError
 
-from pg_eventstream import liveness
-from pg_eventstream.postgres.connector import Connector
-from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.publisher.pruner import Pruner
-from pg_eventstream.servers.processes import Process, accepts, wait_until
-from pg_eventstream.servers.pushpin import Pushpin
-from pg_eventstream.streams.hub import Hub, _Reader
-from pg_eventstream.streams.replay import replay
+from tests.support.control_port import ControlPort
 from tests.support.database import Database
-from tests.support.environment import DIRECTORY, child_environment
-from tests.support.publisher import PublisherProcess
-from tests.support.roles import MIGRATIONS, granted, run_file
-from tests.support.sse_client import SSEClient
-
-
-def as_role(database: Database, role: str) -> str:
-    return database.postgres.dsn(database.name, role)
-
-
-def make_old(database: Database) -> None:
-    """Everything in the stream is past the retention now."""
-    database.execute(
-        "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - interval '2 days'"
-    )
+from tests.support.role_work import prune_only, publish, send, sequence, serve
+from tests.support.roles import MIGRATIONS, as_role, granted, make_old, run_file
 
 
 @pytest.fixture
-def app(database: Database, pushpin: Pushpin, app_port: int) -> Iterator[Process]:
-    """The application server, connected as a role that is an endpoint and nothing else."""
-    process = Process(
-        "the application server",
-        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={app_port}"],
-        log_path=DIRECTORY / "app.log",
-        environment=child_environment(
-            pushpin, PG_EVENTSTREAM_TEST_DSN=as_role(database, granted(database, "endpoint"))
-        ),
-    )
-    process.start(ready=lambda: accepts(app_port))
-    yield process
-    process.stop(timeout=5)
-
-
-def test_events_arrive_when_every_role_has_its_grants_only(
-    database: Database,
-    new_publisher: Callable[..., PublisherProcess],
-    stream: Callable[..., SSEClient],
-    channel: str,
-) -> None:
-    publisher = new_publisher(
-        PG_EVENTSTREAM_TEST_DSN=as_role(database, granted(database, "publisher"))
-    ).lead()
-    client = stream(channel).wait_open()
-    with psycopg.connect(as_role(database, granted(database, "sender"))) as sender:
-        for n in range(3):
-            sender.execute(
-                "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
-                [channel, str(n)],
-            )
-            sender.commit()
-    events = client.wait_count(3)
-    assert [event.data for event in events] == ["0", "1", "2"]
-    late = stream(channel, last_event_id=events[0].id)  # reads what it missed
-    assert [event.data for event in late.wait_count(2)] == ["1", "2"]
-    assert "permission denied" not in publisher.log
-
-
-def test_server_alone_streams_with_its_grants_only(
-    database: Database, app_port: int, channel: str
-) -> None:
-    role = granted(database, "endpoint", "sequencer")
-    server = Process(
-        "the application server",
-        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={app_port}"],
-        log_path=DIRECTORY / "app.log",
-        environment=child_environment(PG_EVENTSTREAM_TEST_DSN=as_role(database, role)),
-    )
-    server.start(ready=lambda: accepts(app_port))
-    try:
-        with SSEClient(f"http://127.0.0.1:{app_port}/events/", [channel]) as client:
-            client.wait_open()
-            database.send(channel, "1")
-            assert [event.data for event in client.wait_count(1)] == ["1"]
-    finally:
-        server.kill()
-
-
-def test_publisher_prunes_with_its_grants_only(
-    database: Database, new_publisher: Callable[..., PublisherProcess], channel: str
-) -> None:
-    role = granted(database, "publisher")
-    for _ in range(3):
-        database.send(channel)
-    new_publisher("--once").start()
-    wait_until(
-        lambda: database.value("SELECT count(*) FROM pg_eventstream_stream") == 3, timeout=20
-    )
-    make_old(database)
-    publisher = new_publisher(PG_EVENTSTREAM_TEST_DSN=as_role(database, role)).lead()
-    wait_until(lambda: database.value("SELECT count(*) FROM pg_eventstream_event") == 0, timeout=20)
-    assert "permission denied" not in publisher.log
-
-
-# The work of each role, all of it, against a database with a bit of everything in it.
-
-
-def publish(dsn: str) -> None:
-    Publisher(Connector("default", dsn)).run_once()
-
-
-def prune_only(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        Pruner(connection).run_once()
-
-
-def serve(dsn: str) -> None:
-    wrapper = connections["default"]
-    owner = wrapper.settings_dict["USER"]
-    try:
-        connections.close_all()
-        wrapper.settings_dict["USER"] = psycopg.conninfo.conninfo_to_dict(dsn)["user"]
-        replay({"old": 0, "new": 0})
-        liveness._look_at_publisher()
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            reader = _Reader(Hub("default"))
-            reader.position = 0
-            reader._read_page(connection)
-    finally:
-        connections.close_all()
-        wrapper.settings_dict["USER"] = owner
-
-
-def sequence(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute("SELECT pg_eventstream_sequence()")
-
-
-def send(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(
-            "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)"
-            " VALUES ('new', 'type', '{}', '{}')"
-        )
-
-
-@pytest.fixture
-def work_to_do(database: Database, pushpin: Pushpin) -> Iterator[Callable[[], None]]:
+def work_to_do(database: Database, control: ControlPort) -> Callable[[], None]:
     """Makes work: something to sequence, publish, acknowledge, forget and prune."""
 
     def make() -> None:
@@ -175,8 +35,7 @@ def work_to_do(database: Database, pushpin: Pushpin) -> Iterator[Callable[[], No
             " ON CONFLICT (id) DO UPDATE SET heartbeat = now()"
         )
 
-    with override_settings(GRIP_URL=pushpin.control_url):
-        yield make
+    return make
 
 
 def privileges(database: Database, role: str) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from pg_eventstream.grip.items import hint
 from pg_eventstream.stream_event import Row, StreamEvent
 from pg_eventstream.streams.hub import Hub, _Reader
 from tests.support.database import Database
-from tests.support.origin import sequence
+from tests.support.rounds import sequence
 
 FEW, MANY = 10, 2000
 

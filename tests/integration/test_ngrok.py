@@ -9,53 +9,22 @@ import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
 from io import StringIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import jwt
 import pytest
 from django.conf import settings
-from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.test import override_settings
 
 from pg_eventstream.servers.processes import Process, free_port, wait_until
-from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.environment import KEY
-from tests.support.http_service import HttpService, body_of, respond
+from tests.support.ngrok import Service, run, tunnel
 
 SECRET = bytes(range(200, 232))
-
-
-class Service(HttpService):
-    """Answers every request alike, and writes down what was asked."""
-
-    def __init__(self, status: int = 200, body: str = "") -> None:
-        super().__init__()
-        self.status, self.body = status, body
-        self.requests: list[tuple[str, str]] = []
-        self.forms: list[dict[str, str]] = []
-        self.headers: list[dict[str, str]] = []
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        self.requests.append((request.command, request.path))
-        self.forms.append(dict(parse_qsl(body_of(request).decode())))
-        self.headers.append(dict(request.headers))
-        respond(request, self.status, self.body.encode())
-
-
-def tunnel(url: str, to: str = "http://localhost:8000") -> dict[str, Any]:
-    """An entry of ngrok's list."""
-    return {
-        "name": "command_line",
-        "public_url": url,
-        "proto": url.partition(":")[0],
-        "config": {"addr": to, "inspect": True},
-    }
 
 
 @pytest.fixture
@@ -69,14 +38,6 @@ def ngrok() -> Iterator[Service]:
 def cloud() -> Iterator[Service]:
     with Service() as service:
         yield service
-
-
-def run(ngrok: Service, **options: Any) -> None:
-    """Up to the moment when it would serve."""
-    call_command(
-        "runserver_ngrok", ngrok_api=f"{ngrok.url}/api", use_reloader=False, stdout=StringIO(),
-        **options,
-    )  # fmt: skip
 
 
 def realm(cloud: Service) -> str:
@@ -261,7 +222,7 @@ def test_missing_proxy_is_explained(ngrok: Service) -> None:
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(401, "check iss and key"), (500, "500 no"), (302, "302 no"), (405, "only Fanout Cloud")],
+    [(401, "Check iss and key"), (500, "500 no"), (302, "302 no"), (405, "only with Fanout Cloud")],
 )
 def test_proxy_that_refuses_is_explained(
     ngrok: Service, cloud: Service, status: int, message: str
@@ -274,14 +235,6 @@ def test_proxy_that_refuses_is_explained(
 def test_proxy_that_cannot_be_reached_is_explained(ngrok: Service) -> None:
     url = f"http://127.0.0.1:{free_port()}/realm/R?iss=R&key={KEY}"
     with override_settings(GRIP_URL=url), pytest.raises(CommandError, match="cannot be reached"):
-        run(ngrok)
-
-
-def test_pushpin_needs_no_tunnel_and_the_command_says_so(ngrok: Service, pushpin: Pushpin) -> None:
-    with (
-        override_settings(GRIP_URL=f"{pushpin.control_url}?key={KEY}"),
-        pytest.raises(CommandError, match=r"Pushpin needs no tunnel.*localhost:8000.*runserver"),
-    ):
         run(ngrok)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import sys
 import threading
@@ -12,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from io import StringIO
 from typing import Any
@@ -25,6 +24,7 @@ from django.test import override_settings
 from pg_eventstream import channel_permission_changed, send_event, send_events
 from pg_eventstream.errors import NotLeading
 from pg_eventstream.limits import LIMITS, Limits
+from pg_eventstream.management.base import DatabaseCommand
 from pg_eventstream.postgres import connector as connection_module
 from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE, PRUNE_LOCK
@@ -36,10 +36,7 @@ from tests.support.environment import DIRECTORY, child_environment
 from tests.support.http_service import HttpService, body_of
 from tests.support.load import Load
 from tests.support.network import Network
-from tests.support.publisher import PublisherProcess
 from tests.support.sse_client import SSEClient
-
-NewPublisher = Callable[..., PublisherProcess]
 
 #: Nothing may wait for longer, on whatever machine.
 _AT_MOST = 60
@@ -53,7 +50,8 @@ def command(name: str, *arguments: str, limits: Limits = LIMITS) -> str:
     """What the command says, in the end or as its error. Fails if it does not end."""
     out = StringIO()
     command = load_command_class("pg_eventstream", name)
-    command.limits = limits  # type: ignore[attr-defined]
+    assert isinstance(command, DatabaseCommand)
+    command.limits = limits
 
     def call() -> str:
         try:
@@ -73,12 +71,6 @@ def command(name: str, *arguments: str, limits: Limits = LIMITS) -> str:
 
 def once(limits: Limits = LIMITS) -> str:
     return command("eventstream_publisher", "--once", limits=limits)
-
-
-@pytest.fixture
-def control() -> Iterator[ControlPort]:
-    with ControlPort() as port, override_settings(GRIP_URL=port.url):
-        yield port
 
 
 def send(count: int, channel: str = "a") -> None:
@@ -216,7 +208,7 @@ def test_slow_proxy_is_waited_for_as_long_as_it_takes_events(
 
     monkeypatch.setattr(control, "take", take)
     send(600)
-    assert once() == "600 events published.\n"
+    assert once(Limits(command_patience=2.5)) == "600 events published.\n"
 
 
 def test_refused_events_count_as_published_where_a_hint_took_their_place(
@@ -441,26 +433,6 @@ def test_two_at_once_publish_everything_and_both_succeed(
     assert published_ids(control) == [str(n) for n in range(1, 501)]
 
 
-# Signals
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=RARER)])
-def test_signal_ends_it_and_it_says_what_it_left(
-    database: Database, control: ControlPort, new_publisher: NewPublisher, number: signal.Signals
-) -> None:
-    control.silent.set()
-    send(3)
-    publisher = new_publisher("--once", PG_EVENTSTREAM_TEST_GRIP_URL=control.url)
-    publisher.start()
-    wait_until(lambda: len(control.bodies) == 1, timeout=20)
-    os.kill(publisher.pid, number)
-    wait_until(lambda: not publisher.running, timeout=10)
-    assert publisher.returncode == 1
-    assert "3 events wait" in publisher.log
-    assert control.url in publisher.log
-    assert "Traceback" not in publisher.log
-
-
 def test_stop_while_it_waits_for_the_lead(database: Database, control: ControlPort) -> None:
     publisher = Publisher(Connector("default"))
     with database.connect(autocommit=False) as session, ThreadPoolExecutor(1) as threads:
@@ -576,7 +548,7 @@ def test_database_that_stops_answering_is_not_waited_for_for_ever(
             monkeypatch.setattr(
                 "pg_eventstream.publisher.pruner.Pruner._forget", _deaf_first(network), raising=True
             )
-        said = command(name, *arguments, limits=IMPATIENT)
+        said = command(name, *arguments, limits=replace(IMPATIENT, silence=0.5))
     assert said.startswith("failed: Database: silent, and cannot be asked why"), said
 
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jwt
@@ -25,57 +21,10 @@ from pg_eventstream.postgres.sequence import sequence
 from pg_eventstream.publisher import daemon, pruner
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.feed import Feed
-from pg_eventstream.servers.postgres import Postgres
 from pg_eventstream.servers.processes import wait_until
-from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
-from tests.support.environment import KEY
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-NewPublisher = Callable[..., PublisherProcess]
-Stream = Callable[..., SSEClient]
-
-
-def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
-    database: Database,
-    new_publisher: NewPublisher,
-    pushpin: Pushpin,
-    second_pushpin: Pushpin,
-    stream: Stream,
-    channel: str,
-) -> None:
-    urls = " ".join(f"{p.control_url}?key={KEY}" for p in (second_pushpin, pushpin))
-    first = stream(channel).wait_open()
-    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=urls).lead()
-    for n in range(50):
-        send_event(channel, "message", n)
-    assert [event.data for event in first.wait_count(50, timeout=5)] == list(map(str, range(50)))
-    publisher.wait_for_log("cannot be reached")
-
-    second_pushpin.start()
-    with SSEClient(f"{second_pushpin.url}/events/", [channel]) as second:
-        second.wait_open()
-        publisher.wait_for_log("takes events again")
-        send_event(channel, "message", "both")
-        assert first.wait_count(51)[-1].data == '"both"'
-        assert second.wait_count(1)[-1].data == '"both"'
-        assert second.events[-1].eids == {channel: 51}
-    wait_until(
-        lambda: database.fetch("SELECT DISTINCT position FROM pg_eventstream_proxy") == [(51,)],
-        timeout=5,
-    )
-
-
-def publish_once() -> int:
-    return Publisher(Connector("default")).run_once()
-
-
-@pytest.fixture
-def control() -> Iterator[ControlPort]:
-    with ControlPort() as port, override_settings(GRIP_URL=port.url):
-        yield port
+from tests.support.rounds import publish_once
 
 
 @pytest.mark.parametrize(
@@ -123,47 +72,6 @@ def test_start_without_proxies_forgets_none(database: Database, control: Control
     assert control.ids == ["1", "2"]
 
 
-def test_what_the_proxy_has_not_taken_is_published_by_the_next_publisher(
-    database: Database, control: ControlPort, new_publisher: NewPublisher
-) -> None:
-    """Not even if the channel has no other event, which would show clients the gap."""
-    control.silent.set()
-    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
-    send_events(("a", "message", n) for n in range(250))
-    wait_until(lambda: len(control.bodies) == 1, timeout=20)
-    publisher.kill()
-    control.silent.clear()
-    publisher.lead()
-    wait_until(lambda: len(control.ids) >= 250, timeout=20)
-    assert control.ids[:250] == [str(n) for n in range(1, 251)]
-
-
-def test_hints_that_a_killed_publisher_owed_come_from_the_next_one(
-    database: Database, control: ControlPort, new_publisher: NewPublisher
-) -> None:
-    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
-    send_events(("burst", "message", n) for n in range(60))
-    send_events(("quiet", "message", n) for n in range(40))
-    send_event("large", "message", "x" * LIMITS.event_bytes)
-    acknowledged = "SELECT position FROM pg_eventstream_proxy"
-    wait_until(lambda: database.value(acknowledged) == 101, timeout=20)
-    publisher.kill()
-    del control.items[:]
-    publisher.lead()
-    for _ in ("soon", "later"):
-        wait_until(lambda: len(control.items) == 2, timeout=20)
-        assert hinted(control) == ["events-burst", "events-large"]
-        del control.items[:]
-    send_event("quiet", "message", "next")
-    wait_until(lambda: control.ids == ["41"], timeout=20)
-
-
-def hinted(control: ControlPort) -> list[str]:
-    """The channels of which there was a hint."""
-    hint = {"action": "hint"}
-    return sorted(i["channel"] for i in control.items if i["formats"]["http-stream"] == hint)
-
-
 def test_batches_keep_order_and_stay_below_the_limits(
     database: Database, control: ControlPort
 ) -> None:
@@ -188,32 +96,6 @@ def test_unavailable_proxy_gets_the_same_batch_again(
     assert len(control.bodies) == 4
     assert len(set(control.bodies)) == 1
     assert control.ids == [str(n) for n in range(1, 11)]
-
-
-def test_sigterm_ends_a_publisher_whose_proxy_is_silent(
-    database: Database, control: ControlPort, new_publisher: NewPublisher
-) -> None:
-    control.silent.set()
-    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
-    send_event("a", "message", 1)
-    wait_until(lambda: len(control.bodies) == 1, timeout=20)
-    os.kill(publisher.pid, signal.SIGTERM)
-    wait_until(lambda: not publisher.running, timeout=5)
-    assert publisher.returncode == 0
-
-
-def test_second_signal_ends_the_publisher_at_once(
-    database: Database, control: ControlPort, new_publisher: NewPublisher
-) -> None:
-    control.silent.set()
-    publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
-    send_event("a", "message", 1)
-    wait_until(lambda: len(control.bodies) == 1, timeout=20)
-    os.kill(publisher.pid, signal.SIGINT)
-    publisher.wait_for_log("stopping")
-    os.kill(publisher.pid, signal.SIGINT)
-    wait_until(lambda: not publisher.running, timeout=1)
-    assert publisher.returncode == 128 + signal.SIGINT
 
 
 def test_refused_event_is_replaced_by_a_hint_and_the_others_go_out(
@@ -262,8 +144,7 @@ def test_page_that_is_cut_because_of_its_size_is_followed_by_the_next_at_once(
     with database.connect() as connection:
         sequence(connection)
         daemon.register(connection, "a test", [Proxy(config) for config in conf.grip_proxies])
-    limits = Limits(acknowledge=60)
-    feed = Feed(Proxy(conf.grip_proxies[0]), Connector("default"), over, limits)
+    feed = Feed(Proxy(conf.grip_proxies[0]), Connector("default"), over, Limits(acknowledge=60))
     thread = threading.Thread(target=feed.run)
     thread.start()
     try:
@@ -308,26 +189,6 @@ def test_grip_url_beside_grip_proxies_is_one_proxy_each(
     with override_settings(GRIP_PROXIES=[entry, dict(entry), dict(entry)]):
         publish_once()
     assert control.ids == ["1"]
-
-
-def test_publisher_waits_for_the_database(
-    new_publisher: NewPublisher, database: Database, tmp_path: Path
-) -> None:
-    publisher = new_publisher("--dsn=host=127.0.0.1 port=1 connect_timeout=2")
-    publisher.start()
-    publisher.wait_for_log("connecting again")
-    assert publisher.running
-    publisher.stop()
-    assert publisher.returncode == 0
-
-
-def test_missing_tables_are_explained_and_waited_for(
-    new_publisher: NewPublisher, database: Database, postgres: Postgres
-) -> None:
-    publisher = new_publisher(f"--dsn={postgres.dsn()}")  # a database without our tables
-    publisher.start()
-    publisher.wait_for_log("are the migrations applied here?")
-    assert publisher.running
 
 
 def leading(connection: psycopg.Connection[Any], limits: Limits = LIMITS) -> Publisher:
@@ -377,30 +238,3 @@ def test_pruner_runs_rarely_when_nothing_happens_and_soon_when_something_did() -
     with override_settings(EVENTSTREAM_RETENTION=10):
         assert seconds_to_the_next_run(time.monotonic() - 2 * limits.quiet) >= 1
         assert seconds_to_the_next_run(time.monotonic()) < 1
-
-
-def test_publisher_takes_a_dsn(
-    new_publisher: NewPublisher, database: Database, stream: Stream, channel: str
-) -> None:
-    client = stream(channel).wait_open()
-    environment = {"PG_EVENTSTREAM_TEST_DSN": "host=127.0.0.1 port=1 dbname=nowhere"}
-    new_publisher(f"--dsn={database.dsn}", **environment).lead()
-    send_event(channel, "message", 1)
-    client.wait_count(1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--database=nowhere"], "There is no database 'nowhere' in DATABASES"),
-        (["--database=default", "--dsn=x"], "not allowed with argument"),
-    ],
-)
-def test_wrong_arguments_are_explained(
-    new_publisher: NewPublisher, database: Database, arguments: list[str], message: str
-) -> None:
-    publisher = new_publisher(*arguments)
-    publisher.start()
-    wait_until(lambda: not publisher.running, timeout=20)
-    assert publisher.returncode != 0
-    assert message in publisher.log

@@ -30,8 +30,12 @@ def test_many_reads_share_a_few_connections_that_end_with_the_work(database: Dat
 
 
 def test_lost_connection_is_replaced(database: Database) -> None:
+    seen: set[int] = set()
     for _ in range(5):
-        database.execute("SELECT pg_terminate_backend(%s)", [run(pid)])
+        session = run(pid)
+        assert session not in seen
+        seen.add(session)
+        assert database.value("SELECT pg_terminate_backend(%s, 10000)", [session])
 
 
 def test_error_is_raised_where_the_result_is_wanted(database: Database) -> None:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from pg_eventstream.servers.postgres import Postgres
-from pg_eventstream.servers.processes import Process, accepts
-from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
-from tests.support.environment import DIRECTORY, child_environment
-from tests.support.publisher import PublisherProcess
-from tests.support.sse_client import SSEClient
-
-NewPublisher = Callable[..., PublisherProcess]
+from tests.support.dumped_database import dump, restore
+from tests.support.environment import DIRECTORY
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +39,6 @@ def advance_xid(database: Database, at_least: int) -> None:
     assert next_xid(database) >= at_least
 
 
-def dump(database: Database, path: Path, *arguments: str) -> None:
-    subprocess.run(
-        [
-            *(str(database.postgres.program("pg_dump")), "--format=custom", f"--file={path}"),
-            *(*arguments, database.dsn),
-        ],
-        check=True,
-        timeout=60,
-    )
-
-
-def restore(path: Path, cluster: Postgres, name: str, *arguments: str) -> Database:
-    with psycopg.connect(cluster.dsn(), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
-    database = Database(cluster, name)
-    subprocess.run(
-        [
-            *(str(cluster.program("pg_restore")), "--exit-on-error", "--jobs=2"),
-            *(*arguments, f"--dbname={database.dsn}", str(path)),
-        ],
-        check=True,
-        timeout=60,
-    )
-    return database
-
-
 def in_order(database: Database, channel: str) -> list[tuple[int, str]]:
     """What clients get of a channel: eid and data, in the order of the stream."""
     return database.fetch(
@@ -82,88 +49,6 @@ def in_order(database: Database, channel: str) -> list[tuple[int, str]]:
         """,
         [channel],
     )
-
-
-def application(database: Database, pushpin: Pushpin, port: int) -> Process:
-    process = Process(
-        "the application server",
-        [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={port}"],
-        log_path=DIRECTORY / "app.log",
-        environment=child_environment(pushpin, PG_EVENTSTREAM_TEST_DSN=database.dsn),
-    )
-    process.start(ready=lambda: accepts(port))
-    return process
-
-
-def test_clients_and_publisher_go_on_in_the_new_cluster(
-    database: Database,
-    other_cluster: Postgres,
-    new_publisher: NewPublisher,
-    pushpin: Pushpin,
-    app_port: int,
-    channel: str,
-    tmp_path: Path,
-) -> None:
-    app = application(database, pushpin, app_port)
-    try:
-        events_url = f"{pushpin.url}/events/"
-        with (
-            SSEClient(events_url, [channel]) as leaver,
-            SSEClient(events_url, [channel], reconnect=True) as stayer,
-        ):
-            leaver.wait_open()
-            stayer.wait_open()
-            publisher = new_publisher().lead()
-            for n in range(1, 6):
-                database.send(channel, f"published {n}")
-            leaver.wait_count(5)
-            stayer.wait_count(5)
-            leaver.close()
-            publisher.stop()
-
-            for n in range(6, 8):
-                database.send(channel, f"sequenced {n}")
-            assert database.value("SELECT pg_eventstream_sequence()") == 2
-            with database.connect(autocommit=False) as unfinished:
-                unfinished.execute(
-                    "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, 'unfinished')",
-                    [channel],
-                )
-                for n in range(8, 11):
-                    database.send(channel, f"committed {n}")
-                dump(database, tmp_path / "dump")
-                unfinished.rollback()
-            app.stop()
-
-            new = restore(tmp_path / "dump", other_cluster, database.name)
-            app = application(new, pushpin, app_port)
-            moved = new_publisher(PG_EVENTSTREAM_TEST_DSN=new.dsn).lead()
-            for n in range(11, 14):
-                new.send(channel, f"new {n}")
-
-            expected = [
-                *(f"published {n}" for n in range(1, 6)),
-                *(f"sequenced {n}" for n in range(6, 8)),
-                *(f"committed {n}" for n in range(8, 11)),
-                *(f"new {n}" for n in range(11, 14)),
-            ]
-            with SSEClient(events_url, [channel], last_event_id=leaver.events[2].id) as back:
-                assert [event.data for event in back.wait_count(10)] == expected[3:]
-                stayer.wait_count(13)
-                new.send(channel, "last")
-                # Whatever came twice or too much came before this one.
-                for client, first in ((back, 4), (stayer, 1)):
-                    client.wait_for(lambda c=client: c.events[-1].data == "last")  # type: ignore[misc]
-                    assert [event.data for event in client.events] == [
-                        *expected[first - 1 :], "last",
-                    ]  # fmt: skip
-                    assert [event.eids[channel] for event in client.events] == list(
-                        range(first, 15)
-                    )
-                    assert not [e for e in client.control if e.type != "stream-open"]
-            moved.stop()
-    finally:
-        app.stop()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,7 @@ from django.db.migrations.recorder import MigrationRecorder
 from django.test import override_settings
 
 import pg_eventstream
-from pg_eventstream.models import Event
-from pg_eventstream.router import EventStreamRouter
 from pg_eventstream.servers.postgres import Postgres
-from pg_eventstream.tables import placement
 from tests.support.database import Database
 
 OURS = "pg_eventstream.router.EventStreamRouter"
@@ -224,16 +220,6 @@ def test_our_router_keeps_the_tables_in_their_database_alone(
         assert "CREATE TABLE" not in sql("lite")
 
 
-def test_our_router_decides_for_our_app_alone() -> None:
-    router = EventStreamRouter()
-    user, event = import_module("django.contrib.auth.models").User, Event
-    with override_settings(EVENTSTREAM_DATABASE="events"):
-        assert [router.db_for_read(event), router.db_for_write(event)] == ["events", "events"]
-        assert [router.db_for_read(user), router.db_for_write(user)] == [None, None]
-        assert router.allow_migrate("events", "auth", model_name="user") is None
-        assert router.allow_migrate("default", "auth") is None
-
-
 def test_database_that_only_tests_would_migrate_is_warned_of(aliases: None) -> None:
     with routed():
         (message,) = check()
@@ -273,9 +259,3 @@ def test_record_in_the_wrong_database_can_be_removed(aliases: None) -> None:
             migrate("lite", "zero")
         migrate("lite", "zero", fake=True)
     assert recorded("lite") == []
-
-
-@pytest.mark.parametrize("name", MIGRATIONS)
-def test_every_migration_refuses_to_run_where_it_cannot_work(name: str) -> None:
-    module = import_module(f"pg_eventstream.migrations.{name}")
-    assert issubclass(module.Migration, placement.Migration)

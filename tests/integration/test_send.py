@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -24,7 +19,6 @@ from django.test.utils import CaptureQueriesContext
 from django.utils.safestring import mark_safe
 from django.utils.translation import gettext_lazy
 
-import pg_eventstream
 from pg_eventstream import (
     EventStreamError,
     InvalidEvent,
@@ -34,8 +28,6 @@ from pg_eventstream import (
     send_events,
 )
 from tests.support.database import Database
-
-ROOT = Path(__file__).parents[2]
 
 
 class Kind(models.TextChoices):
@@ -302,8 +294,12 @@ def test_event_belongs_to_the_transaction_of_its_own_database(
 
 # What cannot be sent
 
+
 ENDLESS: list[Any] = []
+
+
 ENDLESS.append(ENDLESS)
+
 
 INVALID: dict[str, tuple[Any, ...]] = {
     "channel is empty": ("", "t", 1),
@@ -415,43 +411,6 @@ def test_events_that_fail_to_arrive_from_their_source_are_not_sent_in_part(
     assert events(database) == []
 
 
-# The interface
-
-
-def test_public_names() -> None:
-    assert pg_eventstream.__all__ == [
-        "EventPage",
-        "EventPermissionError",
-        "EventStreamError",
-        "EventsPruned",
-        "InvalidEvent",
-        "InvalidRequest",
-        "NewEvent",
-        "ReceivedEvent",
-        "asend_event",
-        "channel_permission_changed",
-        "get_current_event_id",
-        "get_events",
-        "send_event",
-        "send_events",
-        "subscribe",
-    ]
-    assert all(hasattr(pg_eventstream, name) for name in pg_eventstream.__all__)
-
-
-def test_sending_synchronously_and_asynchronously_takes_the_same_arguments() -> None:
-    names = ["channel", "event_type", "data", "skip_user_ids"]
-    # As django-eventstream's callers have it, who may give async_publish by position.
-    expected = [*names, "async_publish", "json_encode", "using"]
-    for function in (send_event, asend_event):
-        parameters = inspect.signature(function).parameters
-        assert list(parameters) == expected
-        assert [p.default for p in parameters.values()][3:] == [None, True, True, None]
-    assert inspect.iscoroutinefunction(asend_event)
-    # What NewEvent holds is what send_event takes.
-    assert list(NewEvent._fields) == [*names, "json_encode"]
-
-
 def test_users_can_be_skipped_as_objects_too(database: Database) -> None:
     ann, bob = (User.objects.create_user(name) for name in ("ann", "bob"))
     send_event("c", "t", 1, skip_user_ids=User.objects.order_by("pk"))
@@ -477,46 +436,20 @@ def test_callers_of_django_eventstream_may_go_on_naming_async_publish(database: 
     ]
 
 
-def run_python(program: str, **environment: str) -> str:
-    inherited = {k: v for k, v in os.environ.items() if k != "DJANGO_SETTINGS_MODULE"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        cwd=ROOT,
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
-
-
-def test_import_needs_no_settings() -> None:
-    run_python("from pg_eventstream import send_event, send_events, asend_event, NewEvent")
-
-
-def test_models_of_any_app_may_import_it(tmp_path: Path) -> None:
-    app = tmp_path / "shop"
-    app.mkdir()
-    (app / "__init__.py").write_text("from pg_eventstream import send_event\n")
-    (app / "models.py").write_text("from pg_eventstream import send_event\n")
-    # Before ours in INSTALLED_APPS, so that it is imported before our models are.
-    program = """
-from django.conf import settings
-settings.configure(INSTALLED_APPS=["shop", "pgtrigger", "pg_eventstream"])
-import django
-django.setup()
-from shop.models import send_event
-print(send_event.__module__)
-"""
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    assert run_python(program, PYTHONPATH=path) == "pg_eventstream.send\n"
-
-
 def test_data_arrives_as_one_json_document(database: Database) -> None:
     """Line breaks inside strings are escaped, so that it is one line of the stream."""
     send_event("c", "t", {"text": "a\nb\r\nc\u2028d"})
     ((data,),) = events(database, "data")
     assert len(data.splitlines()) == 1
     assert json.loads(data) == {"text": "a\nb\r\nc\u2028d"}
+
+
+def test_two_phase_commit_is_refused_and_writes_nothing(database: Database, channel: str) -> None:
+    with database.connect() as connection:
+        connection.execute("BEGIN")
+        connection.execute(
+            "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, '1')", [channel]
+        )
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match="NOTIFY"):
+            connection.execute("PREPARE TRANSACTION 'two-phase'")
+    assert database.value("SELECT count(*) FROM pg_eventstream_event") == 0

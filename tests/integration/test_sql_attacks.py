@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -297,8 +296,12 @@ def test_who_takes_the_lock_of_the_sweep_keeps_it_from_pruning_until_the_session
 
 @override_settings(GRIP_URL=None, EVENTSTREAM_SAFETY_POLL=1.0)
 def test_who_takes_the_locks_delays_events_until_the_session_ends_and_does_nothing_else(
-    database: Database, stranger: psycopg.Connection[tuple[object, ...]]
+    database: Database,
+    stranger: psycopg.Connection[tuple[object, ...]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
+
     def sequenced(count: int) -> None:
         query = "SELECT count(*) FROM pg_eventstream_stream"
         wait_until(lambda: bool(database.value(query) == count), timeout=20)
@@ -318,7 +321,7 @@ def test_who_takes_the_locks_delays_events_until_the_session_ends_and_does_nothi
     take(BELL_LOCK)
     with publisher_in_thread() as publisher:
         send(3)  # waits for nobody
-        time.sleep(1)  # in which nobody may lead
+        wait_until(lambda: "standing by" in caplog.text, timeout=20)
         assert publisher._doorbell is None
         assert database.value("SELECT count(*) FROM pg_eventstream_stream") == 0
         stranger.execute(f"SELECT pg_advisory_unlock({LOCK_SPACE}, {LEADER_LOCK})")

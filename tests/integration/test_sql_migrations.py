@@ -7,7 +7,8 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
 
 import psycopg
@@ -124,10 +125,6 @@ def test_sql_file_says_what_the_migration_says(database: Database, name: str) ->
     assert (MIGRATIONS / f"{name}.sql").read_text(encoding="utf-8") == generate.render(name), (
         "out of date: python -m migrations.generate"
     )
-
-
-def test_every_migration_has_its_sql_file_and_no_other_is_left() -> None:
-    assert sorted(path.stem for path in MIGRATIONS.glob("[0-9]*.sql")) == generate.names()
 
 
 @pytest.mark.parametrize("schema", ["public", OTHER_SCHEMA])
@@ -255,8 +252,10 @@ def test_sql_file_is_applied_as_a_whole_or_not_at_all(new_database: NewDatabase)
 def test_models_and_migrations_agree_in_every_project(
     database: Database, settings: dict[str, str]
 ) -> None:
-    with override_settings(**settings):
-        call_command("makemigrations", "pg_eventstream", check=True, dry_run=True, verbosity=0)
+    out = StringIO()
+    with override_settings(**settings), suppress(SystemExit):
+        call_command("makemigrations", "pg_eventstream", check=True, stdout=out)
+    assert out.getvalue() == "No changes detected in app 'pg_eventstream'\n"
 
 
 @pytest.mark.parametrize("migrate", [migrate_by_psql, migrate_by_django])

@@ -19,7 +19,7 @@ from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.load import Load
-from tests.support.origin import prune, sequence
+from tests.support.rounds import prune, sequence
 
 _T = TypeVar("_T")
 

@@ -29,12 +29,12 @@ from pg_eventstream.publisher import feed
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.streams import replay
-from tests.faults.test_crash import seeded
 from tests.model.model import DAY, Model, is_reliable
 from tests.model.reader import Reader, is_published
 from tests.model.senders import Permit, Send, Senders
 from tests.model.steps import steps
 from tests.model.world import CHANNELS, LIMITS, SENDERS, Killed, World
+from tests.support.chance import seeded
 from tests.support.database import Database
 from tests.support.environment import THOROUGH
 

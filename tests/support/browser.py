@@ -1,17 +1,17 @@
-"""Pages in a real Chromium, as fixtures: ``from .browser import browser, page`` in conftest."""
+"""Pages in a real Chromium."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import pytest
 from playwright import async_api
+
+from tests.support.programs import installed
 
 _T = TypeVar("_T")
 
@@ -19,9 +19,9 @@ _T = TypeVar("_T")
 class Browser:
     """A headless Chromium.
 
-    Playwright's event loop has a thread of its own. Its synchronous interface would leave a loop
-    marked as running on the thread of the tests, where asyncio.run() and Django's ORM then refuse
-    to work.
+    Playwright's event loop runs on a separate thread. Its synchronous interface would leave a loop
+    marked as running on the thread of the tests, where asyncio.run() and Django's ORM would then
+    refuse to work.
     """
 
     def __init__(self) -> None:
@@ -33,9 +33,9 @@ class Browser:
         self._playwright = self.run(async_api.async_playwright().start())
         self._browser = self.run(
             self._playwright.chromium.launch(
-                executable_path=shutil.which("chromium"),
+                executable_path=installed("chromium"),
                 args=["--no-sandbox"],
-                # As users have it: a page that one leaves is frozen, and comes back as it was.
+                # As in a user's browser: a page that is left is frozen and restored unchanged.
                 ignore_default_args=["--disable-back-forward-cache"],
             )
         )
@@ -54,7 +54,7 @@ class Browser:
         self._loop.close()
 
     def new_page(self) -> Page:
-        """A page with cookies and storage of its own."""
+        """A page with separate cookies and storage."""
         return self.run(self._new_page())
 
     async def _new_page(self) -> Page:
@@ -66,7 +66,7 @@ class Browser:
 
 
 class Page:
-    """One page, and what it logged and asked for."""
+    """A page, with its log and its requests."""
 
     def __init__(
         self, browser: Browser, context: async_api.BrowserContext, page: async_api.Page
@@ -89,11 +89,11 @@ class Page:
         self._browser.run(self._page.go_back(wait_until="commit"))
 
     def evaluate(self, expression: str, argument: Any = None) -> Any:
-        """The value of an expression, or of a function that is called with the argument."""
+        """The value of an expression, or the result of a function called with the argument."""
         return self._browser.run(self._page.evaluate(expression, argument))
 
     def wait_for(self, expression: str, argument: Any = None, timeout: float = 30) -> None:
-        """Until the expression is true in the page. Raises if it is not after so many seconds."""
+        """Wait until the expression is true in the page. Raises after ``timeout`` seconds."""
         self._browser.run(
             self._page.wait_for_function(
                 expression, arg=argument, timeout=timeout * 1000, polling=20
@@ -112,16 +112,3 @@ class Page:
 
     def close(self) -> None:
         self._browser.run(self._context.close())
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    with Browser() as started:
-        yield started
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    opened = browser.new_page()
-    yield opened
-    opened.close()

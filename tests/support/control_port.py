@@ -1,4 +1,4 @@
-"""A GRIP proxy of which there is nothing but the control port."""
+"""A GRIP proxy that consists only of the control port."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.http_service import HttpService, body_of, respond
 
 
 class ControlPort(HttpService):
-    """A control port that misbehaves as told, and writes down what it took."""
+    """A control port that misbehaves on demand and records what it accepted."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,16 +1,34 @@
-"""A test's own database."""
+"""The PostgreSQL of a run, which starts when a test needs it, and a database for each test.
+
+Its address is known earlier, because Django is set up with it. Until a test has a database, the
+database in that address does not exist.
+"""
 
 from __future__ import annotations
 
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
+from django.core.management import call_command
+from django.db import connections
 
 from pg_eventstream.servers.postgres import Postgres
+from pg_eventstream.servers.processes import HOST, free_port
+from tests.support.environment import DIRECTORY
+
+_PORT = free_port()
+#: The address that Django is set up with.
+ADDRESS = f"postgresql://postgres@{HOST}:{_PORT}/of_no_test"
+_TEMPLATE = "template_migrated"
 
 
 class Database:
-    """A test's own database."""
+    """The database of one test."""
 
     def __init__(self, postgres: Postgres, name: str) -> None:
         self.name = name
@@ -32,7 +50,62 @@ class Database:
             connection.execute(query, params)
 
     def send(self, channel: str, data: str = "{}") -> None:
-        """As a service that is not Python does."""
+        """Send an event as a service without Python does."""
         self.execute(
             "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)", [channel, data]
         )
+
+
+@contextmanager
+def running_postgres() -> Iterator[Postgres]:
+    """Start the server, with a migrated database to copy."""
+    # The programs of another version, for example /usr/lib/postgresql/15/bin.
+    bin_dir = os.environ.get("PG_EVENTSTREAM_TEST_POSTGRES")
+    postgres = Postgres(
+        DIRECTORY / "postgres",
+        port=_PORT,
+        bin_dir=Path(bin_dir) if bin_dir else None,
+        settings={
+            "max_connections": "300",
+            "max_prepared_transactions": "10",
+            "log_statement": "none",
+        },
+    )
+    postgres.start()
+    try:
+        Database(postgres, "postgres").execute(f"CREATE DATABASE {_TEMPLATE}")
+        with _in_use(postgres, _TEMPLATE):
+            call_command("migrate", run_syncdb=True, verbosity=0)
+        yield postgres
+    finally:
+        postgres.stop("immediate")
+
+
+@contextmanager
+def new_database(postgres: Postgres) -> Iterator[Database]:
+    """Create a migrated database that Django and every child process use."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    server = Database(postgres, "postgres")
+    server.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
+    try:
+        with _in_use(postgres, name):
+            yield Database(postgres, name)
+    finally:
+        server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextmanager
+def _in_use(postgres: Postgres, name: str) -> Iterator[None]:
+    previous = os.environ["PG_EVENTSTREAM_TEST_DSN"], connections.settings["default"]["NAME"]
+
+    def use(dsn: str, name: str) -> None:
+        connections.close_all()
+        os.environ["PG_EVENTSTREAM_TEST_DSN"] = dsn
+        connections.settings["default"]["NAME"] = name
+        connections["default"].settings_dict["NAME"] = name
+
+    use(postgres.dsn(name), name)
+    try:
+        yield
+    finally:
+        use(*previous)

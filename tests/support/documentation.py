@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 
-# The blocks that are not examples: diagrams, output, and what a program would not run.
+# Blocks that are not examples: diagrams, output, and text that no program runs.
 NOT_RUN = {"text"}
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,}|:{3,})(.*)$")
 _PATH = re.compile(r"(?:#|//|--|<!--|;) ([\w./-]+\.\w+)(?: -->)?\n")
@@ -19,7 +19,7 @@ _PATH = re.compile(r"(?:#|//|--|<!--|;) ([\w./-]+\.\w+)(?: -->)?\n")
 
 @dataclass(frozen=True)
 class Example:
-    """A fenced block. Two that read the same are one example."""
+    """A fenced block. Blocks with the same text are one example."""
 
     language: str
     code: str
@@ -32,7 +32,7 @@ class Example:
 
 
 def pages() -> list[Path]:
-    """All that people read, apart from docstrings."""
+    """All pages that people read, apart from docstrings."""
     built = DOCS / "_build"
     found = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "migrations").glob("*.md")]
     return sorted(page for page in found if built not in page.parents)
@@ -54,10 +54,10 @@ def examples_of(name: str) -> list[Example]:
 
 
 def example(name: str, words: str) -> Example:
-    """The example of a page that has these words, which no other of the page has.
+    """The only example of a page that contains these words.
 
-    To name it here says that a test runs it: `tests/docs/test_examples_are_run.py` looks for
-    calls of this function, with two literals.
+    A call of this function, with two literals, declares that a test runs the example:
+    `tests/docs/test_examples_are_run.py` looks for these calls.
     """
     (found,) = {one for one in examples_of(name) if words in one.code}
     return found
@@ -84,7 +84,7 @@ def _examples(text: str) -> Iterator[Example]:
 
 
 def _lines(text: str) -> Iterator[tuple[str, _Block | None]]:
-    """Each line, and the block that it is in. What is inside of a directive is text."""
+    """Yield each line and the block that contains it. The content of a directive is text."""
     block: _Block | None = None
     directives: list[str] = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""What one run of the tests shares: a directory, a key, and the environment of its processes."""
+"""Shared by all tests of a run: a directory, a key, and the environment of processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from pg_eventstream.servers.pushpin import Pushpin
 
 KEY = secrets.token_hex(24)
-#: Whether to repeat faults often enough to find what is rare (`make test-faults`).
+#: Whether to repeat faults often enough to find rare errors (`make test-faults`).
 THOROUGH = bool(os.environ.get("PG_EVENTSTREAM_TEST_THOROUGH"))
 
 directory = tempfile.TemporaryDirectory(prefix="pg_eventstream-", dir="/tmp")

@@ -1,4 +1,4 @@
-"""Faults of processes and of the database: at random, or at a point with a name."""
+"""Faults of processes and of the database: at random, or at a named point."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.database import Database
 from tests.support.environment import KEY
 from tests.support.http_service import HttpService, body_of, respond
 from tests.support.load import Load
-from tests.support.publisher import PublisherProcess
+from tests.support.publisher import NewPublisher, PublisherProcess
 
 OURS = (
     "FROM pg_stat_activity WHERE datname = current_database()"
     " AND starts_with(application_name, 'pg_eventstream ')"
 )
-#: What keeps whoever sequences waiting, before it has done anything.
+#: Makes every session that sequences wait before it has done anything.
 SEQUENCING = f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {SEQUENCE_LOCK})"
 
 
@@ -37,7 +37,7 @@ class HasPid(Protocol):
 
 @contextmanager
 def suspended(*processes: HasPid) -> Iterator[None]:
-    """Stopped, and continued afterwards; the kernel answers for them all the while."""
+    """Stop processes, and continue them afterwards. The kernel still acknowledges their data."""
     pids = [process.pid for process in processes]
     for process in processes:
         if isinstance(process, Postgres):
@@ -53,7 +53,7 @@ def suspended(*processes: HasPid) -> Iterator[None]:
 
 @contextmanager
 def locked(database: Database, statement: str, params: Any = None) -> Iterator[None]:
-    """What the statement locks stays locked."""
+    """Hold the locks that the statement takes."""
     with database.connect(autocommit=False) as connection:
         connection.execute(statement, params)
         try:
@@ -63,7 +63,7 @@ def locked(database: Database, statement: str, params: Any = None) -> Iterator[N
 
 
 def wait_for_waiting(database: Database, role: str) -> None:
-    """Until the publisher's connection of this role waits for a lock."""
+    """Wait until the publisher's connection of this role waits for a lock."""
     waiting = (
         f"SELECT count(*) {OURS} AND starts_with(application_name, 'pg_eventstream ' || %s)"
         " AND wait_event_type = 'Lock'"
@@ -73,9 +73,9 @@ def wait_for_waiting(database: Database, role: str) -> None:
 
 @contextmanager
 def terminating_backends(database: Database, chance: random.Random) -> Iterator[list[str]]:
-    """All the time some session of the database is ended, a sender's or a publisher's.
+    """Keep ending random sessions of the database, of senders and of the publisher.
 
-    Gives the names of those that were.
+    Yields the list of the names of ended sessions.
     """
     stopping = threading.Event()
     ended: list[str] = []
@@ -117,7 +117,7 @@ class _Hold:
 
 
 class Relay(HttpService):
-    """In front of a control port: holds what is posted, before or after it was passed on."""
+    """A relay to a control port that can hold requests before or after forwarding them."""
 
     def __init__(self, control_port: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Relay(HttpService):
         self._next: list[_Hold] = []
 
     def hold(self, *, after: bool) -> Callable[[], None]:
-        """Hold the next request, and no other; returns when it is held, with what lets it go."""
+        """Hold the next request only. Returns when it is held, with a function that releases it."""
         hold = _Hold(after)
         self._next.append(hold)
         assert hold.held.wait(30)
@@ -143,18 +143,18 @@ class Relay(HttpService):
             text = response.read()
         if hold is not None and hold.after:
             hold.wait()
-        with suppress(OSError):  # who asked was killed meanwhile
+        with suppress(OSError):  # the client was killed in the meantime
             respond(request, response.status, text)
 
 
 @dataclass
 class Stage:
-    """Where publishers are brought to a point of their work, under load."""
+    """Brings publishers to a certain point of their work, under load."""
 
     database: Database
     load: Load
     relay: Relay
-    new_publisher: Callable[..., PublisherProcess]
+    new_publisher: NewPublisher
     chance: random.Random
 
     def start(self) -> PublisherProcess:
@@ -171,16 +171,16 @@ class Stage:
         return publisher
 
     def more(self, count: int = 20) -> None:
-        """Until so many events more are committed."""
+        """Wait until ``count`` more events are committed."""
         least = len(self.load.committed) + count
         wait_until(lambda: len(self.load.committed) >= least, timeout=30)
 
     def last(self) -> int:
-        """The last position that was given."""
+        """The last position that was assigned."""
         return int(self.database.value("SELECT max(position) FROM pg_eventstream_cursor") or 0)
 
 
-# The points. Each gives the publisher that has arrived there; what holds it lets go afterwards.
+# The points. Each yields a publisher that is held there, and releases it afterwards.
 
 
 @contextmanager
@@ -194,7 +194,7 @@ def before_it_sequences(stage: Stage) -> Iterator[PublisherProcess]:
 
 @contextmanager
 def while_it_sequences(stage: Stage) -> Iterator[PublisherProcess]:
-    """It has written some of the rows, and would write more."""
+    """It has written some of the rows and is about to write more."""
     publisher = stage.lead()
     begun = "SELECT count(*) FROM pg_eventstream_cursor WHERE place <> ''"
     wait_until(lambda: stage.database.value(begun) == 1, timeout=30)
@@ -225,7 +225,7 @@ def between_sequence_and_publish(stage: Stage) -> Iterator[PublisherProcess]:
 
 @contextmanager
 def before_the_proxy_took_the_batch(stage: Stage) -> Iterator[PublisherProcess]:
-    """It takes it later, perhaps when the next publisher has published it."""
+    """The proxy takes it later, perhaps after the next publisher has published it."""
     publisher = stage.lead()
     stage.more()
     let_go = stage.relay.hold(after=False)
@@ -253,7 +253,7 @@ def between_publish_and_acknowledgement(stage: Stage) -> Iterator[PublisherProce
 
 @contextmanager
 def while_it_sweeps(stage: Stage) -> Iterator[PublisherProcess]:
-    """It has deleted some rows of a batch, and would delete more."""
+    """It has deleted some rows of a batch and is about to delete more."""
     due = (
         "FROM pg_eventstream_event AS e JOIN pg_eventstream_stream AS s ON s.event_id = e.id"
         " WHERE s.sequenced_at < now() - interval '6 seconds'"

@@ -1,4 +1,4 @@
-"""A process that uses something, and forks children that use everything: see test_fork.py."""
+"""A process that uses one feature and forks children that use all of them: see test_fork.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
+warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads
 
 import django  # noqa: E402
 
@@ -33,14 +33,14 @@ CHANNEL = sys.argv[1]
 
 
 async def follow(see: Callable[[str], bool]) -> None:
-    """Until it says that this is enough."""
+    """Follow the channel until ``see`` returns true."""
     async for event in subscribe([CHANNEL], "earliest"):
         if see(event.data):
             return
 
 
 async def stream(see: Callable[[str], bool]) -> None:
-    """The same, as a client."""
+    """Do the same as a client of a stream."""
     over = asyncio.Event()
     asked = False
 
@@ -66,20 +66,20 @@ async def stream(see: Callable[[str], bool]) -> None:
 
 
 def read(see: Callable[[str], bool]) -> None:
-    """Again and again, so that something is under way at any time."""
+    """Read repeatedly, so that a read is always in progress."""
     while not any(see(e.data) for e in run(lambda: get_events([CHANNEL], "earliest")).events):
         pass
 
 
 def asend(see: Callable[[str], bool]) -> None:
-    """In the main thread's event loop, before it forks."""
+    """Send in the main thread's event loop, before it forks."""
     asyncio.run(asend_event(CHANNEL, "message", "first"))
     asyncio.run(sync_to_async(connections.close_all)())
     asyncio.run(follow(see))
 
 
 def publish(see: Callable[[str], bool]) -> None:
-    """Leads, and says what it has sequenced."""
+    """Lead, and report what was sequenced."""
     publisher = Publisher(Connector("default"))
     threading.Thread(target=publisher.run, daemon=True).start()
     read(see)
@@ -96,7 +96,7 @@ USES: dict[str, Callable[[Callable[[str], bool]], None]] = {
 
 
 def use_all() -> None:
-    """What a child does: each of them, with an event that was there and one that comes."""
+    """Use each feature in a child, with an old event and a new one."""
     read(lambda data: data == '"first"')
     asyncio.run(asend_event(CHANNEL, "message", "asynchronous"))
     for n, use in enumerate((USES["subscribe"], USES["stream"])):
@@ -109,7 +109,7 @@ def use_all() -> None:
 
 
 def _live(text: str) -> Callable[[str], bool]:
-    """Sends an event when the first was seen, and waits for that."""
+    """Send an event after the first was seen, and wait for it."""
 
     def see(data: str) -> bool:
         if data == '"first"':
@@ -125,7 +125,7 @@ def send(text: str) -> None:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Its wait status; a child that hangs is killed by SIGALRM."""
+    """Run ``work`` in a child. Returns its wait status; SIGALRM kills a child that hangs."""
     pid = os.fork()
     if pid == 0:
         signal.alarm(60)
@@ -152,7 +152,7 @@ def sessions() -> set[int]:
 
 
 def main() -> None:
-    """``CHANNEL USE``: uses it, forks, and says so if all went well in all processes."""
+    """Use the feature USE, fork, and report whether all went well in all processes."""
     seen: set[str] = set()
 
     def see(data: str) -> bool:
@@ -160,7 +160,7 @@ def main() -> None:
         return data == '"last"'
 
     using = threading.Thread(target=USES[sys.argv[2]], args=[see], daemon=True)
-    if sys.argv[2] == "read":  # nobody sequences for it
+    if sys.argv[2] == "read":  # no other process sequences
         send("first")
         asyncio.run(follow(lambda data: data == '"first"'))
         using.start()
@@ -193,7 +193,7 @@ def lead_and_fork() -> None:
 
 
 def stop_a_child() -> None:
-    """A child whose server has another word to stop than its parent's."""
+    """Fork a child whose server stops in another way than its parent's."""
     send("first")
     asyncio.run(stream(lambda data: True))
 
@@ -211,7 +211,7 @@ def stop_a_child() -> None:
 
 
 def fork_while_a_statement_runs() -> None:
-    """A child that asks why its parent's session does nothing would end it."""
+    """Fork during a statement. A child that asked why its parent's session is idle would end it."""
     impatient = Limits(silence=0.3, look=0.1)
     with Connector("default", limits=impatient).connect("parent") as connection:
         running = threading.Thread(target=connection.execute, args=["SELECT pg_sleep(1)"])

@@ -1,9 +1,9 @@
-"""A GRIP proxy step by step, as Pushpin works: its sessions take items, pages and links.
+"""A GRIP proxy that works like Pushpin, step by step: its sessions take items, pages and links.
 
-Everything happens when it is told to happen, so that a test chooses the moment: a question to
-the origin and the answer to it are two steps, and items may come in between. After Pushpin 1.41
-(src/handler/httpsession.cpp, handlerengine.cpp, sequencer.cpp, filter.cpp). Not here: an item that
-is out of order reaches sessions at once, and not after 5 seconds.
+Each step happens when a test calls it: a request to the origin and its response are two steps, and
+items can arrive in between. Modelled on Pushpin 1.41 (src/handler/httpsession.cpp,
+handlerengine.cpp, sequencer.cpp, filter.cpp). One difference: an item that is out of order reaches
+sessions at once, and not after 5 seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from tests.support.origin import Answer, Origin, parse_event
 from tests.support.sse_client import Received
 
 Item = dict[str, Any]
-#: What a session queues while it asks the origin (100 there, PUBLISH_QUEUE_MAX); more is dropped.
+#: Items that a session queues during a request to the origin (Pushpin: 100, PUBLISH_QUEUE_MAX).
+#: It drops further ones.
 QUEUE = 5
 
 
@@ -31,10 +32,10 @@ class State(Enum):
 
 
 class Client(Protocol):
-    """Who is at the other end of a session."""
+    """The client of a session."""
 
     def answered(self, answer: Answer) -> None:
-        """The origin has answered; the client gets it later."""
+        """Called when the origin has responded, before the client gets the response."""
 
     def receive(self, event: Received) -> None: ...
     def held(self) -> None: ...
@@ -44,12 +45,12 @@ class Proxy:
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.sessions: list[Session] = []
-        #: All that was ever published, for a publisher that repeats it.
+        #: All items that were published, for a publisher that repeats them.
         self.history: list[Item] = []
-        #: Ids of the last minute, of which it takes none twice.
+        #: Ids of the last minute. An item with one of them is not taken again.
         self.known: set[tuple[str, str]] = set()
         self.last_ids: dict[str, str] = {}
-        #: What somebody subscribed to for the first time: a second later all their sessions ask.
+        #: Channels with a first subscriber. A second later, all their sessions ask the origin.
         self.first_subscribed: set[str] = set()
 
     @property
@@ -83,7 +84,7 @@ class Proxy:
             session.publish(item)
 
     def fetch(self) -> None:
-        """Sessions that want to ask do. Those with the same question share one answer."""
+        """Send the pending requests of sessions. Sessions with equal requests share a response."""
         answers: dict[tuple[str, str], Answer] = {}
         for session in self.sessions:
             if session.state is State.WAITING:
@@ -93,13 +94,13 @@ class Proxy:
                 session.ask(answers[question])
 
     def go_on(self) -> None:
-        """Sessions with an answer take it."""
+        """Let sessions process their responses."""
         for session in list(self.sessions):
             if session.state in (State.OPENING, State.ASKED):
                 session.go_on()
 
     def come_to_rest(self) -> None:
-        """Everything that is under way comes to its end."""
+        """Complete everything that is in progress."""
         while True:
             self.go_on()
             for session in self.sessions:
@@ -112,20 +113,20 @@ class Proxy:
 
 
 class Session:
-    """One client's stream."""
+    """The stream of one client."""
 
     def __init__(self, proxy: Proxy, client: Client, answer: Answer) -> None:
         self.proxy = proxy
         self.client = client
         self.state = State.OPENING
-        #: By name: the id that was sent last; None if the channel is held without.
+        #: The last id that was sent, by channel; None if the channel is held without an id.
         self.channels: dict[str, str | None] = {}
         self._filters: dict[str, list[str]] = {}
         self._queue: list[Item] = []
         self._update_again = False
-        #: A hint came while it could not take it. The publisher repeats hints.
+        #: A hint arrived while it could not be taken. The publisher repeats hints.
         self.missed_hint = False
-        #: It may lack events until the next of their channel, or its next link's timeout.
+        #: Events can be missing until the next one of their channel, or the next link's timeout.
         self.may_lack = False
         self._take_question(answer)
 
@@ -144,14 +145,14 @@ class Session:
         self.client.answered(answer)
 
     def update(self) -> None:
-        """Ask how to go on, as soon as that is possible."""
+        """Request the next link as soon as possible."""
         if self.state is State.HELD:
             self.state = State.WAITING
         elif self.state is State.ASKED:
             self._update_again = True
 
     def go_on(self) -> None:
-        """Pass on what the origin has answered, and do as it says."""
+        """Forward the origin's response, and follow its instructions."""
         answer, first = self._answer, self.state is State.OPENING
         assert answer.status == 200
         for event in answer.all:
@@ -187,8 +188,8 @@ class Session:
         name = item["channel"]
         if name not in self.channels:
             if name in _channels(self._answer.response.headers.get("Grip-Channel", ""))[0]:
-                # It has not subscribed yet. If the first answer holds it, its ids show that it
-                # lacks something, but for a hint; if it is a page, nothing does.
+                # It has not subscribed yet. If the first response holds it, its ids reveal missing
+                # events, except after a hint; if the response is a page, nothing does.
                 self.missed_hint |= _is_hint(item)
                 self.may_lack |= self.state is not State.OPENING or not self._answer.held
         elif len(self._queue) < QUEUE:
@@ -242,7 +243,7 @@ def _is_hint(item: Item) -> bool:
 
 
 def _channels(header: str) -> tuple[dict[str, str | None], dict[str, list[str]]]:
-    """Of Grip-Channel: the channels with their prev-ids, and the filters of each."""
+    """Parse Grip-Channel: the channels with their prev-ids, and the filters of each."""
     last_ids: dict[str, str | None] = {}
     filters: dict[str, list[str]] = {}
     for part in filter(None, header.split(", ")):
@@ -253,7 +254,7 @@ def _channels(header: str) -> tuple[dict[str, str | None], dict[str, list[str]]]
 
 
 def _build_id(content: str, id_format: str, last_ids: Mapping[str, str | None]) -> str:
-    """On 1.41, %I has the previous id of the item's own channel."""
+    """In 1.41, %I stands for the previous id of the item's own channel."""
     names = {"%%": "%", **{f"%({name})s": last or "" for name, last in last_ids.items()}}
     built = re.sub(r"%%|%\([^)]*\)s", lambda match: names[match[0]], id_format)
     return re.sub("%.", lambda match: {"%%": "%", "%I": built}[match[0]], content, flags=re.S)

@@ -1,4 +1,4 @@
-"""HTTP servers of tests, each on a thread of its own."""
+"""HTTP servers for tests, each on a separate thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _Self = TypeVar("_Self", bound="HttpService")
 
 
 class HttpService:
-    """A server whose subclass says what it answers."""
+    """A server whose subclasses implement `answer`."""
 
     protocol = "HTTP/1.0"
     """With 1.0 the end of the connection ends the response; with 1.1 connections are kept."""

@@ -1,4 +1,4 @@
-"""Senders that go on until told to stop, and the check of what clients made of it."""
+"""Senders that run until they are stopped, and a check of what clients received."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.sse_client import SSEClient
 class Load:
     """Concurrent senders on one channel; one transaction in ten is rolled back.
 
-    With ``persistent``, senders that lose their connection make another and go on. Whether what
-    they were just committing is committed, the database says (`unknown`).
+    With ``persistent``, senders that lose their connection open another one and continue. The
+    database is asked whether the transaction in progress was committed (`unknown`).
     """
 
     database: Database
@@ -102,8 +102,14 @@ class Load:
                 raise
             self.committed += batch
 
+    def wait_delivered(self, *clients: SSEClient) -> None:
+        """Wait until the clients have all events that are committed now, and one more."""
+        count = len(self.committed)
+        for client in clients:
+            client.wait_count(count + 1, timeout=60)
+
     def settle(self) -> None:
-        """Ask the database what became of `unknown`."""
+        """Ask the database whether the transactions in `unknown` were committed."""
         there = self.database.fetch(
             "SELECT data FROM pg_eventstream_event WHERE channel = %s AND data = ANY(%s)",
             [self.channel, list(self.unknown)],
@@ -111,7 +117,7 @@ class Load:
         self.committed += [data for (data,) in there]
 
     def check(self, client: SSEClient, timeout: float = 60) -> None:
-        """The client has every committed event exactly once, in order, and nothing else."""
+        """Assert that the client has each committed event once, in order, and nothing else."""
         assert len(self.committed) > 0
         deadline = time.monotonic() + timeout
         client.wait_count(len(self.committed), timeout)
@@ -120,7 +126,7 @@ class Load:
         data = [event.data for event in client.events]
         assert sorted(data) == sorted(self.committed)
         for number in range(self.senders):
-            # A connection that was lost may have committed later than the next one.
+            # A connection that was lost can commit later than the next one.
             own, sent = (
                 [e for e in events if e.startswith(f"{number}-") and e not in self.unknown]
                 for events in (data, self.committed)
@@ -133,7 +139,7 @@ class Load:
 def two_clients(
     url: str, channel: str, *, patience: float = 60
 ) -> Iterator[tuple[SSEClient, SSEClient]]:
-    """Clients that come back when their stream has ended; the second is for the test to drop."""
+    """Two clients that reconnect when their stream ends. The test can drop the second."""
     with (
         SSEClient(f"{url}/events/", [channel], reconnect=True, patience=patience) as steady,
         SSEClient(f"{url}/events/", [channel], reconnect=True, patience=patience) as restless,

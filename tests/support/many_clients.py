@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 
 class ManyClients:
-    """Opens streams, and records the id and the data of each event at each of them."""
+    """Opens streams and records the id and the data of each event on each of them."""
 
     def __init__(self, url: str, channel: str) -> None:
         parts = urlsplit(url)
@@ -32,7 +32,7 @@ class ManyClients:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def open(self, count: int) -> None:
-        """Open more streams, twenty at a time; returns when the server has opened all of them."""
+        """Open more streams, twenty at a time. Returns when the server has opened all of them."""
         for _ in range(0, count, 20):
             opened = [asyncio.Event() for _ in range(min(20, count))]
             for event in opened:
@@ -41,7 +41,7 @@ class ManyClients:
             count -= 20
 
     async def wait_count(self, count: int, timeout: float = 60) -> None:
-        """Until every stream had that many events."""
+        """Wait until every stream has received ``count`` events."""
 
         async def all_there() -> None:
             while any(len(events) < count for events in self.received):

@@ -17,23 +17,23 @@ Side = Literal["client", "server"]
 
 _SIDES: tuple[Side, Side] = ("client", "server")
 _PIECE = 65536
-_PIECES_PER_SECOND = 20  # of a slow line
-# Or the system would take megabytes off a sender at once.
+_PIECES_PER_SECOND = 20  # of a slow connection
+# Otherwise the system would accept megabytes from a sender at once.
 _SLOW_BUFFER, _BUFFER = 16384, 1_000_000
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST, and drops what is not sent yet
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST and drops unsent data
 
 
 class Network:
-    """Forwards TCP connections to `port` of this machine, from a port of its own (`port`).
+    """Forwards TCP connections from a new port (`port`) to another port of this machine.
 
-    `cut()` resets all connections, and new ones at once. `deaf()` lets nothing pass and tells
-    nobody, new connections included; `deaf("server")` nothing on the way to the server,
-    `deaf("client")` no answer. `delay()` holds each piece back for so many seconds, `throttle()`
-    lets so many bytes a second pass, each way. `cut_after()` breaks each connection behind so
-    many bytes of the answer: by a reset, or as if the server had said all. `heal()` ends all of
-    that; connections that were deaf then deliver what they held back. `forget()` does it for new
-    connections only: those that are open stay deaf for ever, as behind a router that was
-    restarted. `point()` leads new ones to another port.
+    `cut()` resets all connections, and new ones immediately. `deaf()` silently holds back all data,
+    also of new connections; `deaf("server")` only data to the server, `deaf("client")` only data
+    to the client. `delay()` holds each piece back for some seconds. `throttle()` limits the bytes
+    per second in each direction. `cut_after()` breaks each connection after some bytes of the
+    response: by a reset, or as if the server had sent everything. `heal()` ends all of these;
+    connections that were deaf then deliver what they held back. `forget()` does so for new
+    connections only: open ones stay deaf permanently, as after a restart of a router. `point()`
+    leads new connections to another port.
     """
 
     def __init__(self, port: int) -> None:
@@ -134,7 +134,7 @@ class Network:
                 if self._rate is not None:
                     _set_buffers(_SLOW_BUFFER, [client, server])
                 hears["server"].wait()
-                with suppress(OSError):  # either side has ended, or we have
+                with suppress(OSError):  # either side has closed, or this one
                     server.connect((HOST, self._target))
                     back = threading.Thread(
                         target=self._pump,
@@ -165,10 +165,10 @@ class Network:
                             side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                     break
                 sink.sendall(data)
-        hears.wait()  # the end is news, too
+        hears.wait()  # the end is held back, too
         for side in (source, sink):
             with suppress(OSError):
-                # A shutdown for writing says that all is said, and the reset comes too late.
+                # A shutdown for writing would mean that the response is complete.
                 resets = side.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == _RESET
                 side.shutdown(socket.SHUT_RD if resets else socket.SHUT_RDWR)
 

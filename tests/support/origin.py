@@ -5,19 +5,15 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from datetime import timedelta
-from io import StringIO
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import jwt
 from django.contrib.auth.models import User
-from django.core.management import call_command
 from django.http import HttpResponse
 from django.test import Client, override_settings
 
 from pg_eventstream import sse
-from tests.support.database import Database
 from tests.support.environment import KEY
 from tests.support.sse_client import Received
 
@@ -25,12 +21,12 @@ behind_a_proxy = override_settings(GRIP_URL=f"http://127.0.0.1:1?key={KEY}")
 
 
 def signature(key: str = KEY, lifetime: float = 60) -> str:
-    """What a proxy with this key sends as Grip-Sig."""
+    """The Grip-Sig that a proxy with this key sends."""
     return jwt.encode({"iss": "pushpin", "exp": int(time.time() + lifetime)}, key)
 
 
 class Origin(Client):
-    """Django's test client, as the proxy. An exception in a view is the test's exception."""
+    """Django's test client as the proxy. An exception in a view is raised in the test."""
 
     def open(
         self, *channels: str, path: str = "/events/", last_event_id: str = "", **query: Any
@@ -43,7 +39,7 @@ class Origin(Client):
         return self.ask(f"{path}?{urlencode(pairs, quote_via=quote)}", headers)
 
     def follow(self, answer: Answer) -> Answer:
-        """The proxy's own request for the next link, if nothing was published since."""
+        """The proxy's own request to the next link, if nothing was published in the meantime."""
         channels = answer.response["Grip-Channel"] if answer.held else ""
         held = re.findall(r"([^ ,;]+); prev-id=(\d+)", channels)
         last = ", ".join(f"{name}; last-id={eid}" for name, eid in held)
@@ -55,7 +51,7 @@ class Origin(Client):
 
 
 class Answer:
-    """A response of the endpoint, taken apart."""
+    """A parsed response of the endpoint."""
 
     def __init__(self, response: Any) -> None:
         self.response: HttpResponse = response
@@ -63,7 +59,7 @@ class Answer:
         self.body: str = response.content.decode()
         self.held = response.headers.get("Grip-Hold") == "stream"
         text = self.body
-        if "Grip-Channel" in response.headers:  # what the proxy's filter makes of it
+        if "Grip-Channel" in response.headers:  # as the proxy's filter changes it
             assert "%" not in text.replace("%%", ""), text
             text = text.replace("%%", "%")
         is_stream = response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
@@ -97,19 +93,8 @@ def parse_event(block: str) -> Received | None:
     return Received(fields["event"][0], "\n".join(fields["data"]), fields.get("id", [""])[0], 0)
 
 
-def sequence(database: Database) -> None:
-    """What the publisher does first."""
-    database.value("SELECT pg_eventstream_sequence()")
-
-
-def prune() -> None:
-    """Prune all that is sequenced, as if its retention were over."""
-    with override_settings(EVENTSTREAM_RETENTION=timedelta(microseconds=1), GRIP_URL=None):
-        call_command("eventstream_prune", stdout=StringIO())
-
-
 def log_in(name: str, **attributes: Any) -> tuple[User, str]:
-    """A new user, and the Cookie header of a session."""
+    """Create a user. Returns it and the Cookie header of its session."""
     user = User.objects.create_user(name, **attributes)
     browser = Client()
     browser.force_login(user)

@@ -1,4 +1,4 @@
-"""A Django project in a directory of its own, served behind the proxy as a user would."""
+"""A Django project in a separate directory, served behind the proxy as a user would."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Project:
-    """Files, commands and servers of a project. The servers end with it."""
+    """The files, commands and servers of a project. The servers end with it."""
 
     def __init__(
         self, directory: Path, settings: str, database: Database, pushpin: Pushpin
@@ -30,14 +30,14 @@ class Project:
         self.directory = directory
         self._servers = ExitStack()
         server = database.postgres
-        # Nothing of the settings that the tests themselves run with.
+        # Without the settings that the tests themselves run with.
         mine = {k: v for k, v in os.environ.items() if "EVENTSTREAM" not in k and "DJANGO" not in k}
         self.environment = {
             **mine,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join([str(directory), str(ROOT)]),
             "DJANGO_SETTINGS_MODULE": settings,
-            "SECRET_KEY": settings_of_tests.SECRET_KEY,  # so that sessions made here count there
+            "SECRET_KEY": settings_of_tests.SECRET_KEY,  # so that sessions are valid there
             "PGDATABASE": database.name,
             "PGUSER": "postgres",
             "PGHOST": server.host,
@@ -64,7 +64,7 @@ class Project:
             opened.write(text)
 
     def run(self, *command: str, text: str = "") -> str:
-        """Run a program in the directory, to its end; its output."""
+        """Run a program in the directory until it ends. Returns its output."""
         done = subprocess.run(
             command,
             input=text,
@@ -82,7 +82,7 @@ class Project:
         return self.run(sys.executable, "-W", "error", "-m", "django", *arguments, text=text)
 
     def start(self, *arguments: str, ready: Callable[[], bool] | None = None) -> None:
-        """A management command that goes on until the end."""
+        """Start a management command that runs until the project ends."""
         process = Process(
             arguments[0],
             [sys.executable, "-m", "django", *arguments],
@@ -93,7 +93,7 @@ class Project:
         process.start(ready=ready)
 
     def serve(self, port: int) -> None:
-        """The application and the publisher, until the end."""
+        """Run the application and the publisher until the project ends."""
         self.start("runserver", f"127.0.0.1:{port}", "--noreload", ready=lambda: accepts(port))
         publisher = PublisherProcess(self.directory / "publisher.log", self.environment)
         self._servers.callback(publisher.kill)

@@ -1,15 +1,20 @@
-"""A publisher in a process of its own."""
+"""A publisher in a separate process."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pg_eventstream.servers.processes import Process, wait_until
 
+#: The messages about a proxy in its log.
+BACK = "takes events again"
+UNREACHABLE = "cannot be reached: "
+
 
 class PublisherProcess(Process):
-    """``manage.py eventstream_publisher`` in a process of its own."""
+    """``manage.py eventstream_publisher`` in a separate process."""
 
     def __init__(self, log_path: Path, environment: dict[str, str], *arguments: str) -> None:
         super().__init__(
@@ -24,6 +29,10 @@ class PublisherProcess(Process):
     def log(self) -> str:
         return self.log_file.read_text() if self.log_file.exists() else ""
 
+    def lines_with(self, text: str) -> int:
+        """The number of lines in the log that contain the text."""
+        return sum(text in line for line in self.log.splitlines())
+
     def wait_for_log(self, text: str, timeout: float = 20) -> None:
         try:
             wait_until(lambda: text in self.log or not self.running, timeout=timeout)
@@ -36,3 +45,7 @@ class PublisherProcess(Process):
         self.start()
         self.wait_for_log(": leading")
         return self
+
+
+#: Makes publishers that end with the test (the fixture ``new_publisher``).
+NewPublisher = Callable[..., PublisherProcess]

@@ -1,11 +1,11 @@
-"""What a reader of the documentation has, and does with its examples."""
+"""What a reader of the documentation has, and how it uses the examples."""
 
 from __future__ import annotations
 
 from tests.support.documentation import Example
 from tests.support.projects import Project
 
-#: What `startproject` and the reader have written.
+#: The files that `startproject` and the reader have written.
 BEFORE = """
 import os
 SECRET_KEY = os.environ["SECRET_KEY"]
@@ -74,7 +74,7 @@ def put_behind_pushpin(project: Project) -> None:
 
 
 def add(project: Project, one: Example) -> None:
-    """Write the example into the file that it names."""
+    """Write the example to the file that it names."""
     assert one.path, one.code
     project.write(one.path, f"\n{one.code}")
 
@@ -85,5 +85,5 @@ def migrate(project: Project) -> None:
 
 
 def run_python(project: Project, one: Example, before: str = "", after: str = "") -> str:
-    """Run the example as if it was typed into the project's shell."""
+    """Run the example as if it were typed into the project's shell."""
     return project.manage("shell", "--no-imports", "-c", f"{before}\n{one.code}\n{after}")

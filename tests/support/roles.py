@@ -1,4 +1,4 @@
-"""psql, and roles that may do what ``migrations/grants.sql`` grants them."""
+"""psql, and roles with the rights that ``migrations/grants.sql`` grants them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIGRATIONS = Path(__file__).parents[2] / "migrations"
 def psql(
     database: Database, *arguments: str, user: str = "postgres", script: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run psql, with its own defaults and not those of whoever runs the tests."""
+    """Run psql with its built-in defaults, without the configuration of the current user."""
     return subprocess.run(
         [
             str(database.postgres.program("psql")),
@@ -30,7 +30,7 @@ def psql(
 
 
 def run_file(database: Database, path: Path, *, user: str = "postgres", **variables: str) -> None:
-    """Run a file of SQL, to its end."""
+    """Run a file of SQL to its end."""
     done = psql(
         database,
         *(part for name, value in variables.items() for part in ("-v", f"{name}={value}")),
@@ -38,14 +38,25 @@ def run_file(database: Database, path: Path, *, user: str = "postgres", **variab
         user=user,
     )
     assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr, done.stderr  # nothing to grant, for instance
+    assert "WARNING" not in done.stderr, done.stderr  # for example, nothing to grant
 
 
 def granted(database: Database, *kinds: str) -> str:
-    """A role that is what grants.sql calls ``kinds``, in this database. Its name."""
+    """Create a role with the grants of these kinds in grants.sql. Returns its name."""
     role = "_".join(("role", *kinds))
     database.execute(
         f"DO $$ BEGIN CREATE ROLE {role} LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
     )
     run_file(database, MIGRATIONS / "grants.sql", **dict.fromkeys(kinds, role))
     return role
+
+
+def as_role(database: Database, role: str) -> str:
+    return database.postgres.dsn(database.name, role)
+
+
+def make_old(database: Database) -> None:
+    """Make all events in the stream older than the retention."""
+    database.execute(
+        "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - interval '2 days'"
+    )

@@ -1,4 +1,4 @@
-"""A server that answers with what a test says, and remembers what it was asked."""
+"""A server that sends the responses of a script and records the requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.http_service import HttpService
 
 @dataclass(frozen=True)
 class Answer:
-    """`parts` are sent one after the other, with `pause` seconds behind each.
+    """A response. Its `parts` are sent one after the other, with `pause` seconds after each.
 
     With `hold`, the response then stays open.
     """
@@ -46,9 +46,9 @@ def answer(text: str, *, hold: bool = False, headers: Mapping[str, str] | None =
 
 
 class ScriptedServer(HttpService):
-    """Answers requests below ``/events`` one by one; the last answer is repeated.
+    """Answers requests below ``/events`` one by one, and repeats the last answer.
 
-    It has the pages of `pages`, too, and nothing else.
+    It also serves the pages of `pages`, and nothing else.
     """
 
     def __init__(self, *answers: Answer) -> None:

@@ -1,4 +1,4 @@
-"""An SSE client that records what it got. It parses the stream by itself, as a browser does."""
+"""An SSE client that records what it received. It parses the stream as a browser does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pg_eventstream import sse
 
 
 def eids_of(event_id: str) -> dict[str, int]:
-    """The place of the last event in each channel, in whatever incarnation of the stream."""
+    """The place of the last event in each channel, in any incarnation of the stream."""
     numbers = sse.parse_id(event_id) if event_id else {}
     return {channel: number % sse.INCARNATION for channel, number in numbers.items()}
 
@@ -36,10 +36,10 @@ class Received:
 
 @dataclass
 class SSEClient:
-    """Reads one stream on a thread; with ``reconnect``, again whenever it ends.
+    """Reads one stream on a thread. With ``reconnect``, it reads again whenever the stream ends.
 
-    A reconnect sends the last id that was received, as a browser does. Only events of
-    applications are recorded in ``events``; the stream's own are in ``control``.
+    It reconnects with the last id that it received, as a browser does. ``events`` contains only
+    events of applications; those of the stream itself are in ``control``.
     """
 
     url: str
@@ -80,20 +80,20 @@ class SSEClient:
         assert not self._thread.is_alive()
 
     def drop(self) -> None:
-        """Cut the connection, as a network does."""
+        """Cut the connection, as a network failure does."""
         connection = self._connection
         sock = None if connection is None else connection.sock
         if sock is not None:
-            with suppress(OSError):  # it is gone already
+            with suppress(OSError):  # already closed
                 sock.shutdown(socket.SHUT_RDWR)
 
     def wait_open(self, timeout: float = 20) -> SSEClient:
-        """Until the stream is open."""
+        """Wait until the stream is open."""
         self.wait_for(lambda: any(e.type == "stream-open" for e in self.control), timeout)
         return self
 
     def wait_count(self, count: int, timeout: float = 30) -> list[Received]:
-        """Until that many events came; the events."""
+        """Wait until ``count`` events have arrived. Returns the events."""
         self.wait_for(lambda: len(self.events) >= count, timeout)
         return self.events
 
@@ -106,7 +106,7 @@ class SSEClient:
 
     def _run(self) -> None:
         while not self._closed:
-            # All the same to a client: the stream has ended.
+            # To a client all of these mean that the stream has ended.
             with suppress(OSError, http.client.HTTPException):
                 self._read_stream()
             if not self.reconnect:
@@ -156,8 +156,12 @@ class SSEClient:
 
     def _record(self, received: Received) -> None:
         with self._changed:
-            # As in a browser: what a later connection resumes from.
+            # As in a browser, later connections resume from this id.
             self.last_event_id = received.id
             own = received.type.startswith("stream-") or received.type == "keep-alive"
             (self.control if own else self.events).append(received)
             self._changed.notify_all()
+
+
+#: Opens streams that are closed with the test (the fixture ``stream``).
+OpenStream = Callable[..., SSEClient]

@@ -1,4 +1,4 @@
-"""System checks: every wrong setting is reported, with what to do; a right project is silent."""
+"""System checks: every wrong setting is reported with its remedy; a correct project is silent."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pg_eventstream.checks import settings as checks
 from pg_eventstream.conf import conf
 
 ROOT = Path(__file__).parents[2]
-# As long as a key for HS256 must be.
+# The minimum length of a key for HS256.
 SECRET = "a secret of thirty-two characters"
 PROXY = {"control_uri": "http://localhost:5561", "key": SECRET.encode()}
-# Such as Fastly publishes one, for all services.
+# A key like the one that Fastly publishes for all services.
 PUBLIC_KEY = """-----BEGIN PUBLIC KEY-----
 MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE12NUd9d8F0ZJLl4SjLNKXrxGSezt
 Rbizbp3YBLq2NC66tZPoJEzbq0dFpXKldDTE2ICnwdIW302xBZnXmocmuQ==
@@ -50,7 +50,7 @@ class NoChannelManager:
 
 
 def check(**overrides: Any) -> list[CheckMessage]:
-    """What ``manage.py check`` says about this app, with these settings."""
+    """The messages of ``manage.py check`` about this app, with these settings."""
     with override_settings(**overrides):
         return [m for m in run_checks() if str(m.id).startswith("pg_eventstream.")]
 
@@ -195,7 +195,7 @@ def test_wrong_setting_is_reported_with_what_to_do(number: str, wrong: dict[str,
     assert message.id == f"pg_eventstream.{number}"
     assert type(message) is (Warning if number.startswith("W") else Error)
     assert message.hint
-    # It names what is to be changed.
+    # It names the setting to change.
     name = next(iter(wrong))
     assert name in f"{message.msg} {message.hint}" or name.startswith("GRIP")
 
@@ -204,7 +204,7 @@ NAN, INFINITY, HUGE = float("nan"), float("inf"), 10**400
 NO_NUMBERS: list[Any] = ["", "60", "24h", "none", True, False, NAN, b"5", [], [60], {}, object()]
 NOT_POSITIVE: list[Any] = [0, 0.0, -1, -0.5, -INFINITY]
 TOO_LONG: list[Any] = [INFINITY, 1e300, HUGE]
-#: Of each setting that is a number: its property, the number of its check, and what it refuses.
+#: For each setting that is a number: its property, the id of its check, and values it refuses.
 NUMBERS: dict[str, tuple[str, str, list[Any]]] = {
     "EVENTSTREAM_RETENTION": (
         *("retention", "E003"),
@@ -214,7 +214,7 @@ NUMBERS: dict[str, tuple[str, str, list[Any]]] = {
         *("replay_age", "E018"),
         [timedelta(0), timedelta(hours=-1), timedelta.max, timedelta(days=365_001), 1e-7, 1e12],
     ),
-    # A link works for a day.
+    # A link is valid for a day.
     "EVENTSTREAM_NEXT_LINK_TIMEOUT": (
         *("next_link_timeout", "E005"),
         [None, 5.5, 600.0, timedelta(minutes=10), 86_401, 2**31],
@@ -296,7 +296,7 @@ def test_apps_may_be_named_by_their_configs_and_in_any_order() -> None:
 
 
 def in_a_project(**overrides: Any) -> list[str]:
-    """What ``check`` says in a project of its own: "id: message hint", one per message."""
+    """Run ``check`` in a new project. Returns "id: message hint" for each message."""
     values = {
         "SECRET_KEY": "x",
         "INSTALLED_APPS": ["pgtrigger", "pg_eventstream"],
@@ -369,11 +369,11 @@ def test_every_id_is_tested_and_stands_for_one_setting() -> None:
     settings_of: dict[str, set[str]] = {}
     for number, wrong in WRONG:
         name = next(iter(wrong))
-        # Any of these names the proxies, the origins, the storage.
+        # One name stands for the proxies, the origins and the storage.
         group = re.match("GRIP_|EVENTSTREAM_ALLOW_ORIGIN", name)
         name = "storage" if number == "W002" else group[0] if group else name
         settings_of.setdefault(number, set()).add(name)
-    # Which databases there are, and which routers: tests/test_second_database.py
+    # The databases and routers are tested in tests/integration/test_second_database.py
     assert ids == {*settings_of, "E002", "E019", "W006", "W007", "W008"}
     assert {number: names for number, names in settings_of.items() if len(names) > 1} == {}
 

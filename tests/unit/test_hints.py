@@ -1,4 +1,4 @@
-"""Hints follow a burst when nothing else would show a client what it missed."""
+"""Hints follow a burst when nothing else would show a client that it missed events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def batch(*eids: int) -> Batch:
 
 
 def times(hints: Hints, moments: Iterable[float]) -> list[float]:
-    """At which of these moments there was a hint."""
+    """The moments at which a hint was sent."""
     return [now for now in moments if hints.take_due(now) == [HINT]]
 
 
@@ -30,7 +30,7 @@ def test_burst_is_followed_by_a_hint_and_by_one_more_a_little_later() -> None:
 
 
 def test_steady_stream_of_events_is_not_interrupted_by_hints() -> None:
-    """Each event shows a gap by itself, and a hint costs a stream the time of a fetch."""
+    """Each event reveals a gap, and a hint costs a stream the time of a fetch."""
     for per_second in (50, 60, 75, 100, 1000):
         hints = Hints()
         moments = [n / per_second for n in range(10 * per_second)]

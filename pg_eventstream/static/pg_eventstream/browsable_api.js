@@ -1,5 +1,5 @@
-// Shows the events of a stream as they arrive, the newest on top. What they say is only ever
-// set as text.
+// Shows the events of a stream as they arrive, the newest at the top. Their data is always set as
+// text, never as HTML.
 (() => {
   const MOST_ROWS = 500;
   const LOOKS = { "stream-error": "danger", "stream-reset": "warning", "keep-alive": "text-muted" };

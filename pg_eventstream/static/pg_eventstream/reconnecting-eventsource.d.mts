@@ -1,11 +1,11 @@
 export interface ReconnectingEventSourceInit extends EventSourceInit {
   /**
-   * The longest wait before another attempt, in milliseconds, which is a random one. Default: 10,000.
-   * What the server asks for, by `retry:` or `Retry-After`, comes first.
+   * The limit of the random delay before another attempt, in milliseconds. Default: 10,000. It is
+   * added to the delay that the server asks for by `retry:` or `Retry-After`.
    */
   max_retry_time?: number;
   /**
-   * A connection on which nothing arrives for so many milliseconds is replaced. Default: 45,000;
+   * A connection on which nothing arrives for this many milliseconds is replaced. Default: 45,000;
    * the server sends a keep-alive event every 20 seconds. `Infinity` for servers that send none.
    */
   max_silence_time?: number;
@@ -17,7 +17,7 @@ export interface ReconnectingEventSourceInit extends EventSourceInit {
   eventSourceClass?: unknown;
 }
 
-/** Thrown by the constructor where there is no `fetch()`, or another of what it needs. */
+/** Thrown by the constructor if the environment lacks `fetch()` or another API that it needs. */
 export declare class EventSourceNotAvailableError extends Error {
   constructor(missing?: string[]);
 }
@@ -25,11 +25,12 @@ export declare class EventSourceNotAvailableError extends Error {
 type Handler<E extends Event> = ((this: EventSource, event: E) => any) | null;
 
 /**
- * An `EventSource` that always comes back, and goes on exactly where it stopped. It ends only by
- * `close()`; by a `stream-error` of the server, with the id `error`, whose condition is `forbidden`
- * or `bad-request`, or which comes with a status from 400 to 499 (but 408, 425 and 429); by the
- * statuses 204, 401 and 410, and 400 to the id of a `stream-error`; and when ten answers in a row
- * were refusals (other statuses from 400 to 499, or a page in place of a stream).
+ * An `EventSource` that always reconnects and resumes exactly where it stopped. It ends only:
+ * - by `close()`;
+ * - by a `stream-error` of the server, which has the id `error`, if its condition is `forbidden` or
+ *   `bad-request`, or if it comes with a status from 400 to 499 other than 408, 425 and 429;
+ * - by the statuses 204, 401 and 410, and by 400 in response to the id of a `stream-error`;
+ * - after ten refusals in a row: other statuses from 400 to 499, or a page instead of a stream.
  */
 export declare class ReconnectingEventSource extends EventTarget implements EventSource {
   static readonly CONNECTING: 0;
@@ -38,14 +39,14 @@ export declare class ReconnectingEventSource extends EventTarget implements Even
   readonly CONNECTING: 0;
   readonly OPEN: 1;
   readonly CLOSED: 2;
-  /** Throws a `TypeError` for a URL that is not valid: a relative one where there is no page. */
+  /** Throws a `TypeError` for an invalid URL, and for a relative one if there is no page. */
   constructor(url: string | URL, options?: ReconnectingEventSourceInit);
   readonly url: string;
   readonly readyState: 0 | 1 | 2;
   readonly withCredentials: boolean;
   onopen: Handler<Event>;
   onmessage: Handler<MessageEvent>;
-  /** `readyState` tells whether it tries again (`CONNECTING`) or has given up (`CLOSED`). */
+  /** `readyState` tells whether it reconnects (`CONNECTING`) or has given up (`CLOSED`). */
   onerror: Handler<Event>;
   close(): void;
   addEventListener<K extends keyof EventSourceEventMap>(

@@ -1,49 +1,49 @@
 /**
- * An EventSource that always comes back, and goes on exactly where it stopped.
+ * An EventSource that always reconnects and resumes exactly where it stopped.
  *
- * It reads the stream by itself, with fetch(). A native EventSource shows a page only the types
- * that it listens to, so the page misses the ids of all others, and would resume too early; and
- * it neither tells HTTP errors apart nor notices a connection that has gone silent.
+ * It reads the stream with fetch() instead of the native EventSource. That one shows a page only
+ * the event types that it listens to, so the page misses the ids of all others and would resume too
+ * early. It also does not distinguish HTTP errors or notice a connection that has become silent.
  */
 
 const STATES = { CONNECTING: 0, OPEN: 1, CLOSED: 2 };
-const FIRST_RETRY_TIME = 1000; // until the server says another
-const LONGEST_TIMER = 2 ** 31 - 1; // browsers fire later ones at once
-// A stream-error of these conditions would be the answer to each further request, too.
+const FIRST_RETRY_TIME = 1000; // until the server sends another one
+const LONGEST_TIMER = 2 ** 31 - 1; // browsers fire longer timers immediately
+// Every further request would get a stream-error with the same condition.
 const FINAL_CONDITIONS = ["forbidden", "bad-request"];
 const FINAL_STATUSES = [204, 401, 410];
-// These go away by themselves. Others from 400 to 499 may, while something in front of the server
-// is being changed; so a client gives up only when it has met nothing else for a while.
+// These are temporary. Other statuses from 400 to 499 can be temporary as well, while something in
+// front of the server is being changed, so a client gives up only after several of them in a row.
 const PASSING_STATUSES = [408, 425, 429];
-const MOST_REFUSALS = 10; // in a row: after half a minute, if nothing else is said
-const LONGEST_URL = 2000; // with an id in it; servers take a line of 4,000 bytes, and more of a header
+const MOST_REFUSALS = 10; // in a row: about half a minute with the default delays
+const LONGEST_URL = 2000; // with an id; servers accept a line of 4,000 bytes, and a longer header
 const NEEDED = ["fetch", "EventTarget", "Event", "MessageEvent", "AbortController", "Headers"];
 
 export class EventSourceNotAvailableError extends Error {
   constructor(missing = ["fetch"]) {
     super(
-      `ReconnectingEventSource needs ${missing.join(", ")}, which this environment lacks. ` +
-        "Load a polyfill (Node.js has all of it from version 18 on).",
+      `ReconnectingEventSource needs ${missing.join(", ")}, which this environment does not have. ` +
+        "Load a polyfill. (Node.js 18 and later have everything.)",
     );
   }
 }
 
-// Where there is no EventTarget, the constructor says so.
+// Without an EventTarget, the constructor throws.
 export class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) {
   #url;
   #withCredentials;
   #headers;
   #maxRetryTime;
   #maxSilenceTime;
-  #lastEventId; // undefined until there is one: then the URL may name its own
+  #lastEventId; // while undefined, the URL can contain one
   #readyState = STATES.CONNECTING;
-  #retryTime; // what the server says by retry:, undefined until it does
-  #notBefore = 0; // by the wall clock, as the server says by Retry-After
+  #retryTime; // the last retry: of the server, undefined until there is one
+  #notBefore = 0; // the end of the server's Retry-After, by the wall clock
   #failures = 0;
-  #refusals = 0; // answers in a row that would be final, did they come from the server itself
-  #attempt = null; // the AbortController of the connection that counts, if there is one
-  #timer; // of the next attempt, or for the silence of this one
-  #heardAt; // by the wall clock: others stand still while the computer sleeps
+  #refusals = 0; // consecutive responses that would be final if the server itself sent them
+  #attempt = null; // the AbortController of the current connection, if there is one
+  #timer; // for the next attempt, or for the silence of the current one
+  #heardAt; // by the wall clock: other clocks stop while the computer sleeps
   #lifetime; // an AbortController
 
   constructor(url, options) {
@@ -62,10 +62,10 @@ export class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) 
       this.addEventListener(type, (event) => this[`on${type}`]?.(event));
     }
     const { signal } = this.#lifetime;
-    // Without a window there are none of these events to listen to.
+    // Environments without a window do not have these events.
     const on = (target, type, listener) => target?.addEventListener?.(type, listener, { signal });
     on(globalThis, "online", () => this.#reconnect());
-    on(globalThis, "pagehide", () => this.#disconnect()); // a page with a connection is not kept
+    on(globalThis, "pagehide", () => this.#disconnect()); // browsers do not cache a page with a connection
     on(globalThis, "pageshow", (event) => event.persisted && this.#reconnect());
     on(globalThis.document, "visibilitychange", () => {
       if (document.visibilityState === "visible" && !this.#isAlive) this.#reconnect();
@@ -95,7 +95,7 @@ export class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) 
     return this.#attempt !== null && Date.now() - this.#heardAt <= this.#maxSilenceTime;
   }
 
-  /** The URL and the headers of a request that goes on from the last id. */
+  /** The URL and the headers of a request that resumes from the last id. */
   get #request() {
     const id = this.#lastEventId;
     const headers = new Headers(this.#headers);
@@ -105,7 +105,7 @@ export class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) 
     const others = pairs.filter((pair) => pair && !/^lastEventId(=|$)/.test(pair));
     url.search = [...others, `lastEventId=${encodeURIComponent(id)}`].join("&");
     if (url.href.length <= LONGEST_URL) return [url.href, headers];
-    // For a header another origin is asked for leave first, so it is only for what is too long.
+    // A header costs a preflight request to another origin, so it is only used for long ids.
     url.search = others.join("&");
     headers.set("Last-Event-ID", id);
     return [url.href, headers];
@@ -129,18 +129,18 @@ export class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) 
         await this.#read(response, attempt);
       }
     } catch {
-      // No connection, or not any more. Which of them it was, browsers do not tell.
+      // The connection failed or was lost. Browsers do not tell which.
     }
     if (attempt === this.#attempt) this.#retry(wait);
   }
 
-  /** Dispatch the events of a response until it ends, or does not count any more. */
+  /** Dispatch the events of a response until it ends or another attempt replaces it. */
   async #read(response, attempt) {
     const { status, body } = response;
     const contentType = response.headers.get("Content-Type") ?? "";
     const isStream = /^text\/event-stream\s*(;|$)/i.test(contentType) && body !== null;
     const refused = status >= 400 && status < 500 && !PASSING_STATUSES.includes(status);
-    // A page in place of the stream is mostly one to log in.
+    // A page instead of a stream is usually a login page.
     this.#refusals = refused || (status === 200 && !isStream) ? this.#refusals + 1 : 0;
     const isLast =
       FINAL_STATUSES.includes(status) ||
@@ -162,21 +162,21 @@ export class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) 
       this.#watch();
       for (const { type, data, id } of parser.parse(value)) {
         this.#retryTime = parser.retryTime ?? this.#retryTime;
-        // The server's own has this id, which is no place to resume from.
+        // The server sends its own stream-error with this id, from which nothing can resume.
         const isError = type === "stream-error" && id === "error";
         if (!isError) this.#lastEventId = id;
         if (data === null) continue;
-        // A server that only just opens streams may still be failing.
+        // A server that opens streams but sends nothing else could still be failing.
         if (!isError && type !== "stream-open") this.#failures = 0;
         this.dispatchEvent(new MessageEvent(type, { data, lastEventId: id ?? "", origin }));
-        if (attempt !== this.#attempt) return; // a listener has closed it
+        if (attempt !== this.#attempt) return; // a listener closed it
         if (isError) return isLast || refused || isFinal(data) ? this.#fail() : undefined;
       }
-      this.#retryTime = parser.retryTime ?? this.#retryTime; // it needs no event to count
+      this.#retryTime = parser.retryTime ?? this.#retryTime; // retry: counts without an event
     }
   }
 
-  /** Give the connection up unless something is heard of it in time. */
+  /** Abort the connection if nothing arrives in time. */
   #watch() {
     const attempt = this.#attempt;
     this.#heardAt = Date.now();
@@ -185,8 +185,8 @@ export class ReconnectingEventSource extends (globalThis.EventTarget ?? Object) 
   }
 
   /**
-   * Wait as the server says, by retry: or Retry-After, and on top of that anywhere from nothing to
-   * a limit that doubles, so that clients do not come back as one.
+   * Wait as long as the server asks for, by retry: or Retry-After, plus a random time up to a limit
+   * that doubles with each failure, so that clients do not reconnect all at once.
    */
   #retry(retryAfter) {
     this.#notBefore = Date.now() + retryAfter;
@@ -230,16 +230,16 @@ class Parser {
   #id;
   #type = "";
   #data = [];
-  #line = ""; // which is not complete yet
+  #line = ""; // the incomplete last line
   #afterCR = false;
   #decoder = new TextDecoder(); // drops a BOM
 
-  /** The id goes on from connection to connection, as in browsers, until the server sets it. */
+  /** The id is kept across connections, as in browsers, until the server sets another one. */
   constructor(id) {
     this.#id = id;
   }
 
-  /** What ends in these bytes. Data of null is no event, but its id counts. */
+  /** Yield the events that these bytes complete. With null data it is only an id, not an event. */
   *parse(bytes) {
     const text = this.#decoder.decode(bytes, { stream: true });
     const lines = (this.#afterCR ? text.replace(/^\n/, "") : text).split(/\r\n|\r|\n/);
@@ -274,14 +274,14 @@ function absolute(url) {
   } catch (error) {
     throw new TypeError(
       base === undefined
-        ? `${url} is no absolute URL, and there is no page whose address could complete it.`
-        : `${url} is no valid URL (in ${base}).`,
+        ? `${url} is not an absolute URL, and there is no page that it could be relative to.`
+        : `${url} is not a valid URL (relative to ${base}).`,
       { cause: error },
     );
   }
 }
 
-/** Milliseconds to wait, as the server says in seconds or by a date; 0 if it does not. */
+/** The Retry-After of a response, in seconds or a date, as milliseconds; 0 if it has none. */
 function retryAfter(response) {
   const value = response.headers.get("Retry-After") ?? "";
   const wait = /^[0-9]+$/.test(value) ? Number(value) * 1000 : Date.parse(value) - Date.now();

@@ -1,15 +1,15 @@
 import { ReconnectingEventSource } from "./static/pg_eventstream/reconnecting-eventsource.mjs";
 
 const SHOWN = 100; // rows kept in each list
-const LOOK_EVERY = 100; // ms between two looks at what the database knows
-const GIVE_UP_AFTER = 10_000; // ms until a committed event should have been published
-const QUIET_FOR = 2_000; // ms after which a rolled-back event is taken as never coming
+const LOOK_EVERY = 100; // ms between two looks at the database
+const GIVE_UP_AFTER = 10_000; // ms within which a committed event should be published
+const QUIET_FOR = 2_000; // ms after which a rolled-back event is assumed never to arrive
 
 const channel = document.querySelector("main").dataset.channel;
 const find = (id) => document.getElementById(id);
 const columns = Array.from(document.querySelectorAll("th"), (head) => head.dataset.cell);
 const later = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
-const attempts = new Map(); // token -> what happens to that transaction
+const attempts = new Map(); // token -> the row of that transaction
 
 function element(name, className, text) {
   const made = document.createElement(name);
@@ -25,7 +25,7 @@ function prepend(listId, hintId, row) {
   find(hintId).hidden = true;
 }
 
-// What arrives
+// Events that arrive
 
 const source = new ReconnectingEventSource(`events/?channel=${encodeURIComponent(channel)}`);
 
@@ -34,7 +34,7 @@ function showState(className, text) {
   find("state").textContent = text;
 }
 
-// The id may name further channels, or end in a space: the first one is the event's own.
+// The id can name more channels or end in a space. The first channel is the event's own.
 const ownId = (event) => event.lastEventId.trim().split(",")[0];
 
 function showEvent(event, text) {
@@ -49,7 +49,7 @@ function showEvent(event, text) {
 
 source.addEventListener("stream-open", () => showState("open", "connected"));
 source.addEventListener("error", () => {
-  if (source.readyState !== source.CLOSED) showState("lost", "connection lost, trying again");
+  if (source.readyState !== source.CLOSED) showState("lost", "connection lost, reconnecting");
 });
 source.addEventListener("stream-error", (event) => {
   showState("lost", JSON.parse(event.data).text);
@@ -67,7 +67,7 @@ source.addEventListener("counted", (event) => {
   }
 });
 
-// What is sent
+// Events that are sent
 
 function newAttempt(text, rollsBack) {
   const row = document.createElement("tr");
@@ -84,7 +84,7 @@ function newAttempt(text, rollsBack) {
     clicked: performance.now(),
     received: false,
     mark(name, className, content) {
-      if (!cells[name]) return; // "published", where no proxy is
+      if (!cells[name]) return; // "published", without a proxy
       cells[name].className = className;
       cells[name].textContent = content;
     },
@@ -92,7 +92,7 @@ function newAttempt(text, rollsBack) {
 }
 
 function showSeen(attempt, seen) {
-  attempt.mark("row", seen.row ? "good" : "bad", seen.row ? "there" : "none");
+  attempt.mark("row", seen.row ? "good" : "bad", seen.row ? "exists" : "none");
   if (seen.id) attempt.mark("id", "good", seen.id);
   if (seen.published) attempt.mark("published", "good", "yes");
 }
@@ -106,7 +106,7 @@ async function follow(attempt, eventId, rollsBack) {
     showSeen(attempt, seen);
   } while (performance.now() < deadline && !(seen.published && attempt.received));
   const never = rollsBack ? `never (waited ${QUIET_FOR / 1000} s)` : "not yet";
-  if (!seen.id) attempt.mark("id", "bad", "no place");
+  if (!seen.id) attempt.mark("id", "bad", "none");
   if (!seen.published) attempt.mark("published", "bad", rollsBack ? "never" : "not yet");
   if (!attempt.received) attempt.mark("received", "bad", never);
 }

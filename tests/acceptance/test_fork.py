@@ -9,13 +9,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
 from tests.support.database import Database
 from tests.support.environment import child_environment
-from tests.support.publisher import PublisherProcess
+from tests.support.publisher import NewPublisher
 
 
 def program(channel: str, use: str) -> list[str]:
@@ -53,7 +52,7 @@ def test_child_does_not_end_a_session_of_its_parent(database: Database, channel:
 
 
 def test_lead_of_a_publisher_that_was_killed_is_not_held_by_its_children(
-    database: Database, new_publisher: Callable[..., PublisherProcess], channel: str
+    database: Database, new_publisher: NewPublisher, channel: str
 ) -> None:
     leader = subprocess.Popen(
         program(channel, "lead"), env=child_environment(), stdout=subprocess.PIPE, text=True

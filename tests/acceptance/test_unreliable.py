@@ -1,0 +1,169 @@
+"""Unreliable channels through a proxy: no ids, gone soon; and still transactional."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+from django.db import transaction
+from django.test import override_settings
+
+from pg_eventstream import permission, send_event
+from pg_eventstream.limits import Limits
+from pg_eventstream.postgres.connector import Connector
+from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.servers.processes import wait_until
+from pg_eventstream.servers.pushpin import Pushpin
+from tests.support.database import Database
+from tests.support.environment import KEY
+from tests.support.origin import log_in
+from tests.support.publisher import PublisherProcess
+from tests.support.rounds import sequence
+from tests.support.sse_client import OpenStream, SSEClient
+
+
+@pytest.fixture(autouse=True)
+def volatile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Channels whose name begins with "volatile" are unreliable, here and in the servers."""
+    settings = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.Volatile"}
+    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(settings))
+    with override_settings(**settings):
+        yield
+
+
+def send(channel: str, *texts: str, skip: int | None = None) -> None:
+    for text in texts:
+        send_event(channel, "message", text, [skip] if skip else None, json_encode=False)
+
+
+def texts(client: SSEClient) -> list[str]:
+    return [event.data for event in client.events]
+
+
+def test_unreliable_event_has_no_id_and_is_delivered_if_its_transaction_commits(
+    publisher: PublisherProcess, stream: OpenStream, channel: str
+) -> None:
+    client = stream(f"volatile{channel}").wait_open()
+    assert client.control[0].id == ""
+    with pytest.raises(ZeroDivisionError), transaction.atomic():
+        send(f"volatile{channel}", "rolled back")
+        _ = 1 / 0
+    odd = ["100 %", "%I %(x)s %%", "ü🎉 ключ", "<p>\n  two lines\n</p>", ""]
+    send(f"volatile{channel}", *odd)
+    client.wait_count(len(odd))
+    assert texts(client) == odd
+    assert {event.id for event in client.events} == {""}
+    assert client.connections == 1
+
+
+def test_unreliable_and_reliable_channels_of_one_stream_do_not_disturb_each_other(
+    publisher: PublisherProcess, stream: OpenStream, channel: str
+) -> None:
+    names = [channel, f"more{channel}", f"volatile{channel}"]
+    client = stream(*names).wait_open()
+    assert client.control[0].eids == {channel: 0, f"more{channel}": 0}
+    for n in range(30):
+        for name in names:
+            send(name, f"{name} {n}")
+    client.wait_count(90)
+    for name in names:
+        own = [text for text in texts(client) if text.startswith(f"{name} ")]
+        assert own == [f"{name} {n}" for n in range(30)]
+    for event in client.events:
+        # An event without an id leaves the client with that of the event before.
+        assert set(event.eids) <= set(names[:2]) or event.id == ""
+
+    # A client that comes back gets what it missed of the reliable ones. What it missed of the
+    # other was published while it was away: somebody who stayed has it.
+    stayed = stream(names[2]).wait_open()
+    client.close()
+    for name in names:
+        send(name, f"{name} missed", f"{name} missed too")
+    stayed.wait_count(2)
+    again = stream(*names, last_event_id=client.last_event_id).wait_open()
+    again.wait_count(4)
+    send(names[2], "live")
+    again.wait_count(5)
+    assert sorted(texts(again)[:4]) == sorted(
+        f"{name} missed{too}" for name in names[:2] for too in ("", " too")
+    )
+    assert texts(again)[4] == "live"
+
+
+def test_gap_in_a_reliable_channel_is_still_found_beside_an_unreliable_one(
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
+) -> None:
+    client = stream(channel, f"volatile{channel}").wait_open()
+    send(channel, "1")
+    client.wait_count(1)
+    publisher.kill()
+    send(channel, "never published")
+    sequence(database)
+    database.execute("UPDATE pg_eventstream_proxy SET position = 2")  # as if it had been
+    publisher.lead()
+    send(channel, "3")
+    client.wait_count(3)
+    assert texts(client) == ["1", "never published", "3"]
+
+
+def test_users_are_skipped_on_unreliable_channels_too(
+    publisher: PublisherProcess, stream: OpenStream, channel: str
+) -> None:
+    ann, cookie = log_in("ann")
+    client = stream(f"volatile{channel}", headers={"Cookie": cookie}).wait_open()
+    others = stream(f"volatile{channel}").wait_open()
+    send(f"volatile{channel}", "not for ann", skip=ann.pk)
+    send(f"volatile{channel}", "for all")
+    others.wait_count(2)
+    client.wait_count(1)
+    assert texts(client) == ["for all"]
+
+
+def test_private_unreliable_channels_stay_private_when_all_next_links_are_fetched_at_once(
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
+) -> None:
+    """The proxy shares one fetch among sessions whose links have the same path."""
+    users = [log_in(f"user{n}") for n in range(6)]
+    clients = [
+        stream(f"volatile{channel}-{user.pk}", headers={"Cookie": cookie}).wait_open()
+        for user, cookie in users
+    ]
+    for round_ in range(3):
+        with transaction.atomic():  # all their streams ask the origin at the same moment
+            for user, _ in users:
+                permission.channel_permission_changed(user, f"volatile{channel}-{user.pk}")
+        with transaction.atomic():
+            for user, _ in users:
+                send(f"volatile{channel}-{user.pk}", f"{round_} for {user.pk}")
+        for (user, _), client in zip(users, clients, strict=True):
+            expected = [f"{n} for {user.pk}" for n in range(round_ + 1)]
+            client.wait_count(len(expected))
+            assert texts(client) == expected
+    assert {client.connections for client in clients} == {1}
+
+
+# Pruned soon
+
+
+def kept(database: Database) -> list[str]:
+    return [row[0] for row in database.fetch("SELECT data FROM pg_eventstream_event ORDER BY id")]
+
+
+def test_running_publisher_prunes_unreliable_events_by_itself(
+    database: Database, pushpin: Pushpin, channel: str
+) -> None:
+    send(f"volatile{channel}", *(str(n) for n in range(300)))
+    send(channel, "stays")
+    sequence(database)
+    database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 hour'")
+    with override_settings(GRIP_URL=f"{pushpin.control_url}?key={KEY}"):
+        publisher = Publisher(Connector("default"), Limits(prune=0.2))
+        thread = threading.Thread(target=publisher.run)
+        thread.start()
+        try:
+            wait_until(lambda: kept(database) == ["stays"], timeout=30)
+        finally:
+            publisher.stop()
+            thread.join()

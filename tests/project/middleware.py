@@ -1,0 +1,42 @@
+"""Middleware of sites that answer some requests themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+
+# A next link that something else answers
+
+
+Middleware = Callable[[HttpRequest], HttpResponse]
+
+
+def only_with_a_cookie(get_response: Middleware) -> Middleware:
+    """As a site does that is not open to the public yet."""
+
+    def middleware(request: HttpRequest) -> HttpResponse:
+        return get_response(request) if request.COOKIES else HttpResponseRedirect("/login/")
+
+    return middleware
+
+
+def under_maintenance(get_response: Middleware) -> Middleware:
+    return lambda request: HttpResponse("We are back soon.", status=503)
+
+
+def only_links_without_a_cookie(get_response: Middleware) -> Middleware:
+    """As the documentation says."""
+
+    class OnlyLinks:
+        def __call__(self, request: HttpRequest) -> HttpResponse:
+            return get_response(request)
+
+        def process_view(self, request: HttpRequest, *args: Any) -> HttpResponse | None:
+            assert request.resolver_match
+            if request.resolver_match.url_name == "pg_eventstream-next" or request.COOKIES:
+                return None
+            return HttpResponseRedirect("/login/")
+
+    return OnlyLinks()

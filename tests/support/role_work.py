@@ -1,0 +1,55 @@
+"""The complete work of each role, on a database that contains a bit of everything.
+
+Each function takes the address of the database, which includes the role.
+"""
+
+from __future__ import annotations
+
+import psycopg
+from django.db import connections
+
+from pg_eventstream import liveness
+from pg_eventstream.postgres.connector import Connector
+from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.publisher.pruner import Pruner
+from pg_eventstream.streams.hub import Hub, _Reader
+from pg_eventstream.streams.replay import replay
+
+
+def publish(dsn: str) -> None:
+    Publisher(Connector("default", dsn)).run_once()
+
+
+def prune_only(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        Pruner(connection).run_once()
+
+
+def serve(dsn: str) -> None:
+    wrapper = connections["default"]
+    owner = wrapper.settings_dict["USER"]
+    try:
+        connections.close_all()
+        wrapper.settings_dict["USER"] = psycopg.conninfo.conninfo_to_dict(dsn)["user"]
+        replay({"old": 0, "new": 0})
+        liveness._look_at_publisher()
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            reader = _Reader(Hub("default"))
+            reader.position = 0
+            reader._read_page(connection)
+    finally:
+        connections.close_all()
+        wrapper.settings_dict["USER"] = owner
+
+
+def sequence(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("SELECT pg_eventstream_sequence()")
+
+
+def send(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)"
+            " VALUES ('new', 'type', '{}', '{}')"
+        )
