@@ -1,4 +1,7 @@
-"""The commands, in ``commands/``, and `importing`: what ``eventstream_import`` does.
+"""The management commands, in ``commands/``.
 
-The one place that imports the publisher.
+base            what they share: ``--database``, messages for errors, the log
+importing       what ``eventstream_import`` does
+
+The only importer of the publisher.
 """

@@ -255,7 +255,7 @@ def test_role_without_rights_learns_nothing_and_does_not_ask_again(
 def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process sequences by itself."""
     looks: list[object] = []
-    monkeypatch.setattr(liveness, "in_background", looks.append)
+    monkeypatch.setattr(liveness, "run_later", looks.append)
     with override_settings(DEBUG=True):
         with override_settings(GRIP_URL=None):
             send_event("c", "message", 1)
@@ -269,7 +269,7 @@ def test_in_the_tests_of_a_project_nobody_looks(
 ) -> None:
     """Another connection would prevent the removal of the test database."""
     looks: list[object] = []
-    monkeypatch.setattr(liveness, "in_background", looks.append)
+    monkeypatch.setattr(liveness, "run_later", looks.append)
     setup_test_environment()
     try:
         with override_settings(DEBUG=True):
