@@ -1,4 +1,4 @@
-"""The browser client, as module and as classic script, in a real Chromium."""
+"""The browser client, as a module and as a classic script, in a real Chromium."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AT_THE_LATEST = "() => { Math.random = () => 0.9999; }"
 OPEN = "event: stream-open\nid: a:0\ndata:\n\n"
 
 
-# The classic script is written from the module (see `test_both_scripts_are_one`).
+# The classic script is generated from the module (see `test_both_scripts_are_one`).
 _CLASSIC = pytest.param("classic", marks=[pytest.mark.faults, pytest.mark.thorough])
 both_kinds = pytest.mark.parametrize("kind", pages.KINDS, indirect=True)
 
@@ -47,7 +47,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def serve(page: Page, kind: str) -> Iterator[Serve]:
-    """A server with these answers; the page is one of it, and has loaded the client."""
+    """A server with these responses. The page comes from it and has loaded the client."""
     with ExitStack() as stack:
 
         def start(*answers: Answer, before: str = AT_ONCE) -> ScriptedServer:
@@ -77,7 +77,7 @@ def gaps(requests: Sequence[Request]) -> list[float]:
     return [b.at - a.at for a, b in itertools.pairwise(requests)]
 
 
-# Behind the real proxy
+# Through the real proxy
 
 
 @pytest.fixture
@@ -96,9 +96,9 @@ def application(server_settings: None, app: Process) -> Process:
 
 
 class Sender:
-    """Sends numbered events from a thread of its own until the test has seen enough.
+    """Sends numbered events from a separate thread until the test has seen enough.
 
-    Every third is of a type that the page does not listen to.
+    Every third event is of a type that the page does not listen to.
     """
 
     def __init__(self, database: Database, channel: str) -> None:
@@ -147,7 +147,7 @@ def test_nothing_is_missing_and_nothing_comes_twice_whatever_breaks_on_the_way(
         return int(page.evaluate("states.filter((state) => state === 'error 0').length"))
 
     def goes_on() -> None:
-        """Until the page is connected, and has events that were sent after this."""
+        """Wait until the page is connected and has events that were sent after this call."""
         page.wait_for("(count) => received.length > count", len(sender.sent), timeout=60)
 
     with Network(pushpin.port) as network:
@@ -183,7 +183,7 @@ def test_nothing_is_missing_and_nothing_comes_twice_whatever_breaks_on_the_way(
             lost = connections_lost()
             network.deaf()
             wait_until(lambda: connections_lost() >= lost + 1, timeout=30)
-            network.heal()  # what was held back arrives late, to nobody
+            network.heal()  # what was held back arrives late, when no client waits for it
             goes_on()
         page.wait_for("(last) => received.at(-1)?.data === last", sender.sent[-1], timeout=60)
     assert [event["data"] for event in received(page)] == sender.sent
@@ -254,7 +254,7 @@ def test_page_that_may_not_read_stops_asking(
 
 
 def _others_go_on_asking(page: Page) -> None:
-    """Long enough for a client that would have asked again, too."""
+    """Wait long enough for a client that might have sent another request."""
     page.evaluate(
         """() => {
             window.tries = 0;
@@ -281,7 +281,7 @@ def test_page_that_comes_back_from_the_history_goes_on(
     send_events([(channel, "message", "seen", None, False)])
     page.wait_for("received.length === 1")
     page.goto(f"{pushpin.url}/static/pg_eventstream/reconnecting-eventsource.mjs")
-    # More than a browser takes for a page that it keeps: with a connection, it would drop it.
+    # More than a browser caches of a page; it would drop a page with a connection.
     missed = [f"{n} ".ljust(90_000, "x") for n in range(20)]
     send_events([(channel, "message", text, None, False) for text in missed])
     witness.wait_count(1 + len(missed))
@@ -297,7 +297,7 @@ def test_page_that_comes_back_from_the_history_goes_on(
 def test_ids_of_events_that_nobody_listens_to_are_resumed_from(page: Page, serve: Serve) -> None:
     server = serve(
         answer(OPEN + "id: a:1\ndata: 1\n\nevent: unlisted\nid: a:2\ndata: 2\n\n"),
-        answer("id: a:3\n\n"),  # no event, but its id counts
+        answer("id: a:3\n\n"),  # not an event, but its id counts
         answer("id: a:4\ndata: incomplete\n"),
         answer("id: a:5 \ndata: 5\n\n", hold=True),
     )
@@ -333,7 +333,7 @@ def test_option_says_where_to_start(page: Page, serve: Serve) -> None:
     assert [resumed_from(request) for request in server.requests] == ["earliest"] * 2
 
 
-# Coming back, or not
+# Reconnecting, or not
 
 
 def test_http_errors_and_other_contents_are_tried_again(page: Page, serve: Serve) -> None:
@@ -368,15 +368,15 @@ NOTE_WAITS = """() => {
 }"""
 
 
-# What the server says in a stream, then with each error; what chance draws; and what it waits.
+# The retry: of a stream, that of each error, the random numbers, and the resulting waits.
 WAITS: list[tuple[str, str, float, list[float]]] = [
-    # Nothing is said: anywhere from nothing to the limit, so that pages do not come in step.
+    # Without retry: anywhere from zero to the limit, so that pages do not reconnect together.
     ("", "", 0, [0] * 9),
     ("", "", 0.5, [500, 1000, 2000, 4000, 5000, 5000]),
-    # What the server says is the delay.
+    # The server's retry: is the delay.
     ("retry: 700", "", 0, [700] * 9),
     ("retry: 700", "", 0.5, [1050, 1400, 2100, 3500, 5700, 5700]),
-    ("retry: 20000", "", 0, [20_000] * 9),  # longer than what the client adds at most
+    ("retry: 20000", "", 0, [20_000] * 9),  # longer than the maximum that the client adds
     ("retry: 20000", "", 0.5, [25_000] * 9),
     ("retry: 0", "", 0, [1] * 9),
     ("retry: 0", "", 0.5, [1.5, 2, 3, 5, 9, 17, 33]),
@@ -384,7 +384,7 @@ WAITS: list[tuple[str, str, float, list[float]]] = [
     ("retry: 1x", "", 0, [0] * 9),
     ("retry: 5\nretry: 700", "", 0, [700] * 9),
     ('retry: 700\nevent: stream-error\nid: error\ndata: {"condition": "x"}', "", 0, [700] * 9),
-    # Of two delays the longer one.
+    # The longer of two delays.
     ("retry: 700", "3", 0, [700, 3000, 3000]),
     ("retry: 700", "3", 0.5, [1050, 3700, 4400]),
     ("retry: 5000", "3", 0, [5000] * 9),
@@ -438,7 +438,7 @@ def test_only_a_connection_that_proved_itself_shortens_the_waits(page: Page, ser
     waits = gaps(wait_requests(server, 9))
     for wait, least in zip(waits, [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 0.05], strict=False):
         assert wait > least * 0.99
-    assert waits[6] < 3  # behind the keep-alive; it would have been 3.2
+    assert waits[6] < 3  # after the keep-alive; it would have been 3.2
 
 
 @both_kinds
@@ -511,7 +511,7 @@ def test_status_can_end_it_for_good(
 
 
 def own_refusal(status: int, condition: str, **headers: str) -> Answer:
-    """As Django REST Framework refuses a client that asks for a stream."""
+    """The refusal that Django REST Framework sends to a client that asks for a stream."""
     text = f'event: stream-error\nid: error\ndata: {{"condition": "{condition}"}}\n\n'
     return Answer([text.encode()], status=status, headers=headers)
 
@@ -662,7 +662,7 @@ def test_page_that_is_looked_at_again_does_not_wait(page: Page, serve: Serve) ->
     page.wait_for("received.length === 1 && source.readyState === 0")
     page.evaluate(look)
     page.wait_for("received.length === 2")
-    page.evaluate(look)  # the connection is alive, and is kept
+    page.evaluate(look)  # the connection is alive and is kept
     assert page.evaluate("source.readyState") == 1
     page.evaluate("{ const now = Date.now; Date.now = () => now() + 3_600_000; }")  # it has slept
     page.evaluate(look)
@@ -676,7 +676,7 @@ def test_page_that_comes_back_in_the_background_goes_on_too(page: Page, serve: S
     )
     page.evaluate("listen('/events/')")
     page.wait_for("received.length === 1")
-    for moment in ("pagehide", "pageshow"):  # without the change of visibility behind them
+    for moment in ("pagehide", "pageshow"):  # without the change of visibility after them
         page.evaluate(
             "(type) => dispatchEvent(new PageTransitionEvent(type, { persisted: true }))", moment
         )
@@ -727,7 +727,7 @@ def test_close_is_final_at_any_moment(
     assert page.evaluate("source.readyState") == 2
 
 
-# As polyfills and service workers may do.
+# As polyfills and service workers can do.
 DEAF_FETCH = """
     window.fetch = (url) => {
         const headers = { "Content-Type": "text/event-stream" };
@@ -740,7 +740,7 @@ DEAF_FETCH = """
 @pytest.mark.parametrize(
     ("close", "states"),
     [
-        # The client's own look at the answer comes right behind this.
+        # The client's own check of the response comes right after this.
         ("queueMicrotask(() => source.close()); listen('/events/')", []),
         ("listen('/events/'); source.addEventListener('open', () => source.close())", ["open 1"]),
     ],
@@ -751,7 +751,7 @@ def test_close_is_final_even_if_fetch_does_not_heed_it(
     serve(answer(OPEN))
     page.evaluate(f"() => {{ {DEAF_FETCH}; {close}; }}")
     page.wait_for("source.readyState === 2")
-    page.evaluate("new Promise((done) => setTimeout(done, 50))")  # all that was pending is done
+    page.evaluate("new Promise((done) => setTimeout(done, 50))")  # nothing is pending any more
     assert [page.evaluate("states"), received(page)] == [states, []]
     assert page.evaluate("source.readyState") == 2
     assert page.console == []
@@ -895,7 +895,7 @@ def test_headers_of_the_page_are_sent_with_each_request(page: Page, serve: Serve
 def test_events_of_htmx_go_on_after_an_error_of_a_proxy(
     page: Page, serve: Serve, node_directory: Path
 ) -> None:
-    """Its extension begins anew then, without an id."""
+    """The extension of htmx then starts again, without an id."""
     server = serve(
         answer("id: a:1\ndata: <b>one</b>\n\n"),
         Answer(status=502),
@@ -920,7 +920,7 @@ def test_events_of_htmx_go_on_after_an_error_of_a_proxy(
 
 
 def _run_script(page: Page, code: str) -> None:
-    """As one of the page's own, with its variables and functions global."""
+    """Run code like one of the page's scripts, with its variables and functions global."""
     page.evaluate(
         """(code) => {
             const script = document.createElement("script");
@@ -947,7 +947,7 @@ EVERYTHING = (
 
 
 def native_events(page: Page, url: str, source_class: str) -> list[Any]:
-    """What a class makes of a stream that ends."""
+    """The events that a class reads from a stream that ends."""
     events: list[Any] = page.evaluate(
         """([url, name]) => new Promise((done) => {
             const source = new globalThis[name](url);
@@ -989,7 +989,7 @@ def test_it_does_not_matter_where_a_stream_is_cut_into_pieces(page: Page, serve:
     serve(answer(EVERYTHING))
     whole = native_events(page, "/events/", "EventSource")
     assert len(whole) == 10
-    # Pieces of a real connection may be joined on their way; these arrive as they are.
+    # Pieces of a real connection can be joined on their way; these arrive unchanged.
     page.evaluate(
         """() => {
             window.fetch = async (url) => {

@@ -1,4 +1,4 @@
-"""The browser client where there is no window: in Node.js, in workers, in test runners."""
+"""The browser client without a window: in Node.js, in workers, in test runners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.scripted_server import Answer, ScriptedServer, answer
 
 
 def node(code: str, *arguments: str) -> Any:
-    """What a program passes to ``say``, when it has ended by itself."""
+    """The value that a program passes to ``say``, after it has ended."""
     program = (
         f"const say = (what) => console.log(JSON.stringify(what));"
         f" const load = () => import({json.dumps(MODULE.as_uri())}); {code}"
@@ -43,7 +43,7 @@ FOLLOW = """
 """
 LOADED = {
     "module": "const { ReconnectingEventSource } = await load();",
-    # As a script is run: in the global scope.
+    # As scripts run: in the global scope.
     "classic": (
         "const { readFileSync } = await import('node:fs'); const vm = await import('node:vm');"
         f" vm.runInThisContext(readFileSync({json.dumps(str(CLASSIC))}, 'utf8'));"
@@ -101,7 +101,7 @@ def test_relative_url_without_a_page_is_refused_with_the_reason(url: str, says: 
 
 
 def test_relative_url_is_completed_by_what_there_is_of_a_page() -> None:
-    """As test runners set up: a location, a document that is none, no events of a window."""
+    """As in test runners: a location, a document that is not real, no events of a window."""
     code = (
         """
         globalThis.location = { href: process.argv[1] };
@@ -137,7 +137,7 @@ def test_environment_that_lacks_something_is_told_what(name: str) -> None:
 
 
 def test_answer_without_an_address_is_read_too() -> None:
-    """As a fetch() of a test that makes its responses by hand."""
+    """As with a fetch() that a test replaces by its own responses."""
     code = (
         LOADED["module"]
         + """

@@ -33,14 +33,14 @@ class EmptyPages(HttpService):
 
 @pytest.fixture
 def pages() -> Iterator[int]:
-    """The port of a server whose every page is empty; localhost is another origin."""
+    """The port of a server of empty pages; localhost is another origin."""
     with EmptyPages() as server:
         yield server.port
 
 
 @pytest.fixture
 def cross_origin(pages: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The origin that the application allows; to be requested before the application."""
+    """The origin that the application allows; request it before the application."""
     origin = f"http://127.0.0.1:{pages}"
     chosen = {"EVENTSTREAM_ALLOW_ORIGINS": [origin], "EVENTSTREAM_ALLOW_CREDENTIALS": True}
     monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(chosen))
@@ -85,7 +85,7 @@ READ_WITH_EVENTSOURCE = """([url]) => new Promise((resolve) => {
     events.addEventListener("stream-open", () => { events.close(); resolve("open"); });
     events.onerror = () => { events.close(); resolve("refused"); };
 })"""
-# Headers that a browser asks about first.
+# Headers for which a browser sends a preflight.
 READ_WITH_FETCH = """async ([url, lastEventId]) => {
     const headers = { "Last-Event-ID": lastEventId, "Cache-Control": "no-store" };
     try {

@@ -79,7 +79,7 @@ def test_sender_killed_before_commit_publishes_nothing(
     killed.kill()
     killed.wait()
     killed.stdout.close()
-    # Its backend has rolled back when nobody is in a transaction any more.
+    # Its backend has rolled back when no session is in a transaction any more.
     wait_until(
         lambda: (
             not database.value(
@@ -127,7 +127,7 @@ def test_events_that_somebody_else_has_sequenced_are_published(
     stream: OpenStream,
     channel: str,
 ) -> None:
-    """Whoever may, may call it: a script, or a person in psql."""
+    """Any role with the right can call it: a script, or a person in psql."""
     client = stream(channel).wait_open()
     for n in range(3):
         with database.connect(autocommit=False) as connection:

@@ -1,4 +1,4 @@
-"""The demo, as a person starts it: with and without a proxy."""
+"""The demo, as a user starts it, with and without a proxy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.environment import DIRECTORY
 
 ROOT = Path(__file__).parents[2]
 DEMO = [sys.executable, "-m", "pg_eventstream.demo"]
-# With what each mode says of itself.
+# Each mode with the words that describe it.
 MODES = {"direct": ([], "without a proxy"), "pushpin": (["--proxy=pushpin"], "through Pushpin")}
 EVERYTHING = {"sent and committed": 1000, "received": 1000}
 FAULTS = {
@@ -38,21 +38,21 @@ FAULTS = {
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A demo's own, so that its ports are its own, too."""
+    """A separate directory for a demo, so that its ports are separate, too."""
     with tempfile.TemporaryDirectory(prefix="demo-", dir=DIRECTORY) as name:
-        Path(name).chmod(0o755)  # as most people's
+        Path(name).chmod(0o755)  # the usual mode of directories
         yield Path(name)
 
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """Nothing of the settings that the tests themselves run with."""
+    """The environment without the settings that the tests themselves run with."""
     return {k: v for k, v in os.environ.items() if "EVENTSTREAM" not in k and "DJANGO" not in k}
 
 
 @pytest.fixture
 def without_programs(environment: dict[str, str], directory: Path) -> dict[str, str]:
-    """As on a machine that has nothing but what came with the wheels, and a shell."""
+    """As on a machine that has only a shell and what the wheels contain."""
     shell = shutil.which("sh")
     assert shell
     programs = directory / "bin"
@@ -90,7 +90,7 @@ def test_check_finds_every_event_once_in_order_and_none_rolled_back(
     assert len(re.findall(r"events/s: p50 [\d.]+ ms, p99 [\d.]+ ms", done.stdout)) == 2
     assert done.stdout.startswith(f"pg_eventstream demo {way}, in {directory}\n")
     assert done.stdout.endswith(f"Everything arrived once, in commit order, {way}.\n")
-    # What a mode does not need does not run.
+    # Processes that a mode does not need do not run.
     for name in ("Pushpin", "Publisher"):
         assert (f"  {name}" in done.stdout) == (mode == "pushpin")
 
@@ -99,7 +99,7 @@ def test_check_finds_every_event_once_in_order_and_none_rolled_back(
 def demo(
     mode: str, directory: Path, environment: dict[str, str]
 ) -> Iterator[Callable[[], tuple[Process, str]]]:
-    """Starts the demo, again and again if need be; the process and the address that it prints."""
+    """Starts the demo, possibly several times. Returns the process and the address it prints."""
     started: list[Process] = []
 
     def start() -> tuple[Process, str]:
@@ -125,7 +125,7 @@ def text(page: Page, selector: str) -> str:
 
 
 def rows(page: Page, list_id: str) -> list[list[str]]:
-    """The cells of each row, the newest row last."""
+    """The cells of each row; the newest row is last."""
     found: list[list[str]] = page.evaluate(
         """list => Array.from(document.querySelectorAll(`#${list} > *`), row =>
             Array.from(row.children, cell => cell.innerText)).reverse()""",
@@ -135,7 +135,7 @@ def rows(page: Page, list_id: str) -> list[list[str]]:
 
 
 def wait_for_state(page: Page, state: str) -> None:
-    # Not in the page: its policy forbids to evaluate there again and again.
+    # Not in the page, whose policy forbids eval().
     wait_until(lambda: state in text(page, "#state"), timeout=60)
 
 
@@ -173,7 +173,7 @@ def test_page_shows_what_is_committed_and_goes_on_after_a_restart(
     assert first.returncode == 0
     wait_for_state(page, "lost")
     assert demo()[1] == url
-    # As the page says, in a terminal; that it is connected again is not waited for.
+    # In a terminal, as the page says. Do not wait until the page has reconnected.
     subprocess.run(["sh", "-ec", text(page, "pre")], check=True, capture_output=True, timeout=30)
     wait_for_state(page, "connected")
     press(page, "commit", "two")
@@ -188,7 +188,7 @@ def test_page_shows_what_is_committed_and_goes_on_after_a_restart(
 
 @pytest.fixture
 def private(directory: Path) -> Iterator[Path]:
-    """A directory that is root's alone, with another in it."""
+    """A directory that only root can use, with another one in it."""
     inner = directory / "root" / "project"
     inner.mkdir(parents=True)
     inner.parent.chmod(0o700)
@@ -199,7 +199,7 @@ def private(directory: Path) -> Iterator[Path]:
 
 
 def rights(path: Path) -> dict[Path, tuple[int, int, int]]:
-    """Of all directories on the way to it, and of what is there: owner, group, mode."""
+    """Owner, group and mode of all directories on the path to it, and of its content."""
     found = {p: p.lstat() for p in (*path.parents, path, *path.rglob("*"))}
     return {p: (s.st_uid, s.st_gid, s.st_mode) for p, s in found.items()}
 
@@ -214,7 +214,7 @@ def test_root_keeps_its_directories_to_itself(private: Path, programs: str) -> N
             shutil.copytree(source, private / source.name)
         bin_dir = private / bin_dir.relative_to(package.parent)
     before = rights(private)
-    for run in range(2):  # the second one finds what the first has left
+    for run in range(2):  # the second run finds what the first one left
         with Postgres(private / "deep" / "postgres", bin_dir=bin_dir) as server:
             with psycopg.connect(server.dsn(), autocommit=True) as connection:
                 query = "CREATE TABLE kept (n int)" if run == 0 else "SELECT * FROM kept"
@@ -260,7 +260,7 @@ def test_root_is_told_which_programs_its_server_cannot_run(private: Path) -> Non
 def test_make_asks_for_pushpin_only_if_it_is_to_be_used(
     variables: list[str], needs_pushpin: bool
 ) -> None:
-    # As a person calls it: the tests themselves may have been started by make.
+    # As a user calls it; the tests themselves could have been started by make.
     ours = ("MAKEFLAGS", "MAKELEVEL", "ARGS", "PROXY")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Streams without a proxy: any number of processes, and nothing but PostgreSQL."""
+"""Streams without a proxy: any number of processes, and only PostgreSQL."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def texts(client: SSEClient) -> list[str]:
 
 
 def received(client: SSEClient, count: int) -> list[str]:
-    """The texts of that many events, as soon as they are there."""
+    """The texts of ``count`` events, as soon as they have arrived."""
     return [event.data for event in client.wait_count(count)]
 
 
@@ -76,7 +76,7 @@ def test_both_a_publisher_and_servers_at_once_are_safe(
                 publisher = new_publisher().lead()
                 wait_for_more(client, 40)
                 publisher.kill()
-                wait_for_more(client, 40)  # the server sequences by itself again
+                wait_for_more(client, 40)  # the server sequences again
         load.check(client)
         assert client.connections == 1
 
@@ -84,7 +84,7 @@ def test_both_a_publisher_and_servers_at_once_are_safe(
 def test_four_servers_serve_every_client_everything_once_in_order_whatever_the_database_does(
     database: Database, serve: Serve, channel: str
 ) -> None:
-    """Senders elsewhere; backends are terminated, and PostgreSQL is restarted, meanwhile."""
+    """Other processes send, while backends are terminated and PostgreSQL is restarted."""
     urls = [serve() for _ in range(4)]
     clients = [SSEClient(url, [channel, f"{channel}q"]) for url in urls for _ in range(3)]
     load = Load(database, channel, senders=4)
@@ -279,7 +279,7 @@ def test_revocation_ends_that_users_streams_at_every_server_and_nothing_gets_thr
                 assert_ended(client, room)
                 assert texts(client) in ([], [f'"before {n}"'])
                 client.close()
-            # What is sequenced by then is no news for a stream that is opened later.
+            # Events that are sequenced by then are old for a stream that is opened later.
             assert len(received(witness, 11 * (n + 1))) == 11 * (n + 1)
     with SSEClient(urls[0], [room], headers={"Cookie": cookie}) as refused:
         assert refused.ended.wait(10)
@@ -298,7 +298,7 @@ def test_permission_is_asked_again_after_a_while(database: Database, serve: Serv
 def test_permission_that_cannot_be_asked_for_just_now_ends_no_stream(
     database: Database, serve: Serve
 ) -> None:
-    """The table that the manager asks is away, while permission is to be asked for again."""
+    """The table that the manager reads is missing when permission is to be checked again."""
     url = serve(**MEMBERS, EVENTSTREAM_NEXT_LINK_TIMEOUT=1)
     ann, cookie = log_in("ann")
     join(ann, "room")
@@ -324,7 +324,7 @@ def test_streams_stay_open_while_postgresql_restarts_and_miss_nothing(
     stopping = threading.Event()
 
     def send() -> None:
-        """Goes on after each error; what was committed is what the database says."""
+        """Continue after each error. The database tells what was committed."""
         for n in range(1_000_000):
             with suppress(psycopg.OperationalError), database.connect() as connection:
                 while not stopping.wait(0.005):
@@ -360,7 +360,7 @@ def test_streams_stay_open_while_postgresql_restarts_and_miss_nothing(
             assert client.connections == 1
 
 
-# Many, and slow ones
+# Many clients, and slow ones
 
 
 def test_a_thousand_streams_hold_no_connections_and_get_everything(
@@ -423,7 +423,7 @@ def test_client_that_stops_reading_delays_nobody_and_gets_everything_when_it_rea
 
 
 def server_memory(server: Process) -> int:
-    """In kB."""
+    """The memory of the server in kB."""
     text = Path(f"/proc/{server.pid}/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+)", text)[0])
 
@@ -439,7 +439,7 @@ def read_until(sock: socket.socket, text: bytes) -> bytes:
 
 
 def test_waking_a_listener_that_is_closed_writes_into_no_other_file(database: Database) -> None:
-    """Its pipe's number may be that of a connection by then."""
+    """The descriptor of its pipe can belong to a connection by then."""
     with database.connect() as connection:
         for _ in range(20):
             listener = Listener(connection, "a_channel")
@@ -458,7 +458,7 @@ def test_waking_a_listener_that_is_closed_writes_into_no_other_file(database: Da
 def test_client_that_comes_back_on_its_connection_does_not_hold_up_the_end_of_the_server(
     database: Database, serve: Serve, channel: str
 ) -> None:
-    """As browsers do, at once, before the server closes the connection."""
+    """Reconnect at once, as browsers do, before the server closes the connection."""
     link = http.client.HTTPConnection(urlsplit(serve()).netloc, timeout=10)
     (server,) = serve.servers
     with closing(link):

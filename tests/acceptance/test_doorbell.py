@@ -1,6 +1,6 @@
-"""No event waits: not while the publisher sleeps, is awake, or is on its way to sleep.
+"""No event waits: not while the publisher sleeps, is awake, or is about to sleep.
 
-The safety poll is off in all of these, so nothing but the doorbell helps an event along.
+The safety poll is off in all of these tests, so that only the doorbell can wake the publisher.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.support.database import Database
 from tests.support.publisher import NewPublisher, PublisherProcess
 from tests.support.sse_client import OpenStream
 
-#: Far above what a delivery takes, far below "never".
+#: Far longer than a delivery takes, and far shorter than "never".
 PROMPTLY = 2.0
 
 
@@ -23,7 +23,7 @@ def start(new_publisher: NewPublisher) -> PublisherProcess:
 
 
 def wait_for_state(publisher: PublisherProcess, state: str, timeout: float = 20) -> None:
-    """Until the publisher's doorbell has entered the state last."""
+    """Wait until this is the last state that the publisher's doorbell has entered."""
     wait_until(lambda: _states(publisher)[-1:] == [state], timeout=timeout)
 
 
@@ -32,7 +32,7 @@ def _states(publisher: PublisherProcess) -> list[str]:
 
 
 def burst(database: Database, channel: str, publisher: PublisherProcess) -> int:
-    """Commit events until the publisher stays awake; how many it took."""
+    """Commit events until the publisher stays awake. Returns their number."""
     times = _states(publisher).count("awake")
     deadline = time.monotonic() + 20
     with database.connect() as connection:
@@ -59,7 +59,7 @@ def test_event_is_delivered_promptly_in_every_state(
         for _ in range(6):
             sent += burst(database, channel, publisher)
             client.wait_count(sent, timeout=PROMPTLY)
-            # Single events through all of the way back to sleep.
+            # Single events at all moments of the way back to sleep.
             quiet_at = time.monotonic() + 1.8
             while time.monotonic() < quiet_at:
                 time.sleep(chance.uniform(0.02, 0.12))
@@ -77,7 +77,7 @@ def test_event_is_delivered_promptly_in_every_state(
 def test_event_that_found_the_publisher_awake_is_delivered_when_it_is_not_any_more(
     database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
-    """The sender did not ring, as the publisher was awake; but it commits much later."""
+    """The sender did not notify, because the publisher was awake, but commits much later."""
     client = stream(channel).wait_open()
     publisher = start(new_publisher)
     sent = 0
@@ -86,7 +86,7 @@ def test_event_that_found_the_publisher_awake_is_delivered_when_it_is_not_any_mo
         with database.connect(autocommit=False) as connection:
             connection.execute("SELECT pg_current_xact_id()")
             sent += burst(database, channel, publisher) + 1
-            # Fires the trigger now, in place of a COMMIT that takes long.
+            # Fires the trigger now, instead of a COMMIT that takes long.
             connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
             connection.execute(
                 "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, 'slow')", [channel]
@@ -113,7 +113,7 @@ def test_sender_that_rang_and_lingers_does_not_stop_the_publisher_from_waking_up
         for _ in range(3):
             sent += burst(database, channel, publisher)
             client.wait_count(sent, timeout=PROMPTLY)
-            # Out of the queue for the lock again, and in again with the next burst.
+            # It leaves the queue for the lock, and enters it again with the next burst.
             wait_for_state(publisher, "drowsy")
         connection.commit()
     client.wait_count(sent + 1, timeout=PROMPTLY)

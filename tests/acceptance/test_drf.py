@@ -1,4 +1,4 @@
-"""Streams of views of Django REST Framework through a proxy, and its page in a browser."""
+"""Streams of Django REST Framework's views through a proxy, and their page in a browser."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.sse_client import OpenStream, SSEClient
 
 @pytest.fixture(autouse=True)
 def project(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """These settings here, and in the servers of the test."""
+    """Use these settings here and in the servers of the test."""
     monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(DRF))
     with behind_a_proxy, override_settings(**DRF):
         yield
@@ -33,7 +33,7 @@ def project(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.fixture
 def stream(app: Process, pushpin: Pushpin) -> Iterator[OpenStream]:
-    """Opens streams of paths through the proxy, and closes them with the test."""
+    """Opens streams at paths through the proxy, and closes them with the test."""
     opened: list[SSEClient] = []
 
     def open_stream(path: str, *channels: str, **options: Any) -> SSEClient:
@@ -75,7 +75,7 @@ def test_stream_outlasts_its_links_until_the_permission_is_gone(
     publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(f"/members/{channel}/", headers=token(member("ada", channel))).wait_open()
-    # Too large to be published: it comes by the link.
+    # Too large to be published: the next link delivers it.
     send(channel, "x" * 500_000, "small")
     assert [len(event.data) for event in client.wait_count(2)] == [500_000, 5]
     Membership.objects.all().delete()

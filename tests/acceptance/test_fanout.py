@@ -1,4 +1,4 @@
-"""Fanout Cloud, Fastly and Pushpin: authenticated publishing, signed requests, several at once."""
+"""Fanout Cloud, Fastly and Pushpin: authenticated publishing, signed requests, several proxies."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ TOKEN = "an-api-token"
 
 
 class Cloud(HttpService):
-    """A control endpoint that takes what Fanout Cloud and Fastly take, and nothing else.
+    """A control endpoint that accepts what Fanout Cloud and Fastly accept, and nothing else.
 
-    Either tokens of an issuer, signed with a key, or one bearer token.
+    It accepts either tokens of an issuer, signed with a key, or one bearer token.
     """
 
     protocol = "HTTP/1.1"
@@ -113,7 +113,7 @@ class Cloud(HttpService):
 
 
 def _check_item(item: dict[str, Any]) -> None:
-    """As Pushpin does (src/handler/publishitem.cpp): an item that it takes has these forms."""
+    """Check the forms that Pushpin accepts (src/handler/publishitem.cpp)."""
     assert set(item) <= {"channel", "id", "prev-id", "formats", "meta"}
     assert item["channel"]
     assert isinstance(item["channel"], str)
@@ -132,7 +132,7 @@ def cloud() -> Iterator[Cloud]:
 
 @pytest.fixture
 def new_application(database: Database) -> Iterator[NewApplication]:
-    """Starts application servers on ports of loopback, and ends them with the test."""
+    """Starts application servers on the loopback interface, and ends them with the test."""
     made: list[Process] = []
 
     def start(port: int, environment: dict[str, str]) -> None:
@@ -158,7 +158,7 @@ def in_base64(key: bytes) -> str:
 # Publishing
 
 FORMS: dict[str, tuple[str, dict[str, Any], str, dict[str, bytes]]] = {
-    # The settings, what they mean, the path, and the issuers' keys if there are any
+    # The settings, their meaning, the path, and the issuers' keys if there are any
     "pushpin": (
         "http://HOST?key=an-api-token",
         {"control_uri": "http://HOST", "key": TOKEN},
@@ -197,7 +197,7 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, dict[str, bytes]]] = {
 }
 
 
-@pytest.mark.timeout(60)  # what is refused is repeated for ever
+@pytest.mark.timeout(60)  # refused events are repeated without end
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_grip_url_is_understood_and_published_to(
     database: Database, cloud: Cloud, form: str
@@ -208,14 +208,14 @@ def test_every_form_of_grip_url_is_understood_and_published_to(
     expected = {**meaning, "control_uri": meaning["control_uri"].replace("HOST", host)}
     send_event("a", "message", {"n": 1})
     send_event("a", "message", "two\nlines", skip_user_ids=["7"])
-    send_event("a", "message", "x" * 500_000)  # as a hint
+    send_event("a", "message", "x" * 500_000)  # is published as a hint
     for setting in ({"GRIP_URL": url}, {"GRIP_PROXIES": [parse_grip_uri(url)]}):
         with override_settings(**setting):
             assert conf.grip_proxies == [expected]
             Publisher(Connector("default")).run_once()
             send_event("a", "message", 4)
     assert cloud.refused == []
-    # A hint is repeated, and by the next publisher too, which cannot know that it was.
+    # A hint is repeated, also by the next publisher, which cannot know that it was published.
     assert cloud.ids == ["1", "2", None, None, "4", None]
     assert {item["channel"] for item in cloud.items} == {"events-a"}
 
@@ -226,7 +226,7 @@ def test_verify_key_is_every_proxys_that_has_none() -> None:
     with override_settings(GRIP_PROXIES=proxies, GRIP_URL="http://c?key=x"):
         found = conf.grip_proxies
     assert [proxy["verify_key"] for proxy in found] == ["of all", "own", "of all"]
-    assert "verify_key" not in proxies[0]  # the setting is as it was
+    assert "verify_key" not in proxies[0]  # the setting is unchanged
 
 
 def test_signed_token_is_renewed_before_it_expires(
@@ -238,7 +238,7 @@ def test_signed_token_is_renewed_before_it_expires(
     for seconds in range(0, 591, 10):
         monkeypatch.setattr(time, "time", partial(float, begin + seconds))
         proxy.authorization()
-    # The first of the tokens would expire in 10 seconds, ours in 300 at least.
+    # The first token would expire in 10 seconds, this one in 300 at least.
     monkeypatch.undo()
     with closing(proxy):
         proxy.post(b'{"items":[]}')
@@ -261,7 +261,7 @@ def test_events_wait_until_the_key_is_right_and_arrive_in_order(
     assert publisher.running
     assert cloud.items == []
     assert database.value("SELECT position FROM pg_eventstream_proxy") == 0
-    # Nobody else can read the key in the log.
+    # The key cannot be read in the log.
     assert b64encode(SECRET).decode() not in publisher.log
 
     cloud.keys = {"R": SECRET}
@@ -313,7 +313,7 @@ def test_key_of_pushpin_may_be_bytes_that_are_no_text(
             for n in range(1, 4):
                 send_event(channel, "message", n)
                 client.wait_count(n)
-        # It was told, and did not merely ask.
+        # It was told, and did not only ask.
         position = "SELECT position FROM pg_eventstream_proxy"
         wait_until(lambda: bool(database.value(position) == 3), timeout=20)
 
@@ -350,7 +350,7 @@ def signature(key: str, algorithm: str, **claims: Any) -> str:
 
 
 def confused_signature(secret: str, algorithm: str = "HS256") -> str:
-    """A token that takes a public text for the secret; PyJWT would not make it."""
+    """A token that uses a public text as the secret; PyJWT would refuse to make it."""
     header = {"alg": algorithm, "typ": "JWT"}
     claims = {"iss": "fastly:ID", "exp": int(time.time()) + 60}
     parts = [jwt.utils.base64url_encode(json.dumps(part).encode()) for part in (header, claims)]
@@ -443,7 +443,7 @@ def test_request_that_a_proxy_of_ours_did_not_sign_gets_nothing(
             assert "next-" not in shown
 
 
-# Several applications behind one proxy
+# Several applications and one proxy
 
 HOST_OF_B = "b.invalid"
 
@@ -464,7 +464,7 @@ def test_applications_with_prefixes_share_a_proxy_and_no_event(
     channel: str,
 ) -> None:
     ports = free_port(), free_port()
-    # A second line of its file of routes.
+    # A second line in its routes file.
     origins = f"127.0.0.1:{ports[0]}\n{HOST_OF_B} 127.0.0.1:{ports[1]}"
     databases = (database, other_database)
     with (

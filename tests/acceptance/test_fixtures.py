@@ -17,7 +17,7 @@ from tests.support.publisher import NewPublisher
 
 @pytest.fixture
 def other(database: Database, postgres: Postgres) -> Iterator[Database]:
-    """Another database, with our tables and nothing in them."""
+    """Another database, with empty tables."""
     name = f"{database.name}_other"
     with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name} TEMPLATE {database.name}")

@@ -1,6 +1,6 @@
-"""Processes that were forked from one that had used the library, and perhaps still does.
+"""Processes that were forked from one that has used the library, and possibly still does.
 
-As by gunicorn --preload, Celery, or multiprocessing.
+For example by gunicorn --preload, Celery, or multiprocessing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Servers and publishers whose roles have the grants of ``migrations/grants.sql`` only."""
+"""Servers and publishers whose roles have only the grants of ``migrations/grants.sql``."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_publisher_prunes_with_its_grants_only(
 
 @pytest.fixture
 def app(database: Database, pushpin: Pushpin, app_port: int) -> Iterator[Process]:
-    """The application server, connected as a role that is an endpoint and nothing else."""
+    """The application server, connected with a role that is only an endpoint."""
     dsn = as_role(database, granted(database, "endpoint"))
     process = application(app_port, pushpin, PG_EVENTSTREAM_TEST_DSN=dsn)
     yield process

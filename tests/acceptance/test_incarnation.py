@@ -1,7 +1,7 @@
-"""A database that is emptied, set back or replaced under processes that go on.
+"""A database is emptied, set back or replaced while processes use it.
 
-Nobody waits for positions of a stream that is gone, no id is used twice, and whoever holds an id
-that is lost is told so.
+No process waits for positions of a stream that is gone, no id is used twice, and clients that
+hold a lost id are told so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TABLES = [f"pg_eventstream_{name}" for name in ALL]
 
 
 def flush(database: Database, dump: Path) -> None:
-    """As Django's tests do, and whoever develops."""
+    """Empty the tables, as Django's tests and developers do."""
     call_command("flush", interactive=False, verbosity=0)
     connections.close_all()
 
@@ -51,7 +51,7 @@ def delete(*tables: str) -> Way:
 
 
 def restore_older(database: Database, dump: Path) -> None:
-    """The dump that was taken after 3 of 5 events, in place of what is there."""
+    """Replace the content by the dump that was taken after 3 of 5 events."""
     database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     pg_restore(database, dump)
 
@@ -104,7 +104,7 @@ WAYS = {
 }
 
 
-#: Who has had all events up to then loses none.
+#: A client that has all events up to this one loses none.
 LOSSLESS = (WAYS["events deleted"], WAYS["events truncated"])
 
 
@@ -126,7 +126,7 @@ def test_streams_are_told_what_is_lost_and_go_on(
     channel: str,
     tmp_path: Path,
 ) -> None:
-    """Behind the proxy, which remembers ids for a minute, and without it."""
+    """Through the proxy, which remembers ids for a minute, and without it."""
     publisher = new_publisher().lead()
     urls = [f"{pushpin.url}/events/", f"http://127.0.0.1:{app_port}/events/"]
     with (
@@ -166,16 +166,16 @@ def test_streams_are_told_what_is_lost_and_go_on(
         if way is not WAYS["events deleted"]:
             publisher.wait_for_log("the stream is not the one that it was before")
 
-        # Whoever was away lacks events that are gone, or has ids that are lost.
+        # A client that was away misses events that are gone, or has ids that are lost.
         for url in urls:
             with SSEClient(url, [channel], last_event_id=leaver.events[2].id) as back:
                 back.wait_open()
                 back.wait_for(lambda c=back: bool(resets(c) or len(c.events) == 8))  # type: ignore[misc]
                 if way in (restore_older, restore_older_rows, replace_by_older):
-                    assert [event.data for event in back.events] == sent  # its id is good
+                    assert [event.data for event in back.events] == sent  # its id is valid
                 else:
                     assert resets(back)
-        # Whoever knows how things are now resumes exactly.
+        # A client that knows the current state resumes exactly.
         begin = (resets(proxied) or proxied.events[-2:-1])[-1]
         page = get_events([channel], begin.id)
         later = proxied.events[5:] if resets(proxied) else proxied.events[-1:]
@@ -188,7 +188,7 @@ def resets(client: SSEClient) -> list[Received]:
 
 
 def check_told(client: SSEClient, sent: list[str]) -> None:
-    """It was told, once, that events are lost, and got all that came after what it was told."""
+    """The client was told once that events are lost, and got everything sent after that."""
     (reset,) = resets(client)
     (channel,) = json.loads(reset.data)["channels"]
     begin = reset.eids[channel]

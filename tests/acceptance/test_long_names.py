@@ -1,4 +1,4 @@
-"""What opens resumes, however long the names of its channels are, with every server."""
+"""A stream that opens also resumes, with channel names of any length and with every server."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def serve(database: Database) -> Iterator[Callable[..., int]]:
 
 
 def resumes_or_is_refused(url: str, channel: str, shape: str, by: str) -> str:
-    """What became of it: of a stream, then of the one that resumes, and its next link."""
+    """The outcome for a stream, then for the one that resumes, and its next link."""
     run = f"{channel}{shape[:1]}{by[:1]}"
     channels = names(shape, run)
     asked = channels if by == "query" else []
@@ -83,7 +83,7 @@ def resumes_or_is_refused(url: str, channel: str, shape: str, by: str) -> str:
     send_event(channels[3], "message", "missed")
     with SSEClient(url, asked, last, headers=headers) as second:
         second.wait_count(1)
-        send_event(channels[18], "message", "x" * 500_000)  # is fetched by the next link
+        send_event(channels[18], "message", "x" * 500_000)  # the next link delivers it
         send_event(channels[0], "message", "last")
         got = [json.loads(event.data)[:6] for event in second.wait_count(3)]
         assert got == ["missed", "xxxxxx", "last"]
@@ -102,8 +102,8 @@ def table(url: str, channel: str, shapes: list[str]) -> dict[tuple[str, str], st
 
 some = pytest.param(["Japanese", "percent"], id="some")
 every = pytest.param([*SHAPES], id="all", marks=[pytest.mark.faults, pytest.mark.thorough])
-#: Short addresses of channels with these names are refused behind a proxy: their links cannot be
-#: made shorter.
+#: Behind a proxy, short URLs of channels with these names are refused: their links cannot be made
+#: shorter.
 TOO_LONG = {"letters", "Japanese", "emoji"}
 
 
@@ -123,7 +123,7 @@ def test_behind_the_proxy_what_opens_resumes_and_goes_on(
     found = table(f"{pushpin.url}/events/", channel, shapes)
     by_address = {shape: found[shape, "address"] for shape in shapes}
     assert by_address == {shape: "refused" if shape in TOO_LONG else "resumed" for shape in shapes}
-    # What the servers do not even pass on does not open.
+    # A request that the servers do not even forward opens nothing.
     assert {f.partition(" (")[0] for f in found.values()} <= {"refused", "resumed", "did not open"}
 
 

@@ -1,4 +1,4 @@
-"""Next links as the proxy follows them."""
+"""Next links, as the proxy follows them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def server_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(request.param))
 
 
-# Ask after a second whether a quiet stream may go on, and let staff read more than others.
+# Request the next link after a second, and let staff read more than others.
 asks_at_once = pytest.mark.parametrize(
     "server_settings",
     [
@@ -69,7 +69,7 @@ def test_users_on_one_path_get_their_own_events_when_both_are_fetched_at_once(
         bob.pk: stream(channel, headers={"Cookie": bob_cookie}).wait_open(),
         "anonymous": stream(channel).wait_open(),
     }
-    padding = "x" * 500_000  # too large to be published: all of them fetch it
+    padding = "x" * 500_000  # too large to be published, so all of them fetch it
     sent = []
     for n in range(3):
         for skip in clients:
@@ -110,7 +110,7 @@ def test_skipped_user_gets_the_event_neither_live_nor_replayed_and_the_ids_advan
         client.wait_count(3)
         assert [(event.data, event.eids[channel]) for event in client.events] == expected
 
-    # What came after the last event that ann saw is filtered again when she comes back.
+    # Events after the last one that ann saw are filtered again when she reconnects.
     live.close()
     again = stream(channel, headers=headers, last_event_id=live.last_event_id).wait_open()
     replayed = stream(channel, headers=headers, last_event_id=f"{channel}:0").wait_open()

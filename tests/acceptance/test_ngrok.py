@@ -1,4 +1,4 @@
-"""runserver_ngrok, asked to tell a Pushpin of the tunnel."""
+"""runserver_ngrok with a Pushpin."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ngrok() -> Iterator[Service]:
 
 
 class Served(Exception):
-    """Instead of serving for ever."""
+    """Raised instead of serving."""
 
 
 @pytest.fixture(autouse=True)

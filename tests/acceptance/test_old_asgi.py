@@ -1,4 +1,4 @@
-"""Projects set up for django-eventstream with Channels run after the recipe of docs/moving.md."""
+"""Projects written for django-eventstream with Channels run after the recipe of docs/moving.md."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class MyChannelManager(DefaultChannelManager):
             return {'_user-' + request.session.get('_auth_user_id', '')}
         return super().get_channels_for_request(request, view_kwargs)
 """
-# As the documentation of 4.0 to 4.5 has it. Nothing is set up when it names the routes.
+# From the documentation of 4.0 to 4.5. Django is not set up when it names the routes.
 ASGI = """
 import os
 
@@ -114,7 +114,7 @@ application = ProtocolTypeRouter({
     ]),
 })
 """
-# As that of 2.1 to 3.1 has it, with the names that its url() and AsgiHandler have today.
+# From that of 2.1 to 3.1, with the current names of its url() and AsgiHandler.
 APP_ROUTING = """
 from django.core.asgi import get_asgi_application
 from django.urls import re_path
@@ -167,7 +167,7 @@ def project(database: Database, pushpin: Pushpin, tmp_path: Path) -> Iterator[Pr
 
 @contextmanager
 def serve(project: Project, port: int) -> Iterator[str]:
-    """Move the project by the recipe of docs/moving.md, and run it with Daphne; its address."""
+    """Move the project by the recipe of docs/moving.md and run it with Daphne. Returns its URL."""
     printed = project.run("sh", "-ec", RENAME)
     assert re.findall(r"^\./.*", printed, re.MULTILINE) == []
     assert "no issues" in project.manage("check", "--fail-level=WARNING")
@@ -175,7 +175,7 @@ def serve(project: Project, port: int) -> Iterator[str]:
         "daphne",
         [sys.executable, "-m", "daphne", "server.asgi:application", f"--port={port}"],
         log_path=project.directory / "daphne.log",
-        # Its asgi.py says which settings, after it has imported us.
+        # Its asgi.py sets the settings module after it has imported this package.
         environment={k: v for k, v in project.environment.items() if "DJANGO" not in k},
     )
     server.start(ready=lambda: accepts(port))
@@ -186,7 +186,7 @@ def serve(project: Project, port: int) -> Iterator[str]:
 
 
 def opened(url: str, *channels: str, **headers: str) -> str:
-    """What a stream says first."""
+    """The beginning of a stream."""
     with SSEClient(url, list(channels), headers=headers) as client:
         client.wait_for(lambda: bool(client.control))
         return f"{client.control[0].type} {client.control[0].id} {client.control[0].data}"
@@ -198,7 +198,7 @@ def test_old_asgi_py_streams_without_a_proxy_as_before(project: Project, app_por
     with serve(project, app_port) as url:
         with urllib.request.urlopen(f"{url}/", timeout=20) as response:
             assert response.read() == b"home"
-        # Channels by the routes, users by Channels' middleware or another.
+        # Channels by the routes, users by Channels' middleware or another one.
         assert opened(f"{url}/events/") == "stream-open test:0 "
         assert opened(f"{url}/one/tea/") == "stream-open tea:0 "
         assert opened(f"{url}/query/", "b", "a") == "stream-open a:0,b:0 "
@@ -207,7 +207,7 @@ def test_old_asgi_py_streams_without_a_proxy_as_before(project: Project, app_por
         assert opened(f"{url}/mine/", Cookie=cookie) == f"stream-open _user-{user.pk}:0 "
         assert "forbidden" in opened(f"{url}/query/", "_a", Cookie=cookie)
         assert opened(f"{url}/query/", "_a", **{"X-User": "ann"}) == "stream-open _a:0 "
-        # What is sent arrives, from another process.
+        # Events that another process sends arrive.
         with SSEClient(f"{url}/rooms/tea/events/", headers={"Cookie": cookie}) as client:
             client.wait_open()
             send_event("_room-tea", "message", {"text": "not for ann"}, skip_user_ids=[user])
@@ -217,7 +217,7 @@ def test_old_asgi_py_streams_without_a_proxy_as_before(project: Project, app_por
 
 
 def ask(url: str, **headers: str) -> tuple[int, dict[str, str]]:
-    """What the server answers to the proxy."""
+    """The server's response to the proxy."""
     request = urllib.request.Request(url, headers={"Grip-Sig": signature(), **headers})
     try:
         with urllib.request.urlopen(request, timeout=20) as response:
@@ -259,7 +259,7 @@ def test_older_routing_py_streams_through_a_proxy_by_the_urlconf(
 
 def test_without_that_the_log_says_what_to_add(project: Project, app_port: int) -> None:
     project.write("server/asgi.py", ASGI)
-    # Users and sessions by Channels alone, as it was enough for the streams of such a project.
+    # Users and sessions by Channels alone, which sufficed for the streams of such a project.
     project.write("server/settings.py", "MIDDLEWARE = ['django_grip.GripMiddleware']\n")
     user, cookie = log_in("ann")
     with serve(project, app_port) as url:

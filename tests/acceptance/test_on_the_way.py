@@ -1,6 +1,6 @@
-"""What stands between proxy and endpoint: a proxied stream outlasts it, or the log says why.
+"""Components between proxy and endpoint: a proxied stream survives them, or the log says why.
 
-The proxy's own requests, for next links, carry no cookie and no header of the client but Host.
+The proxy's own requests, for next links, carry no cookie and no header of the client except Host.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.publisher import PublisherProcess
 from tests.support.sse_client import SSEClient
 
 LOGIN_REQUIRED = "django.contrib.auth.middleware.LoginRequiredMiddleware"
-# As many as may be at once, in the order that their documentation says.
+# As many as can be combined, in the order of their documentation.
 _MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "django.middleware.gzip.GZipMiddleware",
@@ -38,7 +38,7 @@ _MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
-EXEMPT = r"(^|/)next[-/]"  # as the system check and the README say
+EXEMPT = r"(^|/)next[-/]"  # as in the system check and the documentation
 TLS: dict[str, Any] = {
     "MIDDLEWARE": ["django.middleware.security.SecurityMiddleware", *settings.MIDDLEWARE],
     "SECURE_SSL_REDIRECT": True,
@@ -75,7 +75,7 @@ ROOT_PATH = "--root-path=/stripped"
 
 
 class Way:
-    """A server, its settings, and where a client asks the proxy for a stream."""
+    """A server, its settings, and the path at which a client asks the proxy for a stream."""
 
     def __init__(self, server: str, path: str = OPENED, *arguments: str, **settings: Any) -> None:
         self.server = server
@@ -147,7 +147,7 @@ def test_stream_goes_on_by_its_next_link(
     headers = {"Cookie": cookie, "X-Forwarded-Proto": "https", "User-Agent": "a browser"}
     with SSEClient(f"{pushpin.url}{way.path}", [channel], headers=headers) as client:
         client.wait_open()
-        # Too large to be published: what brings them is the link, and the next one.
+        # Too large to be published: the link delivers them, and the next one.
         texts = [f"{n}" * 500_000 for n in range(2)]
         for n, text in enumerate(texts):
             send_events([(channel, "message", text, None, False)])
@@ -167,7 +167,7 @@ def test_visitor_opens_no_stream_where_login_is_required(database: Database) -> 
 def test_path_below_a_script_name_is_left_alone_if_it_is_no_link_of_ours(
     database: Database,
 ) -> None:
-    """A project may have the script name's words in its own paths again."""
+    """The words of the script name can occur again in a project's own paths."""
     with behind_a_proxy, override_settings(FORCE_SCRIPT_NAME="/events"):
         link = Origin().ask("/events/?channel=c").next_link
         assert link.startswith("/events/events/next-")

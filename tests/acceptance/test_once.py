@@ -1,4 +1,4 @@
-"""A publisher with ``--once`` that a signal ends."""
+"""A signal ends a publisher with ``--once``."""
 
 from __future__ import annotations
 

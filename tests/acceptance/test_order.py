@@ -1,4 +1,4 @@
-"""The order that clients see is the order of commits, whatever order the INSERTs ran in."""
+"""Clients see events in the order of commits, independent of the order of the INSERTs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WRITERS = 8
 
 
 class Contention:
-    """Writers that insert their event first and then wait for one row, which counts them."""
+    """Writers that insert their event first and then wait for a row in which they count."""
 
     def __init__(self, database: Database, channel: str) -> None:
         self.database = database
@@ -78,7 +78,7 @@ def test_order_by_id_would_not_do(
     stream: OpenStream,
     channel: str,
 ) -> None:
-    """The same with the sequence ordered by the events' ids: it shows what this guards against."""
+    """The same with a sequence in the order of the events' ids, to show that the test can fail."""
     definition = database.value(
         "SELECT pg_get_functiondef('pg_eventstream_sequence()'::regprocedure)"
     )
@@ -104,7 +104,7 @@ def test_events_of_a_transaction_keep_their_order(
                 "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s), (%s, %s)",
                 [channel, f"{n}a", channel, f"{n}b"],
             )
-            database.send(channel, f"other {n}")  # committed in between, by somebody else
+            database.send(channel, f"other {n}")  # committed in between by another session
         connection.commit()
     received = [event.data for event in client.wait_count(300)]
     assert [data for data in received if not data.startswith("other")] == [
@@ -135,7 +135,7 @@ def test_open_transaction_delays_nobody(
 ) -> None:
     client = stream(channel).wait_open()
     with database.connect(autocommit=False) as connection:
-        # It is there before the publisher is, and no poll helps the others along.
+        # It is committed before the publisher starts, and no poll delivers the others.
         begin(connection, channel)
         new_publisher(PG_EVENTSTREAM_TEST_SAFETY_POLL="off").lead()
         for n in range(200):

@@ -1,4 +1,4 @@
-"""The wheel: everything that runs is in it, and it runs without the source tree."""
+"""The wheel contains everything that runs, and runs without the source tree."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_wheel_holds_the_license_and_says_what_it_needs(wheel: Path) -> None:
     assert {"django", "psycopg", "django-pgtrigger", "gripcontrol"} <= required
     assert "pytest" not in required
     for name in required:
-        importlib.metadata.version(name)  # it exists, and is what these tests run with
+        importlib.metadata.version(name)  # it exists in the version that these tests run with
 
 
 def test_installed_wheel_works_without_the_source_tree(
@@ -132,7 +132,7 @@ def test_installed_wheel_works_without_the_source_tree(
     (project / "settings.py").write_text(SETTINGS.format(address=address))
     (project / "everything.py").write_text(PROJECT)
 
-    # Neither this source tree nor another; an editable install puts one on the path.
+    # Neither this source tree nor another one; an editable install puts one on the path.
     elsewhere = [
         entry for entry in sys.path if entry and not (Path(entry) / "pyproject.toml").exists()
     ]
@@ -143,7 +143,7 @@ def test_installed_wheel_works_without_the_source_tree(
     }
 
     def python(*arguments: str) -> str:
-        # Without "site" the path is what we say; an editable install would add the source tree.
+        # Without "site" the path is exactly this; an editable install would add the source tree.
         done = subprocess.run(
             [sys.executable, "-S", *arguments],
             cwd=project,

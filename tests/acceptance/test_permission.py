@@ -1,4 +1,4 @@
-"""Who may read, and what becomes of open streams when that changes."""
+"""Who may read, and what happens to open streams when that changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.sse_client import OpenStream, SSEClient
 
 @pytest.fixture(autouse=True, params=["Members"])
 def manager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The channel manager of the test's servers; parametrize indirectly with another."""
+    """Set the channel manager of the test's servers; parametrize indirectly with another."""
     settings = {
         "EVENTSTREAM_CHANNELMANAGER_CLASS": f"tests.project.channelmanagers.{request.param}",
         "EVENTSTREAM_CHANNEL_LIMIT": 19,
@@ -45,7 +45,7 @@ def join(user: User | None, *channels: str) -> None:
 
 
 def leave(user: User | None, channel: str) -> None:
-    """What an application does."""
+    """Remove the user from the channel, as an application does."""
     with transaction.atomic():
         Membership.objects.filter(user_id=pk(user), channel=channel).delete()
         channel_permission_changed(user, channel)
@@ -155,9 +155,9 @@ def test_nothing_that_commits_after_the_revocation_reaches_the_user(
         for _ in range(20):
             send_event(channel, "message", f"secret {n}")
         assert_ended(client, channel)
-        # What came before it is there, unless the end was faster; what came after it is not.
+        # Earlier events have arrived, unless the end was faster; later ones have not.
         assert [event.data for event in client.events] in ([], [f'"before {n}"'])
-        # What is published by then is no news for a stream that is opened later.
+        # Events published by then are old for a stream that is opened later.
         witness.wait_count(21 * (n + 1))
 
 
@@ -209,15 +209,15 @@ def test_revocation_that_is_published_late_does_not_end_what_is_granted_again(
 def test_stream_that_was_allowed_before_the_revocation_and_held_after_it_ends_soon(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str, by_whom: str
 ) -> None:
-    """The hint is repeated: the first may find a stream that is still being opened."""
+    """The hint is repeated: the first one can meet a stream that is still being opened."""
     ann, cookie = log_in("ann")
     join(ann, channel)
-    # A second after its first stream the proxy asks once more for all streams of a channel
-    # (Pushpin: src/handler/engine.cpp, SUBSCRIBED_DELAY); that would end this one too.
+    # A second after its first stream, the proxy asks the origin for all streams of a channel
+    # (Pushpin: src/handler/engine.cpp, SUBSCRIBED_DELAY), which would end this one as well.
     with database.connect() as listener:
         listener.execute(f"LISTEN {SlowMembers.DECIDED}")
         witness = stream(channel, f"public{channel}", headers={"Cookie": cookie}).wait_open()
-        # Of its two channels: when it was opened, and when the proxy asked once more.
+        # One request when it was opened, and one when the proxy asked again.
         assert len(list(listener.notifies(timeout=20, stop_after=4))) >= 4
     send_event(channel, "message", "seen")
     witness.wait_count(1)
@@ -244,11 +244,11 @@ _ACKNOWLEDGED = "SELECT coalesce(min(position), 0) >= %s FROM pg_eventstream_pro
 def test_only_streams_of_the_channel_ask_again_and_not_all_of_the_user(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
-    """For visitors who are not logged in, these would be all streams there are."""
+    """For visitors who are not logged in, that would be all their streams."""
     for changed, other in ((f"a{channel}", f"b{channel}"), (f"volatile{channel}", f"d{channel}")):
         here, there = stream(changed, f"of {changed}").wait_open(), stream(other).wait_open()
         publisher.kill()
-        # What nobody published is what a stream gets that asks.
+        # A stream that asks gets events that were not published.
         for name in (f"of {changed}", other):
             send_event(name, "message", "asked")
         sequence(database)

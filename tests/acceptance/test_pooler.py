@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode: senders need not care, a publisher is told what is wrong."""
+"""PgBouncer in transaction mode: senders work unchanged, a publisher is told what is wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture
 def pooled(database: Database) -> Iterator[str]:
-    """The database by way of PgBouncer, whose sessions are anybody's after each transaction."""
+    """The database through PgBouncer, which shares its sessions among all clients."""
     port = free_port()
     directory = DIRECTORY / f"pgbouncer-{database.name}"
     directory.mkdir()
@@ -66,7 +66,7 @@ def test_events_of_senders_behind_a_pooler_are_delivered_promptly(
     pooled: str, database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
-    # Nothing but the doorbell helps an event along.
+    # Only the doorbell can deliver an event.
     new_publisher(PG_EVENTSTREAM_TEST_SAFETY_POLL="off").lead()
     subprocess.run(
         [sys.executable, "-c", PYTHON_SENDER, channel],
@@ -94,15 +94,15 @@ def test_publisher_behind_a_pooler_says_what_is_wrong_and_delivers_by_polling(
     pooled: str, database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel).wait_open()
-    # Nothing but that polling helps an event along.
+    # Only the poll can deliver an event.
     publisher = new_publisher(f"--dsn={pooled}", PG_EVENTSTREAM_TEST_SAFETY_POLL="off").lead()
     publisher.wait_for_log(WITHOUT_LISTEN)
     load = Load(database, channel)
     with load.running():
         client.wait_count(100)
-        # It leaves nothing behind in sessions that are the application's, too.
+        # It leaves no traces in sessions, which belong to the application as well.
         with ExitStack() as stack:
-            for _ in range(10):  # all that there are, and some more
+            for _ in range(10):  # all sessions, and some more
                 session = stack.enter_context(psycopg.connect(pooled))
                 assert not session.execute(
                     "SELECT name FROM pg_settings WHERE source = 'session' AND name = ANY(%s)",
@@ -111,7 +111,7 @@ def test_publisher_behind_a_pooler_says_what_is_wrong_and_delivers_by_polling(
         bell = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'"
         assert not database.fetch(f"{bell} AND objid = 1")
     load.check(client)
-    # Nor anything that would keep another from leading.
+    # Nor anything that would prevent another publisher from leading.
     publisher.kill()
     new_publisher().lead()
 
@@ -140,7 +140,7 @@ def test_pooler_is_recognised_while_others_look_for_one(pooled: str, database: D
 def test_session_that_may_only_read_is_not_taken_for_a_standby(
     pooled: str, database: Database
 ) -> None:
-    """What a direct connection turns off for itself, a pooler's session is set up with."""
+    """A direct connection turns this off for itself; the sessions of a pooler keep it."""
     database.execute(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
     with Connector("default", pooled).connect("test") as session:
         with pytest.raises(psycopg.errors.ReadOnlySqlTransaction) as raised:

@@ -1,4 +1,4 @@
-"""The publisher as a process: proxies that are away, signals, and a database that is."""
+"""The publisher as a process: unreachable proxies, signals, and an unreachable database."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_dead_proxy_delays_no_other_and_gets_everything_when_it_is_back(
 def test_what_the_proxy_has_not_taken_is_published_by_the_next_publisher(
     database: Database, control: ControlPort, new_publisher: NewPublisher
 ) -> None:
-    """Not even if the channel has no other event, which would show clients the gap."""
+    """Not even if the channel has no other event that would reveal the gap."""
     control.silent.set()
     publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
     send_events(("a", "message", n) for n in range(250))
@@ -86,7 +86,7 @@ def test_hints_that_a_killed_publisher_owed_come_from_the_next_one(
 
 
 def hinted(control: ControlPort) -> list[str]:
-    """The channels of which there was a hint."""
+    """The channels for which there was a hint."""
     hint = {"action": "hint"}
     return sorted(i["channel"] for i in control.items if i["formats"]["http-stream"] == hint)
 
@@ -131,7 +131,7 @@ def test_publisher_waits_for_the_database(
 def test_missing_tables_are_explained_and_waited_for(
     new_publisher: NewPublisher, database: Database, postgres: Postgres
 ) -> None:
-    publisher = new_publisher(f"--dsn={postgres.dsn()}")  # a database without our tables
+    publisher = new_publisher(f"--dsn={postgres.dsn()}")  # a database without the tables
     publisher.start()
     publisher.wait_for_log("are the migrations applied here?")
     assert publisher.running

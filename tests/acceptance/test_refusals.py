@@ -24,7 +24,7 @@ def proxied(database: Database) -> Iterator[None]:
 
 
 def request(url: str, method: str, path: str, **headers: str) -> tuple[int, str]:
-    """Status and body of an answer that ends."""
+    """Status and body of a response that ends."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
     try:
         connection.request(method, path, headers=headers)
@@ -52,13 +52,13 @@ def test_only_streams_that_are_granted_stay_open(
         {"Grip-Sig": "x"},
         {"Grip-Sig": signature("a key of somebody else, but long")},
     ):
-        # No proxy of ours: such a client gets a stream of its own, and no instructions.
+        # Not a configured proxy: such a client gets a direct stream and no instructions.
         link = http.client.HTTPConnection(directly.removeprefix("http://"), timeout=20)
         link.request("GET", path, headers=headers)
         with closing(link), link.getresponse() as response:
             assert response.status == 200
             assert [name for name in response.headers if name.lower().startswith("grip")] == []
             assert b"event: stream-open\n" in iter(response.readline, b"")
-    # What a client claims to be the proxy's is not passed on.
+    # Headers of the proxy are not forwarded if a client sends them.
     status, body = request(pushpin.url, "HEAD", path, **{"Grip-Last": f"events-{channel}"})
     assert status == 200

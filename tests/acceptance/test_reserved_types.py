@@ -1,4 +1,4 @@
-"""Old events of the types that are the server's own reach nobody."""
+"""Old events of reserved types reach no client."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_old_events_of_such_a_type_do_not_reach_clients_through_the_proxy(
         assert len(both.wait_count(2)) == 2
         with SSEClient(url, [channel], "earliest") as replayed:
             assert_left_out(replayed, channel)
-        # Nothing was missing in between, so nobody asked.
+        # Nothing was missing in between, so the proxy did not ask.
         assert [event.type for event in both.control] == ["stream-open"]
 
 

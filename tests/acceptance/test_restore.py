@@ -1,4 +1,4 @@
-"""A copy in another cluster, to which clients and publisher go over."""
+"""Clients and publisher switch to a copy in another cluster."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_clients_and_publisher_go_on_in_the_new_cluster(
                 assert [event.data for event in back.wait_count(10)] == expected[3:]
                 stayer.wait_count(13)
                 new.send(channel, "last")
-                # Whatever came twice or too much came before this one.
+                # A duplicate or an additional event would have arrived before this one.
                 for client, first in ((back, 4), (stayer, 1)):
                     client.wait_for(lambda c=client: c.events[-1].data == "last")  # type: ignore[misc]
                     assert [event.data for event in client.events] == [

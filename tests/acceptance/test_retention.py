@@ -1,4 +1,4 @@
-"""A publisher that runs prunes."""
+"""A running publisher prunes."""
 
 from __future__ import annotations
 

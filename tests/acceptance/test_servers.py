@@ -1,4 +1,4 @@
-"""Streams without a proxy, under the servers and for the clients that people have."""
+"""Streams without a proxy, under common servers and for common clients."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SERVERS = {
 
 
 class Server(Process):
-    """One of the servers, which keeps its port."""
+    """A server, which keeps its port when it is restarted."""
 
     def __init__(
         self, kind: str, database: Database, options: tuple[str, ...] = (), **settings: Any
@@ -93,7 +93,7 @@ def serve(database: Database) -> Iterator[Serve]:
 
 
 class Client(SSEClient):
-    """Knows which of its streams ended as the server wanted, rather than broke off."""
+    """Knows which of its streams were ended by the server, and which broke off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +122,7 @@ AT_ONCE = 2.0
 
 
 def tell(server: Server, number: signal.Signals) -> None:
-    """To stop: SIGTERM as service managers do, SIGINT as a terminal does, to all processes."""
+    """Stop it: SIGTERM as service managers do, SIGINT to all processes as a terminal does."""
     if number is signal.SIGINT:
         os.killpg(server.pid, number)
     else:
@@ -149,7 +149,7 @@ def test_server_that_is_told_to_stop_ends_at_once_and_its_clients_go_on_at_the_n
                 began = time.monotonic()
                 tell(server, number)
                 server.wait(timeout=20)
-                server.kill()  # all that it left
+                server.kill()  # all its processes
                 assert time.monotonic() - began < AT_ONCE
                 for client in clients:
                     client.wait_for(lambda client=client: bool(client.ends))  # type: ignore[misc]
@@ -160,16 +160,16 @@ def test_server_that_is_told_to_stop_ends_at_once_and_its_clients_go_on_at_the_n
 
 
 def workers(server: Server) -> set[int]:
-    """The processes that serve: the server's own if it has no others."""
+    """The processes that serve requests: the server's own if it has no others."""
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    helper = b"resource_tracker"  # of Python's multiprocessing
+    helper = b"resource_tracker"  # a process of Python's multiprocessing
     return {
         int(pid) for pid in children if helper not in Path(f"/proc/{pid}/cmdline").read_bytes()
     } or {server.pid}
 
 
 def reach_limit(server: Server) -> None:
-    """One request more."""
+    """Send one more request."""
     with suppress(OSError, http.client.HTTPException):
         link = http.client.HTTPConnection(HOST, server.port, timeout=5)
         with closing(link):
@@ -178,7 +178,7 @@ def reach_limit(server: Server) -> None:
 
 
 def hang_up(server: Server) -> None:
-    """As an administrator does, once, to have new workers."""
+    """Send one SIGHUP for new workers, as an administrator does."""
     if not getattr(server, "was_hung_up", False):
         server.was_hung_up = True  # type: ignore[attr-defined]
         os.kill(server.pid, signal.SIGHUP)
@@ -232,14 +232,14 @@ def test_server_that_ends_by_itself_or_changes_its_workers_ends_their_streams(
 
             def all_ended() -> bool:
                 make_it_end(server)
-                # Uvicorn's supervisor may need 5 s to see that a worker is gone.
+                # Uvicorn's supervisor can need 5 s to notice that a worker has ended.
                 return all(client.ends for client in clients) and not any(
                     Path(f"/proc/{pid}/exe").exists() for pid in old
                 )
 
             wait_until(all_ended, timeout=30)
             assert [client.ends[0] for client in clients] == ["clean"] * 5
-            if old == {server.pid}:  # nobody starts it again
+            if old == {server.pid}:  # no process starts it again
                 server.wait(timeout=20)
                 server.kill()
                 server.begin()
@@ -342,7 +342,7 @@ def test_runserver_with_daphne_reloads_at_once_though_streams_are_open(
         write(2)
 
         def reloaded() -> bool:
-            # It looks once a second, and at its first look it takes what it sees for unchanged.
+            # It looks once a second. At its first look it assumes that nothing has changed.
             os.utime(code)
             return version() == b"2"
 
@@ -364,7 +364,7 @@ def test_runserver_without_asgi_says_what_to_do(database: Database, serve: Serve
     assert 'add "daphne"' in said
 
 
-# What streams cost, and how long they last
+# The cost and the length of streams
 
 
 def test_open_streams_hold_neither_connections_nor_threads(
@@ -374,7 +374,7 @@ def test_open_streams_hold_neither_connections_nor_threads(
     _, cookie = log_in("ann")
 
     def connections_of_server() -> int:
-        django.db.connections.close_all()  # ours
+        django.db.connections.close_all()  # those of this process
         return int(
             database.value(
                 "SELECT count(*) FROM pg_stat_activity"
@@ -390,7 +390,7 @@ def test_open_streams_hold_neither_connections_nor_threads(
 
         def open_streams(count: int) -> list[SSEClient]:
             clients = [
-                # Whose they are is read from the database.
+                # The database is asked for their users.
                 stack.enter_context(SSEClient(server.url, [channel], headers={"Cookie": cookie}))
                 for _ in range(count)
             ]
@@ -399,13 +399,13 @@ def test_open_streams_hold_neither_connections_nor_threads(
             return clients
 
         clients = open_streams(1)
-        wait_until(lambda: connections_of_server() == 1, timeout=20)  # the hub's
+        wait_until(lambda: connections_of_server() == 1, timeout=20)  # that of the hub
         threads_of_one = threads()
         clients += open_streams(49)
         send_event(channel, "message", "to all")
         for client in clients:
             client.wait_count(1)
-        # And one each of the threads that read, which all streams share.
+        # And one for each of the reading threads, which all streams share.
         wait_until(lambda: connections_of_server() <= 1 + 4, timeout=20)
         assert threads() <= threads_of_one + 4
 
@@ -425,7 +425,7 @@ def test_stream_that_has_reached_its_age_ends_and_nothing_is_lost(
 
 
 def memory(server: Server) -> int:
-    """Of its largest process, in kB."""
+    """The memory of its largest process, in kB."""
     sizes = [
         re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
         for pid in {server.pid, *workers(server)}
@@ -433,7 +433,7 @@ def memory(server: Server) -> int:
     return max(int(size) for (size,) in sizes)
 
 
-# All but Daphne wait for clients to read; it keeps what they have not read.
+# All but Daphne wait for clients to read; Daphne keeps what they have not read.
 @pytest.mark.parametrize(
     "kind",
     [
@@ -455,7 +455,7 @@ def test_client_that_reads_nothing_costs_little_memory_and_one_that_reads_gets_a
         for n in range(0, len(sent), 10):
             send_events([(channel, "message", text, None, False) for text in sent[n : n + 10]])
 
-    # Without coming back: it is not to be ended.
+    # It does not reconnect, because it must not be ended.
     reader = SSEClient(server.url, [channel], last_event_id=start)
     if start:
         send()
@@ -471,7 +471,7 @@ def test_client_that_reads_nothing_costs_little_memory_and_one_that_reads_gets_a
             send()
         reader.wait_count(len(sent), timeout=25)
         assert [event.data for event in reader.events] == sent
-        # By now the other stream would be there as well.
+        # The other stream would have arrived by now, too.
         assert memory(server) < before + 60_000
         idle.settimeout(60)
         end, all_sent = b"\r\n0\r\n\r\n", f"\nid: {channel}:{len(sent)}\n".encode()
@@ -494,10 +494,12 @@ GZIP = {"MIDDLEWARE": ["django.middleware.gzip.GZipMiddleware", *tests_settings.
 def test_gzip_middleware_holds_no_event_back(
     database: Database, serve: Serve, channel: str
 ) -> None:
-    """It would compress each piece by itself, and browsers show the first of these only."""
+    """It would compress each piece separately, and browsers show only the first one."""
     url = serve(**GZIP).url
     with SSEClient(url, [channel], headers={"Accept-Encoding": "gzip"}) as client:
-        client.wait_open(timeout=10)  # less than a keep-alive, which might push them on
+        client.wait_open(
+            timeout=10
+        )  # less than the interval of keep-alives, which could push them out
         for count in range(1, 6):
             send_event(channel, "message", count)
             client.wait_count(count, timeout=10)
@@ -505,7 +507,7 @@ def test_gzip_middleware_holds_no_event_back(
 
 
 class PythonClient:
-    """httpx-sse in a thread. It leaves it to its user to come back with the last id."""
+    """httpx-sse in a thread. Its user has to reconnect with the last id."""
 
     def __init__(self, url: str) -> None:
         self.received: list[str] = []
@@ -518,7 +520,7 @@ class PythonClient:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Once its server is gone."""
+        """Call it when the server has ended."""
         self._closed = True
         self._thread.join(10)
         assert not self._thread.is_alive()
@@ -541,7 +543,7 @@ class PythonClient:
 def test_every_kind_of_client_resumes_at_a_server_that_was_killed(
     database: Database, serve: Serve, browser: Browser, node_directory: Path, channel: str
 ) -> None:
-    """Native EventSource, ours, npm's eventsource and PyPI's httpx-sse; plain and compressed."""
+    """Native EventSource, the browser client, npm's eventsource and PyPI's httpx-sse."""
     with ExitStack() as stack:
         servers = [serve(ROOT_URLCONF="tests.support.pages.urls", **more) for more in ({}, GZIP)]
         path = f"/events/?channel={channel}&lastEventId=earliest"
@@ -601,7 +603,7 @@ def test_every_kind_of_client_resumes_at_a_server_that_was_killed(
         all_have_all()
         for server in servers:
             server.kill()
-        send()  # meanwhile
+        send()  # while it is away
         for server in servers:
             server.begin()
         send()

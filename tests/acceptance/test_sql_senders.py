@@ -1,4 +1,4 @@
-"""Programs in other languages send by an INSERT: what they send arrives."""
+"""Programs in other languages send by an INSERT, and their events arrive."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sender(database: Database, role: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one statement: no code, if it succeeded."""
+    """The result of one statement: no code if it succeeded."""
 
     code: str | None
     error: str
@@ -43,7 +43,7 @@ class Result:
 
 @pytest.fixture
 def node(node_directory: Path) -> Callable[[str, Sequence[Any]], list[Result]]:
-    """Runs queries with Node's client, given a connection string."""
+    """Runs queries with Node's client and a connection string."""
 
     def run(dsn: str, queries: Sequence[Any]) -> list[Result]:
         done = subprocess.run(
@@ -64,7 +64,7 @@ def node(node_directory: Path) -> Callable[[str, Sequence[Any]], list[Result]]:
     return run
 
 
-# They arrive
+# Delivery
 
 
 def test_what_psql_inserts_arrives(
@@ -148,7 +148,7 @@ def test_no_event_of_a_sender_holds_up_those_behind_it(
 ) -> None:
     with psycopg.connect(sender, autocommit=True) as connection:
         insert = "INSERT INTO pg_eventstream_event (channel, data, skip_user_ids)"
-        # Either refused, with the name of the rule, or published; but not in the way for ever.
+        # Either refused, with the name of the constraint, or published; but never in the way.
         with contextlib.suppress(psycopg.errors.CheckViolation):
             connection.execute(f"{insert} VALUES ('{channel}', 'odd', {skip})")
         connection.execute(f"{insert} VALUES ('{channel}', 'even', '{{}}')")

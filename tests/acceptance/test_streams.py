@@ -1,4 +1,4 @@
-"""Streams through a real proxy: live, replayed, and from the one to the other without a seam."""
+"""Streams through a real proxy: live, replayed, and both without a gap."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def server_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", settings)
 
 
-# condure 1.9 (of Pushpin 1.36) may miss that a client whose buffers of 4 MB were full reads
-# again, until it looks after all connections, every 45 seconds.
+# condure 1.9 (of Pushpin 1.36) can miss that a client reads again whose buffers of 4 MB were full,
+# until it checks all connections, every 45 seconds.
 STALLED = 100
 
 on_both_servers = pytest.mark.parametrize("app", ["asgi", "wsgi"], indirect=True)
@@ -69,8 +69,8 @@ def send(*events: tuple[str, str]) -> None:
 
 
 def wait_published(database: Database) -> None:
-    """Until the proxy has all events. Streams of several channels that are opened while events
-    are published get those in order of each channel, not always across the channels."""
+    """Wait until the proxy has all events. Streams of several channels that are opened while events
+    are published get them in the order of each channel, but not always across the channels."""
     wait_until(
         lambda: bool(
             database.value(
@@ -104,7 +104,7 @@ def test_resumed_streams_have_no_gap_and_no_repeat_whatever_the_channels_are_cal
 ) -> None:
     names = [f"{channel}{name}" for name in ODD_NAMES]
     texts_sent = [f"{n} {name}" for n, name in enumerate(names * 6)]
-    texts_sent[50] += "x" * 500_000  # is fetched, while the others are published
+    texts_sent[50] += "x" * 500_000  # is fetched while the others are published
     events = list(zip(names * 6, texts_sent, strict=True))
     alone = [text for name, text in events if name == names[5]]
 
@@ -127,7 +127,7 @@ def test_resumed_streams_have_no_gap_and_no_repeat_whatever_the_channels_are_cal
     for client in (several_again, single_again):
         assert [event.type for event in client.control] == ["stream-open"]
     assert several_again.events[-1].eids == dict.fromkeys(names, 6)
-    # Every single id resumes right behind its event.
+    # Each single id resumes right after its event.
     for n, event in enumerate(several.events + several_again.events):
         expected = dict.fromkeys(names, 0) | {
             name: sum(1 for other, _ in events[: n + 1] if other == name) for name in names
@@ -166,7 +166,7 @@ def test_client_that_is_3000_events_behind_gets_each_once_in_commit_order(
 def test_client_that_is_megabytes_behind_gets_all_of_it(
     publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
-    # On either side of each limit: of a held response, of a page, of what is published live.
+    # On both sides of each limit: of a held response, of a page, of a live event.
     sizes = [3_000] * 100 + [45_000, 60_000, 70_000, 110_000, 500_000, 10, 5_000_000, 20]
     sent = [f"{n} %🎉".ljust(size, "%x🎉"[n % 3])[:size] for n, size in enumerate(sizes)]
     send(*((channel, text) for text in sent))
@@ -175,7 +175,7 @@ def test_client_that_is_megabytes_behind_gets_all_of_it(
     send((channel, "live"))
     assert texts(client.wait_count(len(sent) + 1)) == [*sent, "live"]
     assert client.connections == 1
-    # The first response, too, may begin with a large one.
+    # The first response can begin with a large one, too.
     for start in (103, 104):
         rest = stream(channel, last_event_id=f"{channel}:{start}")
         assert texts(rest.wait_count(len(sent) + 1 - start, STALLED)) == [*sent[start:], "live"]
@@ -190,7 +190,7 @@ def test_client_that_is_megabytes_behind_gets_all_of_it(
 def test_event_between_the_last_page_and_the_hold_is_not_left_behind(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str, pages: int
 ) -> None:
-    """No later event shows the gap; and the proxy would ask by itself after ten minutes."""
+    """No later event reveals the gap, and the proxy would ask only after ten minutes."""
     channel = f"public{channel}"
     with database.connect() as listener:
         listener.execute(f"LISTEN {SlowMembers.DECIDED}")
@@ -231,7 +231,7 @@ def test_100_clients_that_come_back_at_once_are_up_to_date_within_seconds(
         client.wait_count(len(sent))
     assert time.monotonic() - began < 10
 
-    # They share the link by which they go on; links of their own are fetched 10 a second.
+    # They share their next link; separate links are fetched at most 10 per second.
     publisher.kill()
     send((channel, "never published"))
     sequence(database)
@@ -272,7 +272,7 @@ def test_texts_arrive_unchanged_and_live_the_same_as_replayed(
     live.wait_count(len(sent))
     held = stream(channel, last_event_id=f"{channel}:0")
     held.wait_count(len(sent))
-    # Once more as a page, which the proxy's filters do not go through.
+    # Again as a page, which the proxy's filters do not apply to.
     send((channel, "x" * 60_000))
     paged = stream(channel, last_event_id=f"{channel}:0")
     paged.wait_count(len(sent) + 1)
@@ -290,12 +290,12 @@ def test_event_too_large_for_the_proxy_reaches_connected_clients_in_order(
 ) -> None:
     client, both = stream(channel).wait_open(), stream(channel, f"{channel}quiet").wait_open()
     sent = ["first"]
-    # Above the limit as it is, when escaped, as JSON, and as lines of a stream.
+    # Above the limit unchanged, when escaped, as JSON, and as lines of a stream.
     for large in ("%" * 500_000, "%" * 399_000, "\x01" * 200_000, "\n" * 200_000):
         sent += [large, f"after {len(sent)}"]
     for text in sent:
         send((channel, text))
-    send(*((channel, text) for text in sent))  # and once more, all at once
+    send(*((channel, text) for text in sent))  # and again, all at once
     for reader in (client, both):
         assert texts(reader.wait_count(2 * len(sent))) == [*sent, *sent]
         assert reader.connections == 1

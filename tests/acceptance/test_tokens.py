@@ -1,4 +1,4 @@
-"""A client that has the link of a stream that another one holds."""
+"""A client has the next link of another client's stream."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def proxied(database: Database) -> Iterator[None]:
 def test_client_cannot_go_on_with_the_link_of_a_stream_that_somebody_holds(
     database: Database, app: Process, pushpin: Pushpin, channel: str
 ) -> None:
-    """Grip-Last, without which it is refused, is the proxy's to say."""
+    """The link is refused without Grip-Last, which only the proxy may set."""
     send_events([(channel, "message", "secret", None, False)])
     sequence(database)
     link = f"/events/{links.NEXT}{links.sign(links.Session((channel,), 'anonymous'))}"
     last = {"Grip-Last": f"events-{channel}; last-id=0"}
-    assert "secret" in Origin().ask(link, last).body  # as the proxy says it
+    assert "secret" in Origin().ask(link, last).body  # as the proxy sends it
     for headers in ({}, last, {"grip-last": last["Grip-Last"], "Grip-Sig": signature()}):
         connection = http.client.HTTPConnection(pushpin.url.removeprefix("http://"), timeout=10)
         with closing(connection):

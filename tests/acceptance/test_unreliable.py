@@ -1,4 +1,4 @@
-"""Unreliable channels through a proxy: no ids, gone soon; and still transactional."""
+"""Unreliable channels through a proxy: no ids, pruned soon; and still transactional."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.sse_client import OpenStream, SSEClient
 
 @pytest.fixture(autouse=True)
 def volatile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Channels whose name begins with "volatile" are unreliable, here and in the servers."""
+    """Make channels whose names begin with "volatile" unreliable, here and in the servers."""
     settings = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.Volatile"}
     monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(settings))
     with override_settings(**settings):
@@ -72,11 +72,11 @@ def test_unreliable_and_reliable_channels_of_one_stream_do_not_disturb_each_othe
         own = [text for text in texts(client) if text.startswith(f"{name} ")]
         assert own == [f"{name} {n}" for n in range(30)]
     for event in client.events:
-        # An event without an id leaves the client with that of the event before.
+        # An event without an id leaves the client with the id of the event before.
         assert set(event.eids) <= set(names[:2]) or event.id == ""
 
-    # A client that comes back gets what it missed of the reliable ones. What it missed of the
-    # other was published while it was away: somebody who stayed has it.
+    # A client that reconnects gets the events of reliable channels that it missed. Those of the
+    # other channel were published while it was away: a client that stayed has them.
     stayed = stream(names[2]).wait_open()
     client.close()
     for name in names:
@@ -101,7 +101,9 @@ def test_gap_in_a_reliable_channel_is_still_found_beside_an_unreliable_one(
     publisher.kill()
     send(channel, "never published")
     sequence(database)
-    database.execute("UPDATE pg_eventstream_proxy SET position = 2")  # as if it had been
+    database.execute(
+        "UPDATE pg_eventstream_proxy SET position = 2"
+    )  # as if it had been acknowledged
     publisher.lead()
     send(channel, "3")
     client.wait_count(3)
@@ -124,14 +126,14 @@ def test_users_are_skipped_on_unreliable_channels_too(
 def test_private_unreliable_channels_stay_private_when_all_next_links_are_fetched_at_once(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
-    """The proxy shares one fetch among sessions whose links have the same path."""
+    """The proxy shares one request among sessions whose links have the same path."""
     users = [log_in(f"user{n}") for n in range(6)]
     clients = [
         stream(f"volatile{channel}-{user.pk}", headers={"Cookie": cookie}).wait_open()
         for user, cookie in users
     ]
     for round_ in range(3):
-        with transaction.atomic():  # all their streams ask the origin at the same moment
+        with transaction.atomic():  # all their streams ask the origin at the same time
             for user, _ in users:
                 permission.channel_permission_changed(user, f"volatile{channel}-{user.pk}")
         with transaction.atomic():

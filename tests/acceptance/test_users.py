@@ -58,7 +58,7 @@ def test_proxy_tells_them_apart(
 def test_change_of_permission_asks_the_streams_of_that_user_alone(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
-    """A stream that asks gets what nobody has published."""
+    """A stream that asks gets events that were not published."""
     public = f"public{channel}"
     clients = {key: stream(public, headers=headers(key)).wait_open() for key in KEYS[:3]}
     send_event(public, "message", 1)

@@ -1,4 +1,4 @@
-"""What the log of a server says about its proxy and its publisher."""
+"""The log of a server reports faults of its proxy and its publisher."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.stored import make_older
 
 @pytest.fixture(autouse=True)
 def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing has been logged yet."""
+    """Reset the warnings that are logged once."""
     for module in (next_links, signatures, liveness):
         monkeypatch.setattr(module, "_rarely", Rarely())
     monkeypatch.setattr(liveness, "_look_is_due", Rarely())
@@ -38,7 +38,7 @@ def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 class Server(Process):
-    """The application behind the proxy, and what it says."""
+    """The application behind the proxy, and its log."""
 
     @property
     def log(self) -> str:
@@ -81,7 +81,7 @@ def serve(database: Database, pushpin: Pushpin, app_port: int) -> Iterator[Calla
         process.kill()
 
 
-# A next link that something else answers
+# A next link that another component answers
 
 
 @pytest.mark.parametrize("server", ["asgi", "wsgi"])
@@ -105,7 +105,7 @@ def test_next_link_that_a_middleware_lets_through_goes_on(
     )
     with SSEClient(f"{pushpin.url}/events/", [channel], headers={"Cookie": "a=b"}) as client:
         client.wait_open()
-        send_event(channel, "message", "x" * 500_000)  # only the link brings it
+        send_event(channel, "message", "x" * 500_000)  # only the link delivers it
         client.wait_count(1)
     assert "something else answers" not in app.log
 
@@ -114,14 +114,14 @@ def test_next_link_that_a_middleware_lets_through_goes_on(
 def test_path_that_was_changed_on_the_way_is_logged(
     server: str, serve: Callable[..., Server], pushpin: Pushpin, channel: str
 ) -> None:
-    """The application is not told what was taken off, so links are wrong."""
+    """The application is not told of the prefix that was removed, so its links are wrong."""
     app = serve(server)
     with SSEClient(f"{pushpin.url}/stripped/events/", [channel]) as client:
         client.wait_open()
         app.wait_for("name the prefix in FORCE_SCRIPT_NAME")
 
 
-# A signature that does not verify
+# A signature that cannot be verified
 
 
 def test_stream_through_a_proxy_with_another_key_is_direct_and_logged(
@@ -130,7 +130,7 @@ def test_stream_through_a_proxy_with_another_key_is_direct_and_logged(
     app = serve(GRIP_URL=f"{pushpin.control_url}?key={OTHER_KEY}")
     with SSEClient(f"{pushpin.url}/events/", [channel]) as client:
         client.wait_open()
-        send_event(channel, "message", 1)  # no publisher runs: the process sequences by itself
+        send_event(channel, "message", 1)  # no publisher runs, so the process sequences
         client.wait_count(1)
     app.wait_for("Compare the key in GRIP_URL")
     assert OTHER_KEY not in app.log

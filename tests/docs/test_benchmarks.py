@@ -1,4 +1,4 @@
-"""The figures of the documentation are those that were measured."""
+"""The figures in the documentation are those that were measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation is built without a warning: references that lead nowhere are warnings."""
+"""The documentation is built without warnings; broken references are warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The changelog has the form of Keep a Changelog, and leads with the version that is being made."""
+"""The changelog follows Keep a Changelog and begins with the version in development."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of the README, the quickstart, the guides and the reference, run as they are."""
+"""The examples of the README, the quickstart, the guides and the reference run unchanged."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def status_of(url: str, **headers: str) -> int:
         return error.code
 
 
-# README and quickstart. What both show is one example.
+# README and quickstart. An example that both contain is one example.
 
 
 def test_setup_page_and_senders_work_together(
@@ -110,7 +110,7 @@ def test_what_is_to_be_installed_exists(project: Project, one: Example) -> None:
         if line.startswith("pip "):
             out = project.run("sh", "-ec", line)
             assert "Requirement already satisfied: pg-eventstream" in out
-        else:  # which runs it: tests/acceptance/test_demo.py
+        else:  # tests/acceptance/test_demo.py runs it
             assert line == "python -m pg_eventstream.demo"
             assert "--proxy" in project.run("sh", "-ec", f"{line} --help")
 
@@ -399,7 +399,7 @@ call_command("eventstream_publisher", once=True)
 def test_what_stands_in_the_way_of_the_proxy_lets_it_through(
     project: Project, database: Database, serve_behind_pushpin: Serve
 ) -> None:
-    """Login, a redirect to TLS, and a middleware that asks for a header."""
+    """Login, a redirect to TLS, and a middleware that requires a header."""
     add(project, example("docs/how-to/tls-and-sub-paths.md", "def public_events"))
     add(project, example("docs/how-to/tls-and-sub-paths.md", "SECURE_REDIRECT_EXEMPT ="))
     add(project, example("docs/how-to/tls-and-sub-paths.md", "class TenantMiddleware"))
@@ -481,7 +481,7 @@ def run_psql(project: Project, database: Database, command: str) -> None:
     project.run("sh", "-ec", f"{command}\n")
 
 
-#: Makes a page say when its stream has begun: what is sent from then on arrives.
+#: Makes a page show when its stream has begun: events sent from then on arrive.
 ANNOUNCED = """<script>
     function announced(events) {
         events.addEventListener("stream-open", () => { document.title = "open"; });

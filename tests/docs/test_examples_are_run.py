@@ -1,4 +1,4 @@
-"""No example of the documentation is there that no test runs."""
+"""A test runs every example in the documentation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAGES = [name_of(page) for page in pages()]
 
 @cache
 def claimed() -> set[Example]:
-    """What tests say that they run: by calls of `example` with two literals."""
+    """The examples that tests run, by their calls of `example` with two literals."""
     found: set[Example] = set()
     for module in Path(__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):

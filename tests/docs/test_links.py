@@ -1,4 +1,4 @@
-"""Every link inside of the documentation leads somewhere. No network is needed to see it."""
+"""Every link within the documentation works. The check needs no network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def links_of(name: str) -> Iterator[str]:
 
 
 def anchors_of(name: str) -> set[str]:
-    """As forges and MyST make them of headings: https://github.com/Flet/github-slugger"""
+    """The anchors that forges and MyST make of headings: https://github.com/Flet/github-slugger"""
     anchors: set[str] = set()
     for heading in re.findall(r"^#{1,6} +(.+?) *#*$", prose_of(name), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")

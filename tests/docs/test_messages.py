@@ -1,4 +1,4 @@
-"""What the page on troubleshooting quotes is what the code says."""
+"""The messages that the page on troubleshooting quotes are those of the code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def quoted() -> list[str]:
 
 @cache
 def said() -> str:
-    """All texts of the package, with what they leave open as an ellipsis."""
+    """All texts of the package, with an ellipsis for each variable part."""
     texts = []
     for module in Path(pg_eventstream.__file__).parent.rglob("*.py"):
         tree = ast.parse(module.read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def said() -> str:
 
 
 def unsaid(message: str) -> list[str]:
-    """The parts of a message, between what varies, that no text of the package has."""
+    """The constant parts of a message that no text of the package contains."""
     parts = [part.strip() for part in message.split("…")]
     return [part for part in parts if part.strip(" :;,.()") and part not in said()]
 

@@ -1,4 +1,4 @@
-"""A project written for django-eventstream runs here when its names are changed."""
+"""A project written for django-eventstream runs with pg_eventstream after the recipe."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SOURCE = ROOT / "tests" / "support" / "fixtures" / "django_eventstream_project"
 def project(
     database: Database, pushpin: Pushpin, app_port: int, tmp_path: Path
 ) -> Iterator[Project]:
-    """The project, moved by the commands of the page and nothing else, and running."""
+    """The project, moved only by the commands of the page, and running."""
     directory = tmp_path / "project"
     shutil.copytree(SOURCE, directory)
     old = DjangoEventstream("default")
@@ -42,7 +42,7 @@ def project(
 
 
 class Member:
-    """A user with a browser, and a client of what the pages ask."""
+    """A user with a browser, and a client of the same streams."""
 
     def __init__(self, name: str, url: str, browser: Browser, room: str | None) -> None:
         self.user = User.objects.create_user(name)
@@ -74,7 +74,7 @@ class Member:
 def test_chat_and_clock_run_unchanged_but_for_names(
     database: Database, project: Project, pushpin: Pushpin, browser: Browser
 ) -> None:
-    # A client that was connected before the move, and comes back with the id that it has.
+    # A client that was connected before the move reconnects with its id.
     ann, bob, eve = (Member(name, pushpin.url, browser, "tea") for name in ("ann", "bob", "eve"))
     for member in (ann, bob):
         database.execute(
@@ -86,7 +86,7 @@ def test_chat_and_clock_run_unchanged_but_for_names(
         assert json.loads(client.wait_count(1)[0].data)["text"] == "last"
         assert client.events[0].eids == {"room-tea": 2}
 
-    # Pages: what is sent shows live, once, and a clock ticks.
+    # Pages: a sent event shows live, once, and a clock ticks.
     for member in (ann, bob, eve):
         member.page.goto(f"{pushpin.url}/rooms/tea/")
     eve.sees("Permission denied to channels: room-tea")
@@ -107,11 +107,11 @@ def test_chat_and_clock_run_unchanged_but_for_names(
     assert bob.page.evaluate(shown) == ["bob: hello <b>", "bob: end"]
     assert "forbidden" not in ann.page.evaluate("document.body.innerText")
 
-    # Who is removed from the room hears no more of it.
+    # A user who is removed from the room receives no more of it.
     bob.post("/rooms/tea/members/", json.dumps({"remove": "ann"}), status=204)
     ann.sees("Permission denied to channels: room-tea")
 
-    # HTML as it is, the page of the REST framework, and other origins.
+    # Plain HTML, the page of the REST framework, and other origins.
     with SSEClient(url, last_event_id="room-tea:4", headers=cookie) as client:
         client.wait_for(lambda: any(event.type == "html" for event in client.events))
         (html,) = (event for event in client.events if event.type == "html")

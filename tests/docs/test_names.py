@@ -1,4 +1,4 @@
-"""What the documentation names is there: tests, files, settings."""
+"""The tests, files and settings that the documentation names exist."""
 
 from __future__ import annotations
 

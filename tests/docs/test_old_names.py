@@ -1,7 +1,7 @@
-"""Every name of django-eventstream is here after the recipe of moving.md, or that prints it.
+"""Every name of django-eventstream exists here after the recipe of moving.md, or is printed by it.
 
-The tables name what releases 2.0.0 to 5.3.4 have: what their documentation and their examples
-show, and all public names of their modules.
+The tables contain the names of the releases 2.0.0 to 5.3.4: those in their documentation and
+examples, and all public names of their modules.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PAGE = text_of("docs/moving.md")
 HERE, _, DIFFERENT = PAGE.partition("## What is different")
 RENAME = example("docs/moving.md", "grep -rlE").code
 
-# As documentation and examples show it, and the releases whose do.
+# As in documentation and examples, with the releases that have them.
 LINES = {
     "import django_eventstream": "2.0.0 - 5.3.4",
     "from django_eventstream import send_event": "2.0.0 - 5.3.4",
@@ -98,7 +98,7 @@ EVENT_TYPES = {
     "keep-alive": "2.0.0 - 5.3.4",
 }
 METHODS = {"GET": "2.0.0 - 5.3.4", "POST": "2.0.0 - 5.3.4, in no documentation"}
-# Of the modules, whether documented or not; those that any release has.
+# Names of modules, documented or not, in any release.
 MODULES = {
     "": "EventRequest EventResponse EventPermissionError send_event get_events"
     " get_current_event_id channel_permission_changed urls routing",
@@ -130,14 +130,14 @@ MODULES = {
 PATHS = [
     f"{module}.{name}".lstrip(".") for module, names in MODULES.items() for name in names.split()
 ]
-# How they are written: to import, to patch in a test, to reach from the package.
+# The forms in which they are written: imported, patched in a test, reached from the package.
 FORMS = {
     "import": "from {parent} import {name}",
     "import with a comment": "from {parent} import {name} as again  # noqa: F401",
     "attribute": "it = {parent}.{name}",
     "dotted path": 'with patch("{parent}.{name}"), patch("shop.views.urls"):',
     "value": '@override_settings(SOMETHING="{parent}.{name}")',
-    # Of views nobody can say line by line which names are here, so this is left to a person.
+    # Not every line with views can be decided, so these are left to a person.
     "import beside others": "from {parent} import {name}, {name} as again  # type: ignore[x]",
 }
 
@@ -148,7 +148,7 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Moved:
 
 
 class Moved:
-    """What the recipe makes of a line in a file of its own, and what it prints."""
+    """What the recipe makes of a line in a separate file, and what it prints."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -159,14 +159,14 @@ class Moved:
         self.printed = recipe(directory)
 
     def line(self, before: str) -> tuple[str, bool]:
-        """What has become of it, and whether it was printed."""
+        """The changed line, and whether it was printed."""
         name = f"./{self._numbers[before]:03}.py"
         printed = re.search(rf"^{re.escape(name)}:1:", self.printed, re.MULTILINE) is not None
         return (self._directory / name).read_text().rstrip("\n"), printed
 
 
 def recipe(directory: Path) -> str:
-    """Run the first command of the page as it is there; its output."""
+    """Run the first command of the page unchanged. Returns its output."""
     done = subprocess.run(
         ["sh", "-ec", RENAME],
         cwd=directory,
@@ -185,7 +185,7 @@ def forms(path: str) -> list[str]:
 
 
 def missing(code: str) -> list[str]:
-    """The names of pg_eventstream in this code that are not there."""
+    """The names in this code that pg_eventstream does not have."""
     found = re.findall(r"pg_eventstream(?:\.\w+)*", code)
     for parent, names in re.findall(r"from (pg_eventstream[\w.]*) import ([\w, ]+)", code):
         found += [f"{parent}.{name.split()[0]}" for name in names.split(",") if name.strip()]
@@ -255,7 +255,7 @@ INSTALLED = {
         "INSTALLED_APPS = APPS + ['pgtrigger', 'pg_eventstream']"
     ),
     'INSTALLED_APPS.extend(["django_eventstream"])': f"INSTALLED_APPS.extend([{NEW}])",
-    # Of these check says that pgtrigger is missing.
+    # For these, check reports that pgtrigger is missing.
     'INSTALLED_APPS.append("django_eventstream")': 'INSTALLED_APPS.append("pg_eventstream")',
     'INSTALLED_APPS = env.list("A", default="django_eventstream")': (
         'INSTALLED_APPS = env.list("A", default="pg_eventstream")'
@@ -423,7 +423,7 @@ def test_id_of_an_event_is_known_once_its_commit_was_sequenced(database: Databas
         assert get_current_event_id(["orders"]) == before == "orders:0"
     assert get_current_event_id(["orders"]) == before
     sequence(database)
-    # What was read too early is good to begin with: nothing is missed.
+    # An id that was read too early is a good start: nothing is missed.
     assert [event.json() for event in get_events(["orders"], before).events] == [1]
     assert get_current_event_id(["orders"]) == "orders:1"
     assert "`get_current_event_id` after `send_event`" in DIFFERENT
@@ -503,7 +503,7 @@ for message in redis.pubsub().listen():
 
 
 def test_recipe_prints_what_may_relay_events_into_each_process(tmp_path: Path) -> None:
-    """Each event would be sent once per process: the relay has to go."""
+    """Each event would be sent once per process, so the relay has to be removed."""
     files = {**RELAYS, **NO_RELAYS}
     for name, code in files.items():
         (tmp_path / f"{name}.py").write_text(code)
@@ -529,4 +529,4 @@ def test_files_with_any_name_are_moved_and_those_of_others_left(tmp_path: Path) 
     for path in tmp_path.rglob("*"):
         if path.is_file():
             path.unlink()
-    recipe(tmp_path)  # nothing to do is no error
+    recipe(tmp_path)  # nothing to do is not an error

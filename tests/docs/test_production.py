@@ -1,4 +1,4 @@
-"""The examples of the pages on production, run as they are but for names, ports and keys."""
+"""The examples of the pages on production run unchanged except for names, ports and keys."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ NewPublisher = Callable[..., PublisherProcess]
 
 
 def rows(database: Database, one: Example) -> list[list[str]]:
-    """What psql prints for an example."""
+    """The rows that psql prints for an example."""
     done = psql(database, "-v", "ON_ERROR_STOP=1", script=one.code)
     assert (done.returncode, done.stderr) == (0, "")
     return [line.split("|") for line in done.stdout.splitlines()]
 
 
 def shell(project: Project, one: Example, *more: str, **instead: str) -> str:
-    """Run a line of an example in the project's directory, with other words in places."""
+    """Run a line of an example in the project's directory, with some words replaced."""
     project.write(
         "manage.py", "from django.core.management import *\nexecute_from_command_line()\n"
     )
@@ -202,7 +202,7 @@ def test_nginx_in_front_passes_each_event_on(
             client.wait_open()
             for n in range(3):
                 database.send(channel, str(n))
-                # Sooner than the next keep-alive, which would push out what is held back.
+                # Earlier than the next keep-alive, which would push out what is held back.
                 client.wait_count(n + 1, timeout=10)
 
 
@@ -210,7 +210,7 @@ def test_nginx_in_front_passes_each_event_on(
 def configured(
     name: str, text: str, command: Callable[[Path], list[str | Path]], port: int
 ) -> Iterator[None]:
-    """A server with this configuration."""
+    """Run a server with this configuration."""
     directory = DIRECTORY / f"{name}-{port}"
     directory.mkdir()
     directory.chmod(0o777)
@@ -253,7 +253,7 @@ def test_publisher_goes_past_the_pooler(project: Project, database: Database) ->
         publisher = example("docs/production/poolers.md", "--database direct")
         done = shell(project, publisher, "--once")
         assert done == "1 events published.\n"
-        through = project.manage("eventstream_publisher", "--once")  # says so, and works as well
+        through = project.manage("eventstream_publisher", "--once")  # reports it, and works
         assert through == "0 events published.\n"
         project.manage("test", "shop")
 
@@ -383,5 +383,5 @@ def test_an_event_is_followed_to_where_it_is(
     for old, new in {"localhost:7999": f"127.0.0.1:{pushpin.port}", "time 30": "time 2"}.items():
         assert old in line
         line = line.replace(old, new)
-    done = project.run("sh", "-c", f"{line} || true")  # the time was over
+    done = project.run("sh", "-c", f"{line} || true")  # timeout has ended it
     assert "event: stream-open" in done

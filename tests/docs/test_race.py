@@ -1,4 +1,4 @@
-"""The race of `concepts/why-ids-skip` ends as the page says, wherever it runs."""
+"""The race of `concepts/why-ids-skip` has the outcome that the page describes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADDRESS = example("docs/concepts/why-ids-skip.md", "postgresql://").code.rstrip(
 
 
 def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a line of the page at the top of the repository."""
+    """Run a command of the page in the root of the repository."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     mine = {k: v for k, v in os.environ.items() if not k.startswith("DJANGO")}
     return subprocess.run(

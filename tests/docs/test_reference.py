@@ -1,4 +1,4 @@
-"""The reference names everything that there is, and nothing that there is not."""
+"""The reference names everything that exists, and nothing else."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.support.documentation import name_of, pages, prose_of, text_of
 
 PACKAGE = Path(pg_eventstream.__file__).parent
 SOURCE = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
-#: Settings of django-eventstream that a project removes: `checks` says so.
+#: Settings of django-eventstream that a project removes: `checks` reports them.
 LEFTOVERS = {"EVENTSTREAM_STORAGE_CLASS", "EVENTSTREAM_STORAGE_CONNECTION", "EVENTSTREAM_REDIS"}
 
 
 def sections(name: str, level: int = 2) -> dict[str, str]:
-    """What stands below each heading of a level."""
+    """The text below each heading of a level."""
     parts = re.split(rf"^{'#' * level} +(.+)$", text_of(name), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 

@@ -1,4 +1,4 @@
-"""SECURITY.md: what it names is there, and the SQL that it shows does what it says."""
+"""SECURITY.md: everything that it names exists, and its SQL does what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tutorial, step by step, from an empty directory to its end."""
+"""The tutorial runs step by step, from an empty directory to its end."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ SQL = example("docs/tutorial.md", "BEGIN;")
 
 @pytest.fixture
 def notes(database: Database, pushpin: Pushpin, tmp_path: Path) -> Iterator[Project]:
-    """An empty directory, and a server that has no database `notes`."""
+    """An empty directory, and a server without a database `notes`."""
     with Project(tmp_path, "myproject.settings", database, pushpin) as made:
-        # Found by libpq, as that of a reader is.
+        # libpq finds it, as it finds a reader's.
         del made.environment["DJANGO_SETTINGS_MODULE"], made.environment["PGDATABASE"]
         made.environment["PYTHONWARNINGS"] = "error::DeprecationWarning:pg_eventstream"
         programs = str(database.postgres.bin_dir)

@@ -1,4 +1,4 @@
-"""Very many events, and very many channels."""
+"""Very many events and very many channels."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.sse_client import OpenStream
 
 EVENTS = 10_000_000 if THOROUGH else 250_000
 TRANSACTIONS = EVENTS // 100
-#: However many there are.
+#: For any number of events.
 FIRST_WITHIN = 3.0
-#: What a publisher takes without any backlog is about 50 MB.
+#: The memory of a publisher without a backlog is about 50 MB.
 MEMORY_MB = 160
 
-#: As the trigger does at COMMIT, which takes ten times as long.
+#: Like the trigger at COMMIT, which takes ten times as long.
 _FILL = """
     WITH sent AS (
         INSERT INTO pg_eventstream_event (channel, data)
@@ -41,7 +41,7 @@ _FILL_OFTEN = """
 
 
 def fill(database: Database, channel: str, transactions: int) -> None:
-    """Leave a backlog, of one transaction or of many."""
+    """Leave a backlog of one or of many transactions."""
     each = EVENTS // transactions
     with database.connect() as connection:
         connection.execute("SET session_replication_role = replica; SET synchronous_commit = off")
@@ -108,7 +108,7 @@ def test_publisher_that_is_stopped_in_a_backlog_keeps_what_it_has_sequenced(
     )
     last = "SELECT max(eid) FROM pg_eventstream_stream WHERE channel = %s"
     with database.connect(autocommit=False) as other:
-        # Somebody else did the first slice, and is about to do the second.
+        # Another session sequenced the first slice and is about to sequence the second.
         assert other.execute("SELECT pg_eventstream_sequence()").fetchone() == (50_000,)
         other.commit()
         assert other.execute("SELECT pg_eventstream_sequence()").fetchone() == (100_000,)

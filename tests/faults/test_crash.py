@@ -1,4 +1,4 @@
-"""The publisher is killed, stopped and replaced; clients notice nothing but a pause."""
+"""The publisher is killed, stopped and replaced; clients only notice a pause."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_standby_takes_over_when_the_leader_is_killed(
 
 
 def _longest_gap_since(client: SSEClient, since: float) -> float:
-    """The longest time without an event, around a moment, at a client under steady load."""
+    """The longest time without an event at a client under steady load, around a moment."""
     times = [since, *(event.at for event in client.events if event.at > since), time.time()]
     return max(after - before for before, after in itertools.pairwise(times))
 
@@ -101,7 +101,7 @@ def test_leader_that_is_suspended_and_continued_repeats_nothing(
 
 @pytest.mark.parametrize(
     "seconds",
-    # The proxy knows for a minute what it has published.
+    # The proxy remembers for a minute what it has published.
     [1, *(pytest.param(n, marks=pytest.mark.thorough) for n in (30, 70))],
 )
 def test_leader_that_was_suspended_while_another_took_over_repeats_nothing(
@@ -111,7 +111,7 @@ def test_leader_that_was_suspended_while_another_took_over_repeats_nothing(
     channel: str,
     seconds: float,
 ) -> None:
-    """It goes on in the middle of what it was doing, and leads no more."""
+    """It continues in the middle of its work, and no longer leads."""
     client = stream(channel).wait_open()
     load = Load(database, channel, pause=0.02)
     leader = new_publisher().lead()
@@ -194,7 +194,7 @@ def test_postgres_backends_terminated_under_load(
     with load.running():
         for _ in range(FEW):
             client.wait_count(len(client.events) + 50)
-            # The leader's, the bell's, the feed's and the sweep's.
+            # Those of the leader, the bell, the feed and the pruner.
             wait_until(lambda: database.value(f"SELECT count(*) {OURS}") >= 4, timeout=20)
             database.execute(f"SELECT pg_terminate_backend(pid) {OURS}")
     load.check(client)

@@ -1,4 +1,4 @@
-"""PostgreSQL crashes, and ends sessions at random; clients notice nothing but a pause."""
+"""PostgreSQL crashes, and ends sessions at random; clients only notice a pause."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_postgresql_that_crashes_under_load_loses_and_repeats_nothing(
 def test_what_is_sequenced_survives_a_crash_whatever_the_database_is_set_to(
     database: Database,
 ) -> None:
-    """Clients may have seen it by then; and the events themselves stand before it in the WAL."""
+    """Clients can have seen it by then. The events themselves precede it in the WAL."""
     for count in range(1, 4):
         with database.connect() as connection:
             connection.execute("SET synchronous_commit = off")
@@ -75,7 +75,7 @@ def test_sessions_ended_at_random_all_the_time_lose_and_repeat_nothing(
     load.settle()
     load.check(client)
     assert all(publisher.running for publisher in publishers)
-    if THOROUGH:  # it was everybody's turn
+    if THOROUGH:  # each kind of session was ended
         assert {name.split(" ")[1] for name in ended if " " in name} >= {
             "leader", "bell", "feed", "sweep",
         }  # fmt: skip
@@ -85,21 +85,21 @@ def test_sessions_ended_at_random_all_the_time_lose_and_repeat_nothing(
 def test_publisher_that_leads_anew_shares_no_connection_with_what_it_left_behind(
     database: Database, new_publisher: NewPublisher, control: ControlPort
 ) -> None:
-    """The answer to one batch must not be taken for the answer to another."""
+    """The response to one batch must not be taken for the response to another."""
     control.silent.set()
     publisher = new_publisher(PG_EVENTSTREAM_TEST_GRIP_URL=control.url).lead()
     database.send("a")
     wait_until(lambda: len(control.bodies) == 1, timeout=20)
     wait_until(lambda: database.value(f"SELECT count(*) {OURS}") == 4, timeout=20)
     database.execute(f"SELECT pg_terminate_backend(pid) {OURS}")
-    # The first is not answered yet.
+    # The first one has no response yet.
     wait_until(lambda: len(control.bodies) == 2, timeout=20)
     control.silent.clear()
     control.answering.set()
     wait_until(lambda: len(control.ids) >= 2, timeout=20)
     assert publisher.log.count(": leading") == 2
     assert "cannot be reached" not in publisher.log
-    # Nor does that go on beside it: its feed would read, as soon as it has its answer.
+    # Nor does the first publisher continue: its feed would read as soon as it has its response.
     feeds = f"SELECT count(*) {OURS} AND starts_with(application_name, 'pg_eventstream feed')"
     with pytest.raises(TimeoutError):
         wait_until(lambda: database.value(feeds) != 1, timeout=5)

@@ -1,4 +1,4 @@
-"""A standby is promoted when the primary has died; nothing that was committed is lost or twice."""
+"""A standby is promoted after the primary has died; no committed event is lost or duplicated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAILOVERS = 6 if THOROUGH else 1
 
 
 def copied(source: Postgres, directory: Path, *arguments: str) -> Postgres:
-    """A copy of the running cluster, started."""
+    """Start a copy of the running cluster."""
     directory.mkdir()
     user = None
     if os.geteuid() == 0:
@@ -57,7 +57,7 @@ def copied(source: Postgres, directory: Path, *arguments: str) -> Postgres:
 
 @pytest.fixture
 def pair(database: Database) -> Iterator[tuple[Postgres, Postgres]]:
-    """A primary that holds the test's database, and its synchronous standby."""
+    """A primary with the test's database, and its synchronous standby."""
     started: list[Postgres] = []
     try:
         primary = copied(database.postgres, DIRECTORY / f"{database.name}-a")
@@ -91,9 +91,9 @@ def test_nothing_is_lost_or_repeated_when_the_standby_is_promoted(
     channel: str,
     attempt: int,
 ) -> None:
-    """The publisher looks for the primary by itself; the others' way to it is led elsewhere.
+    """The publisher looks for the primary; the others' connections are redirected.
 
-    Another publisher knows the standby alone, which is of use once that is the primary.
+    Another publisher knows only the standby, which becomes useful when it is promoted.
     """
     chance = seeded()
     primary, standby = pair
@@ -137,7 +137,7 @@ def test_ids_that_were_lost_with_the_primary_are_told_from_those_given_since(
     app_port: int,
     channel: str,
 ) -> None:
-    """The standby is asynchronous, and has not got the last two of five events."""
+    """The standby is asynchronous and has not received the last two of five events."""
     primary, standby = pair
     on_primary, on_standby = Database(primary, database.name), Database(standby, database.name)
     with Network(primary.port) as network:
@@ -182,11 +182,11 @@ def test_ids_that_were_lost_with_the_primary_are_told_from_those_given_since(
                 on_standby.send(channel, "last")
                 stayer.wait_for(lambda: stayer.events[-1].data == "last")
                 publisher.wait_for_log("the stream is not the one that it was before")
-                # An id that is lost is told from that of the event in its place.
+                # A lost id is distinguished from that of the event in its place.
                 with SSEClient(url, [channel], last_event_id=stayer.events[4].id) as back:
                     back.wait_for(lambda: any(e.type == "stream-reset" for e in back.control))
                     assert not back.events
-                # Whoever has one that is not goes on where it was.
+                # A client whose id is not lost continues where it was.
                 with SSEClient(url, [channel], last_event_id=other.events[-1].id) as back:
                     assert [event.data for event in back.wait_count(5)] == [*new, "last"]
                     assert not [e for e in back.control if e.type == "stream-reset"]

@@ -1,4 +1,4 @@
-"""The publisher is killed at each point of its work; clients notice nothing but a pause."""
+"""The publisher is killed at each point of its work; clients only notice a pause."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_publisher_killed_at_any_point_of_its_work_loses_and_repeats_nothing(
     stage.lead()
     load.check(steady)
     assert steady.connections == 1
-    # Whatever was pruned was pruned as a whole.
+    # Each batch was pruned completely or not at all.
     assert not database.fetch(
         "SELECT FROM pg_eventstream_stream AS s"
         "  FULL JOIN pg_eventstream_event AS e ON e.id = s.event_id"

@@ -1,7 +1,7 @@
-"""The proxy dies, hangs and refuses, under load: clients end up with everything, once, in order.
+"""The proxy dies, hangs and refuses under load; clients get all events once, in order.
 
-Pushpin and the publisher are real. Where Pushpin cannot be made to misbehave, a control port that
-does stands in front of its own.
+Pushpin and the publisher are real. For faults that Pushpin cannot be made to have, a control port
+that has them stands in front of its own.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("app")]
 
 KILLS = 30 if THOROUGH else 2
 PAUSES = 20 if THOROUGH else 2
-#: A proxy that is starting loses requests without a trace; clients have to give up on those.
+#: A starting proxy silently loses requests, which clients have to give up.
 PATIENCE = 3.0
-#: The publisher waits for an answer for so many seconds.
+#: The seconds that the publisher waits for a response.
 ANSWER_SECONDS = 10.0
 
 
 @pytest.fixture
 def proxy(second_pushpin: Pushpin) -> Pushpin:
-    """A proxy of the test's own, which it may break."""
+    """A separate proxy that the test can break."""
     second_pushpin.start()
     return second_pushpin
 
@@ -66,13 +66,13 @@ def test_proxy_killed_at_any_moment_costs_clients_nothing_but_a_pause(
                 load.wait_delivered(steady, restless)
         load.check(steady)
         load.check(restless)
-    # Clients can have everything, by the endpoint too, before the publisher has its answer.
+    # Clients can get everything, also from the endpoint, before the publisher has its response.
     wait_until(lambda: publisher.lines_with(BACK) >= KILLS, timeout=60)
     assert "events wait, trying again" in publisher.log
 
 
 def _kill_one_service(proxy: Pushpin, chance: random.Random) -> None:
-    """One of those that Pushpin consists of; the others follow."""
+    """Kill one of the services that Pushpin consists of; the others then end."""
     with suppress(ProcessLookupError):
         os.kill(chance.choice(children(proxy.pid)), signal.SIGKILL)
     proxy.process.wait(timeout=20)
@@ -96,7 +96,7 @@ def test_proxy_that_was_away_gets_what_has_been_waiting(
         for client in clients:
             load.check(client)
     publisher.wait_for_log(BACK, timeout=60)
-    # At the first failure and the tenth, not with each.
+    # At the first failure and the tenth, not at each one.
     assert publisher.lines_with("trying again") <= 8
 
 
@@ -126,7 +126,7 @@ def test_proxy_that_hangs_and_goes_on_repeats_nothing(
 def test_batch_that_a_hanging_proxy_gets_again_and_again_is_delivered_once(
     database: Database, new_publisher: NewPublisher, proxy: Pushpin, channel: str
 ) -> None:
-    """The requests of a publisher that has lost patience are waiting there when it goes on."""
+    """The requests of a publisher that gave up waiting are still there when it continues."""
     publisher = new_publisher(**publishes_to(proxy.control_url)).lead()
     load = Load(database, channel, pause=0.02)
     with two_clients(proxy.url, channel) as clients:
@@ -144,11 +144,11 @@ def test_batch_that_a_hanging_proxy_gets_again_and_again_is_delivered_once(
     publisher.wait_for_log(BACK, timeout=60)
 
 
-# A control port that answers what Pushpin's would only if something were wrong with it
+# A control port with responses that Pushpin would only send if it were faulty
 
 
 class FrontPort(ControlPort):
-    """Hands on to a proxy's own control port what it takes."""
+    """Forwards to a proxy's own control port what it accepts."""
 
     def __init__(self, proxy: Pushpin) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_event_that_the_proxy_refuses_reaches_clients_by_the_endpoint_and_delays
 ) -> None:
     front.refused = "poison"
     publisher = new_publisher(**publishes_to(front.url)).lead()
-    load = Load(database, channel, senders=2, pause=0.1)  # no burst, which has hints of its own
+    load = Load(database, channel, senders=2, pause=0.1)  # not a burst, which has its own hints
     poisoned = 30 if THOROUGH else 3
     with two_clients(pushpin.url, channel) as clients:
         with load.running():
@@ -212,7 +212,7 @@ def test_event_that_the_proxy_refuses_reaches_clients_by_the_endpoint_and_delays
                 load.committed.append(f"poison {n}")
         for client in clients:
             client.wait_count(len(load.committed))
-        # Nothing follows this one, which would show the gap.
+        # No event follows this one that would reveal the gap.
         database.send(channel, "poison at last")
         load.committed.append("poison at last")
         for client in clients:

@@ -1,4 +1,4 @@
-"""The network to a proxy and to its clients is slow, silent or breaks: nothing is lost or twice."""
+"""The network to a proxy and its clients is slow, silent or breaks; no event is lost or doubled."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("app")]
 
 BREAKS = 60 if THOROUGH else 4
 SECONDS = 20.0 if THOROUGH else 1.0
-#: Far above what a delivery takes, far below what the broken proxy needs.
+#: Far longer than a delivery takes, and far shorter than the broken proxy needs.
 PROMPTLY = 2.0
-#: What Pushpin answers to a batch has so many bytes.
+#: The size of Pushpin's response to a batch, in bytes.
 ANSWER_BYTES = 130
 
 
 @pytest.fixture
 def network(pushpin: Pushpin) -> Iterator[Network]:
-    """Between the publisher and the proxy."""
+    """The network between the publisher and the proxy."""
     with Network(pushpin.control_port) as network:
         yield network
 
@@ -61,12 +61,12 @@ def test_slow_proxy_gets_everything_though_late(
         network.delay(0.05)
         with load.running():
             time.sleep(SECONDS)
-        assert len(clients[0].events) < len(load.committed)  # it is too slow for this load
+        assert len(clients[0].events) < len(load.committed)  # the network is too slow for this load
         clients[1].drop()
         network.heal()
         for client in clients:
             load.check(client)
-    assert publisher.lines_with("WARNING") == 0  # there is nothing that one should do
+    assert publisher.lines_with("WARNING") == 0  # there is nothing to do about it
 
 
 def test_batch_whose_answer_is_lost_on_the_way_is_not_delivered_twice(
@@ -76,7 +76,7 @@ def test_batch_whose_answer_is_lost_on_the_way_is_not_delivered_twice(
     network: Network,
     channel: str,
 ) -> None:
-    """The publisher cannot know that it was taken, so it repeats it."""
+    """The publisher cannot know that the batch was taken, so it repeats it."""
     chance = seeded()
     publisher = new_publisher(**publishes_to(network.url)).lead()
     load = Load(database, channel, seed=chance.randrange(1000))
@@ -84,7 +84,7 @@ def test_batch_whose_answer_is_lost_on_the_way_is_not_delivered_twice(
         with load.running():
             for n in range(BREAKS):
                 load.wait_delivered(steady, restless)
-                # The first in a way that is noticed for certain.
+                # The first one in a way that is certainly noticed.
                 count = chance.randrange(1, ANSWER_BYTES) if n else 1
                 network.cut_after(count, reset=n == 0 or chance.random() < 0.7)
                 made = network.connections
@@ -125,7 +125,7 @@ def test_control_port_that_falls_silent_gets_everything_once(
     channel: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whether it has heard the request or not, which the publisher cannot know."""
+    """The publisher cannot know whether the proxy has received the request."""
     caplog.set_level(logging.INFO)
     load = Load(database, channel)
     with (
@@ -155,7 +155,7 @@ def test_batch_that_is_repeated_for_longer_than_the_proxy_remembers_is_delivered
     network: Network,
     channel: str,
 ) -> None:
-    """It knows the ids of a minute; then prev-id tells what is old."""
+    """It remembers ids for a minute; after that prev-id tells which items are old."""
     publisher = new_publisher(**publishes_to(network.url)).lead()
     load = Load(database, channel, pause=0.1)
     with two_clients(pushpin.url, channel) as clients:
@@ -222,7 +222,7 @@ def test_broken_proxy_delays_no_other_and_ends_up_complete(
         for client in (*well, *late):
             load.check(client)
     assert well[0].connections == late[0].connections == 1
-    assert pushpin.control_url not in publisher.log.partition("leading")[2]  # all is well there
+    assert pushpin.control_url not in publisher.log.partition("leading")[2]  # this proxy is healthy
 
 
 def _break(network: Network, fault: str) -> None:
@@ -269,7 +269,7 @@ def _disturb(network: Network, chance: random.Random) -> None:
 def test_client_that_reads_slowly_gets_what_the_proxy_drops(
     database: Database, publisher: PublisherProcess, pushpin: Pushpin, channel: str
 ) -> None:
-    """It queues 100 events for a client, and drops the rest; the stream then fetches it."""
+    """It queues 100 events for a client and drops the rest, which the stream then fetches."""
     load = Load(database, channel, length=10_000)
     with Network(pushpin.port) as network:
         network.throttle(50_000)
@@ -290,9 +290,9 @@ def test_client_that_does_not_read_for_a_while_gets_what_the_proxy_drops(
     stream: OpenStream,
     channel: str,
 ) -> None:
-    """Pushpin 1.36 takes up to 45 seconds to notice that it reads on."""
+    """Pushpin 1.36 takes up to 45 seconds to notice that it reads again."""
     with Network(pushpin.port) as network:
-        network.throttle(50_000)  # it has small buffers
+        network.throttle(50_000)  # a slow client with small buffers
         with SSEClient(f"{network.url}/events/", [channel]) as client:
             client.wait_open()
             network.deaf("client")

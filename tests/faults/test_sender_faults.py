@@ -1,4 +1,4 @@
-"""A sender's process is killed; what it committed is delivered, and nothing else ever."""
+"""A sender's process is killed; its committed events are delivered, and no others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ for n in itertools.count():
 
 
 class Sender:
-    """Commits transactions of two events, and says how far it is."""
+    """Commits transactions of two events, and reports its progress."""
 
     def __init__(self, channel: str, name: str) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class Sender:
         return self._said.readline().strip()
 
     def kill(self) -> list[str]:
-        """What it said meanwhile."""
+        """Kill it. Returns its output until then."""
         self._process.kill()
         self._process.wait()
         with self._said as said:
@@ -71,7 +71,7 @@ def test_sender_killed_at_any_moment_sends_what_it_committed_and_nothing_else(
             said = [sender.wait_for_word()]
             time.sleep(chance.uniform(0, 0.05))  # the random moment
             said += sender.kill()
-            # The last word may have been cut off by the kill.
+            # The last line can be cut off by the kill.
             words = [line.split() for line in said if line.count(" ") == 1]
             numbers = [int(number) for word, number in words if word == "committed"]
             committed += [f"{sender.name}-{n}{part}" for n in numbers for part in "ab"]
@@ -90,7 +90,7 @@ def test_sender_killed_during_commit_sends_all_or_nothing(
     perhaps: set[str] = set()
     for sender in senders:
         assert sender.wait_for_word() == "sent 0"
-    # What COMMIT writes to.
+    # The table that COMMIT writes to.
     with locked(database, "LOCK TABLE pg_eventstream_outbox IN SHARE MODE"):
         waiting = (
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
@@ -109,7 +109,7 @@ def test_sender_killed_during_commit_sends_all_or_nothing(
 
 
 def wait_for_sessions_to_end(database: Database) -> None:
-    """Until the server has done with those whose client is dead."""
+    """Wait until the server has ended the sessions of dead clients."""
     others = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
         " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
@@ -121,14 +121,14 @@ def wait_for_sessions_to_end(database: Database) -> None:
 def check(
     database: Database, client: SSEClient, channel: str, committed: list[str], perhaps: set[str]
 ) -> None:
-    """The client has what is committed, whole transactions, once, each one's events in order."""
+    """The client has all committed transactions once and whole, with their events in order."""
     database.send(channel, "last")
     client.wait_for(lambda: bool(client.events) and client.events[-1].data == "last")
     got = [event.data for event in client.events][:-1]
     assert [event.eids[channel] for event in client.events] == [*range(1, len(got) + 2)]
     assert len(set(got)) == len(got)
     assert set(committed) <= set(got) <= {*committed, *perhaps}
-    # Those of two transactions that commit at the same time may alternate.
+    # Events of two transactions that commit at the same time can alternate.
     firsts, seconds = ([data for data in got if data.endswith(part)] for part in "ab")
     assert {data[:-1] for data in firsts} == {data[:-1] for data in seconds}
     assert all(got.index(f"{data[:-1]}a") < got.index(data) for data in seconds)

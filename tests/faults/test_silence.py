@@ -1,6 +1,6 @@
-"""PostgreSQL, or the way to it, falls silent; whoever waits for an answer does not wait for ever.
+"""PostgreSQL, or the network to it, falls silent; no one waits for a response without end.
 
-The network between them answers keepalives all the while, as a proxy or a load balancer does.
+The network between them still answers keepalives, as a proxy or a load balancer does.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from tests.support.sse_client import OpenStream, SSEClient
 pytestmark = pytest.mark.faults
 
 
-#: How long the silence lasts that ends by itself.
+#: The length of a silence that ends without help.
 PAUSE = 30
 
 
 @pytest.fixture
 def network(database: Database) -> Iterator[Network]:
-    """On the way to PostgreSQL."""
+    """The network to PostgreSQL."""
     with Network(database.postgres.port) as between:
         yield between
 
@@ -77,7 +77,7 @@ def test_answer_that_was_lost_is_not_waited_for_and_the_session_is_ended(
         with pytest.raises(psycopg.OperationalError):
             connection.execute("SELECT 1")
         assert time.monotonic() < start + 10
-    # Its end of the connection is open still, and held the lock.
+    # Its end of the connection is still open and held the lock.
     wait_until(lambda: database.value("SELECT pg_try_advisory_xact_lock(1)"), timeout=10)
 
 
@@ -97,7 +97,7 @@ def test_statement_that_works_or_waits_is_waited_for(
 
 @dataclass(frozen=True)
 class Login:
-    """Who logs in, and who it is then: {login} and {other} are members of nothing else."""
+    """How the role {login} becomes {other}, if it does. Neither is a member of another role."""
 
     sql: str
     options: dict[str, str] = field(default_factory=dict)
@@ -137,7 +137,7 @@ ORDINARILY = ("assume_role, not inherited", "ALTER ROLE SET role", "track_activi
 def session_as(
     request: pytest.FixtureRequest, database: Database, network: Network, impatient: Limits
 ) -> Iterator[WatchedConnection]:
-    """A connection, over the network, of which its own role may perhaps not be told."""
+    """A connection over the network. The server may hide its session from its own role."""
     login = LOGINS[request.param]
     names = {name: f"{name}_{database.name}" for name in ("login", "other")}
     for name in names.values():
@@ -229,7 +229,7 @@ def test_publisher_whose_connections_died_without_a_word_goes_on(
     running.result(20)
 
 
-# Whole processes, with the times as they are
+# Whole processes, with the real times
 
 
 @pytest.mark.thorough
@@ -256,7 +256,7 @@ def test_clients_get_everything_when_the_database_is_heard_again(
         if fault == "frozen":
             with suspended(database.postgres):
                 time.sleep(PAUSE)
-        # What the proxy had already does not count.
+        # Events that the proxy had already do not count.
         heard_at = time.time() + 0.2
         client.wait_for(lambda: client.events[-1].at > heard_at, timeout=60)
         seconds = next(event.at for event in client.events if event.at > heard_at) - heard_at
@@ -304,7 +304,7 @@ def test_sigterm_ends_a_publisher_that_the_database_does_not_answer(
 ) -> None:
     publisher = new_publisher(f"--dsn={through(network, database)}").lead()
     getattr(network, {"deaf": "deaf", "forgotten": "forget"}[fault])()
-    time.sleep(6)  # behind the safety poll
+    time.sleep(6)  # longer than the safety poll
     os.kill(publisher.pid, signal.SIGTERM)
     wait_until(lambda: not publisher.running, timeout=5.3)
     assert publisher.returncode == 0

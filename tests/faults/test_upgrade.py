@@ -1,7 +1,7 @@
-"""Migrations run while senders, publisher and web processes of the code before go on working.
+"""Migrations run while senders, publisher and web processes of the old code continue to work.
 
-Those run from an archive of the last commit before some migrations, out of the repository's
-history: before the newest ones, and in a thorough run before older ones as well.
+The old processes run from an archive of the last commit before some migrations, made from the
+repository's history: before the newest ones, and in a thorough run before older ones as well.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.support.sse_client import SSEClient
 pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).parents[2]
-#: The last commits with the migrations up to these, and no others.
+#: The last commits with exactly the migrations up to these.
 COMMITS = {
     "0005": "03bc6b9766ff250d96e625479200a6b17fefa39b",
     "0001": "f1b391250490b4468b8c0344d206e99eb54945c9",
@@ -40,7 +40,7 @@ ATTEMPTS = 3
 
 
 class OldCode(NamedTuple):
-    """The project as it was, in a directory of its own."""
+    """The project at an earlier commit, in a separate directory."""
 
     directory: Path
     migrated: str
@@ -65,7 +65,7 @@ def old_code(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 class Upgrade:
-    """A database with the tables of the old code; commands and processes of the old and the new."""
+    """A database with the tables of the old code; commands and processes of old and new code."""
 
     def __init__(self, database: Database, old_code: OldCode, pushpin: Pushpin) -> None:
         self.database = database
@@ -87,14 +87,14 @@ class Upgrade:
             self._pushpin,
             PG_EVENTSTREAM_TEST_DSN=self.database.dsn,
             PYTHONPATH=str(self.old_code if old else ROOT),
-            # Where the settings were in these commits.
+            # The place of the settings in these commits.
             DJANGO_SETTINGS_MODULE="tests.settings" if old else "tests.project.settings",
             PGAPPNAME="old" if old else "new",
         )
 
     @contextmanager
     def directory(self, *, old: bool) -> Iterator[None]:
-        """Where to start processes: Python finds modules in its own directory first."""
+        """The directory in which to start processes: Python finds modules there first."""
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.old_code if old else ROOT)
             yield
@@ -135,9 +135,9 @@ def upgrade(postgres: Postgres, old_code: OldCode, pushpin: Pushpin) -> Iterator
 
 
 class SqlSender(threading.Thread):
-    """Sends until it is told to stop, and waits for no lock for 100 ms.
+    """Sends until it is stopped, and waits no more than 100 ms for a lock.
 
-    That would be an error of its statement.
+    Waiting longer would be an error of its statement.
     """
 
     def __init__(self, database: Database, channel: str, name: str) -> None:
@@ -206,7 +206,7 @@ print(sent)
 
 @contextmanager
 def sending_by_old_django(upgrade: Upgrade, channel: str) -> Iterator[list[int]]:
-    """How many it has sent stands in the list at the end."""
+    """The list contains the number of sent events at the end."""
     sent: list[int] = []
     with subprocess.Popen(
         [sys.executable, "-c", _DJANGO_SENDER, channel],
@@ -334,7 +334,7 @@ def test_new_application_server_streams_while_the_old_publisher_leads(
 
 
 def held_up(database: Database, work: Callable[[], object]) -> int:
-    """How often a sender waited for a lock for 100 ms while this was done."""
+    """How many times a sender waited 100 ms for a lock while this was done."""
     with sending(database, "a", "b") as senders:
         work()
     return sum(sender.held_up for sender in senders)
@@ -362,7 +362,7 @@ def fill(database: Database, events: int) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("beside", ["short transactions", "a long transaction", "a long read"])
 def test_no_sender_waits_100_ms_for_a_migration(upgrade: Upgrade, beside: str) -> None:
-    """Of three attempts one has to do: a loaded machine may stop a migration anywhere."""
+    """One of three attempts must succeed: a loaded machine can pause a migration anywhere."""
     database = upgrade.database
     fill(database, EVENTS if beside == "short transactions" else 1000)
 

@@ -1,4 +1,4 @@
-"""Hostile input for Hypothesis, and a parser of event streams that forgives nothing."""
+"""Hostile input for Hypothesis, and a strict parser of event streams."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ _FRAGMENTS = [
     *("x" * 256, "a:5," * 60, "<script>alert(1)</script>", "{{7*7}}", "None", "null", "-0", "NaN"),
 ]
 
-#: What somebody makes up who looks for a hole. Valid Unicode; not always storable.
+#: Input of an attacker. Valid Unicode; not always storable.
 texts = st.one_of(
     st.lists(st.sampled_from(_FRAGMENTS), max_size=4).map("".join),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
 )
-#: What PostgreSQL can store as text.
+#: Text that PostgreSQL can store.
 storable = texts.map(lambda text: text.replace("\0", ""))
-#: The same as the value of a header: bytes, as WSGI and ASGI hand them to Django.
+#: The same as the value of a header: bytes, as WSGI and ASGI pass them to Django.
 header_values = st.one_of(
     texts.map(lambda text: text.encode().decode("latin-1")),
     st.text(st.characters(max_codepoint=255), max_size=12),
@@ -79,7 +79,7 @@ header_values = st.one_of(
 
 
 def fuzzed(examples: int, thorough: int) -> Callable[[Any], Any]:
-    """So many examples in `make test`, and so many in `make test-faults`, from `SEED`."""
+    """The number of examples in `make test` and in `make test-faults`, from `SEED`."""
     profile = settings(
         max_examples=thorough if THOROUGH else examples,
         deadline=None,
@@ -101,10 +101,10 @@ _FIELDS = re.compile(r"(event|id|data): ?(.*)", re.DOTALL)
 
 
 def parse_strictly(stream: str) -> list[Parsed]:
-    """The events of a stream that is complete and has nothing in it but what we write.
+    """The events of a complete stream that contains only what the server writes.
 
-    Lines end as the standard says, and not only where we end them: whatever a browser would
-    take for another field, or another event, is one here too.
+    Lines end as in the standard, and not only where the server ends them: anything that a browser
+    would take for another field or another event is one here, too.
     """
     assert "\0" not in stream
     assert "\r" not in stream

@@ -1,4 +1,4 @@
-"""Events with anything in them: clients get exactly what was sent, whichever way it takes."""
+"""Events with any content: clients get exactly what was sent, by every path."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from tests.support.rounds import sequence
 
 pytestmark = pytest.mark.faults
 
-#: What a channel or a type may be called.
+#: Valid names of channels and types.
 names = storable.map(lambda text: re.sub("[\r\n]", "", text)[:255]).filter(
     lambda name: name != "" and not name.startswith(RESERVED)
 )
 
 
 def is_for_applications(kind: str) -> bool:
-    """The server's own types of events are tried elsewhere."""
+    """The server's own types of events are tested elsewhere."""
     return kind not in sse.RESERVED_TYPES
 
 
-# Type, data, how often that is repeated, whom to skip.
+# Type, data, its repetitions, and the users to skip.
 drafts = st.tuples(
     names.filter(is_for_applications),
     storable,
@@ -48,7 +48,7 @@ drafts = st.tuples(
 
 
 def as_lines(data: str) -> str:
-    """What is left of data on the wire: line breaks of each kind become the same."""
+    """The data on the wire, where all kinds of line breaks become the same."""
     return re.sub("\r\n|\r", "\n", data)
 
 
@@ -82,15 +82,15 @@ def test_client_and_proxy_parse_exactly_what_was_sent(
         Parsed(kind, as_lines(data), sse.make_id({channel: eid + n}))
         for n, (kind, data, _) in enumerate(events, 1)
     ]
-    # To a client that comes back, page by page ...
+    # To a client that reconnects, page by page ...
     answer = Origin().open(channel, last_event_id=before)
     pages = [answer.body]
     while not answer.held:
         answer = Origin().follow(answer)
         pages.append(answer.body)
     stream = "".join(map(filtered, pages))
-    assert parse_strictly(stream)[1:] == expected  # behind stream-open
-    # ... and, as it happens, to the proxy.
+    assert parse_strictly(stream)[1:] == expected  # after stream-open
+    # ... and live, to the proxy.
     for item, (kind, _, skipped), event in zip(
         published(connection, channel, eid), events, expected, strict=True
     ):
@@ -104,7 +104,7 @@ def test_client_and_proxy_parse_exactly_what_was_sent(
 
 
 def filtered(body: str) -> str:
-    """What the proxy's build-id filter makes of it, on a stream of one channel."""
+    """The body after the proxy's build-id filter, on a stream of one channel."""
     return re.sub("%(.)", lambda found: {"%": "%", "I": " "}[found[1]], body, flags=re.DOTALL)
 
 
@@ -155,7 +155,7 @@ def test_python_refuses_what_the_table_would_refuse_and_nothing_else(
     assert allowed == (possible and not channel.startswith(RESERVED))
 
 
-# The parts by themselves, with what no database would store
+# The parts alone, with values that no database would store
 
 
 @fuzzed(200, 3000)
@@ -181,7 +181,7 @@ def test_id_says_what_it_was_made_of(eids: dict[str, int]) -> None:
     note(SEED)
     made = sse.make_id(eids)
     assert sse.parse_id(made, eids) == eids
-    assert sse.parse_id(f" {made},{made} ", eids) == eids  # as it may come from a proxy
+    assert sse.parse_id(f" {made},{made} ", eids) == eids  # as a proxy can send it
     assert re.fullmatch("[!-~]+", made)
 
 
@@ -204,7 +204,7 @@ def test_user_is_skipped_by_exactly_the_own_name(skipped: list[str], user: str) 
     meta = json.loads(items.item(event)).get("meta", {"skip_users": ""})["skip_users"]
     quoted = quote_user(user)
     assert (quoted in meta.split(",")) == (user in (skipped or [""]))
-    assert re.fullmatch(r"[\w./~%-]*", quoted, re.ASCII)  # nothing that a header could end with
+    assert re.fullmatch(r"[\w./~%-]*", quoted, re.ASCII)  # nothing that could end a header
 
 
 @fuzzed(200, 3000)

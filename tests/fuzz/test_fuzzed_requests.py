@@ -1,4 +1,4 @@
-"""Requests with anything in them: answered in order, and never with what is somebody else's."""
+"""Requests with any content: handled properly, and never with the data of another user."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HEADERS = [
 QUERY = ["channel", "channels", "lastEventId", "messages_types", "format", "next", "link", "u"]
 STATUSES = {200, 204, 400, 401, 403, 404, 405, 406, 501}
 OURS = {"message", "stream-open", "stream-error", "stream-reset"}
-#: All that an answer may have; a header that a request could add is not among them.
+#: All headers of a response; a header that a request could add is not among them.
 ANSWERED = {
     *("content-type", "content-length", "content-encoding", "cache-control", "x-accel-buffering"),
     *("grip-hold", "grip-channel", "grip-set-meta", "grip-link", "grip-keep-alive"),
@@ -48,7 +48,7 @@ ANSWERED = {
 
 @pytest.fixture(autouse=True)
 def kept(database: Database) -> Iterator[None]:
-    """Two events that anybody may read, and some that no visitor may."""
+    """Two events that anyone may read, and some that no visitor may read."""
     with (
         behind_a_proxy,
         override_settings(
@@ -81,7 +81,7 @@ def as_query(pairs: list[tuple[str, bytes]]) -> str:
     return "&".join(f"{name}={quote_from_bytes(value)}" for name, value in pairs)
 
 
-# What would be a stream, but for one thing or the other.
+# Requests that would open a stream except for one detail.
 likely = st.builds(
     lambda names, last, more: as_query(
         [*(("channel", name) for name in names), ("lastEventId", last), *more]
@@ -125,7 +125,7 @@ methods = st.one_of(
 
 
 def ask(method: str, path: str, query: str, headers: dict[str, str], signed: bool) -> Any:
-    """One request, as a server hands it to Django. An exception in a view is ours."""
+    """One request, as a server passes it to Django. An exception in a view fails the test."""
     environ: dict[str, Any] = {
         "HTTP_" + name.upper().replace("-", "_"): value for name, value in headers.items()
     }
@@ -136,7 +136,7 @@ def ask(method: str, path: str, query: str, headers: dict[str, str], signed: boo
 
 
 def check(response: Any) -> list[Parsed]:
-    """Nothing in it that a request could have put there, or that is not for this visitor."""
+    """It contains nothing from the request, and nothing that this visitor may not read."""
     assert response.status_code in STATUSES
     for name, value in response.headers.items():
         assert name.lower() in ANSWERED
@@ -159,7 +159,7 @@ def check(response: Any) -> list[Parsed]:
 
 
 def leads_on_only_here(response: Any) -> None:
-    """A next link is a path of ours, and nothing else in a header that could be taken for one."""
+    """A next link is a path of the endpoint, and no other header could be taken for one."""
     link = response.headers.get("Grip-Link")
     if link is not None:
         path, separator, rest = link.removeprefix("<").partition(">; rel=next")
@@ -277,7 +277,7 @@ def test_any_request_for_a_view_of_the_rest_framework_is_answered_in_order(
     with override_settings(**DRF):
         path = "/" + path.format(quote(part, safe=""))
         response = ask(method, path, query, {"Accept": accept, **headers}, signed)
-        if method != "OPTIONS" or response.status_code != 200:  # what the rest framework tells
+        if method != "OPTIONS" or response.status_code != 200:  # a description of the view
             check(response)
         assert "<script>alert(1)" not in response.content.decode()
     leads_on_only_here(response)

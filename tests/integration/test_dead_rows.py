@@ -1,4 +1,4 @@
-"""What is pruned costs nothing any more, also while a held snapshot keeps vacuum from it."""
+"""Pruned rows cost nothing, even while a held snapshot prevents vacuum from removing them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.streams import hub, replay
 from tests.support.database import Database
 
-#: So many are dead in one channel, which is pruned wholly; and in all of a table.
+#: The dead rows of one channel, which is pruned completely, and of a whole table.
 PRUNED = 20_000
 PROXY = Proxy({"control_uri": "http://127.0.0.1:1"})
 
 
 class PagesRead:
-    """By all statements of a session from now on."""
+    """Counts the pages that all statements of a session read from now on."""
 
     def __init__(self, session: psycopg.Connection[Any]) -> None:
         self._plans: list[str] = []
@@ -44,7 +44,7 @@ class PagesRead:
         assert self._plans
         pages = 0
         for plan in self._plans:
-            # The uppermost node counts what those below it have read.
+            # The topmost node includes the pages that its children read.
             found = re.search(r"Buffers: shared(?: hit=(\d+))?(?: read=(\d+))?", plan)
             pages += sum(int(number or 0) for number in found.groups()) if found else 0
         return pages
@@ -62,7 +62,7 @@ def in_django(work: Callable[[], object]) -> int:
 
 def sequence(database: Database) -> int:
     with database.connect() as session:
-        session.execute("SELECT pg_eventstream_sequence()")  # plans its statements
+        session.execute("SELECT pg_eventstream_sequence()")  # plans the function's statements
         database.send("pruned")
         pages = PagesRead(session)
         assert session.execute("SELECT pg_eventstream_sequence()").fetchone() == (1,)
@@ -132,7 +132,7 @@ WORK = [
 
 @pytest.fixture
 def pruned(database: Database) -> Iterator[Database]:
-    """All that a proxy has got is pruned, and none of it can be vacuumed."""
+    """Everything that a proxy has received is pruned, and vacuum can remove none of it."""
     database.execute(
         "INSERT INTO pg_eventstream_event (channel, data)"
         " SELECT 'pruned', '' FROM generate_series(1, %s)",

@@ -1,6 +1,6 @@
-"""No event waits: not while the publisher sleeps, is awake, or is on its way to sleep.
+"""No event waits: not while the publisher sleeps, is awake, or is about to sleep.
 
-The safety poll is off in all of these, so nothing but the doorbell helps an event along.
+The safety poll is off in all of these tests, so that only the doorbell can wake the publisher.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.database import Database
 def test_publisher_does_not_sleep_before_the_newest_transaction_that_found_it_awake_is_over(
     database: Database,
 ) -> None:
-    """Nothing that began after it is over, so that no snapshot counts it among those before."""
+    """Wait until no earlier transaction is open, so that snapshots contain all earlier ones."""
     with (
         database.connect() as listener,
         database.connect() as locker,
@@ -39,12 +39,12 @@ def test_publisher_does_not_sleep_before_the_newest_transaction_that_found_it_aw
         sender.commit()
         while doorbell.state is State.DROWSY:
             doorbell.wait(0)
-        # One more round, then the sleep.
+        # One more round, then it sleeps.
         assert sequence(listener) == 1
 
 
 class Pooled(psycopg.Connection[Any]):
-    """As through a pooler in transaction mode: LISTEN is accepted, and nothing is delivered."""
+    """A connection like one through a pooler in transaction mode: LISTEN has no effect."""
 
     def execute(self, query: Any, *args: Any, **kwargs: Any) -> psycopg.Cursor[Any]:
         return super().execute("SELECT" if "LISTEN" in str(query) else query, *args, **kwargs)

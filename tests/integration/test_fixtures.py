@@ -1,4 +1,4 @@
-"""dumpdata, flush and loaddata, and what else serialises models: every event once, in order."""
+"""dumpdata, flush, loaddata and other ways to serialize models: every event once, in order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def other(database: Database, postgres: Postgres) -> Iterator[Database]:
-    """Another database, with our tables and nothing in them."""
+    """Another database, with empty tables."""
     name = f"{database.name}_other"
     with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name} TEMPLATE {database.name}")
@@ -126,7 +126,7 @@ def test_idle_channel_is_not_set_back_by_an_older_dump(database: Database, tmp_p
 def test_dump_of_events_alone_sends_them(
     database: Database, other: Database, tmp_path: Path
 ) -> None:
-    """As a fixture does that somebody has written."""
+    """As with a fixture that was written by hand."""
     database.send("a", "1")
     database.send("a", "2")
     dump = dumped(tmp_path / "dump.json", "pg_eventstream.event")
@@ -158,7 +158,7 @@ def test_events_and_their_places_may_be_loaded_from_several_files(
 def test_place_whose_event_was_sent_after_the_events_were_dumped_is_left_out(
     database: Database, tmp_path: Path
 ) -> None:
-    """dumpdata reads one table after the other, while others work on them."""
+    """dumpdata reads one table after the other, while other sessions change them."""
     database.send("a", "1")
     sequence(database)
     events = dumped(tmp_path / "events.json", "pg_eventstream.event")

@@ -1,4 +1,4 @@
-"""``migrations/grants.sql``: with it each role can do its work, and nothing else."""
+"""With ``migrations/grants.sql`` each role can do its work and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.roles import MIGRATIONS, as_role, granted, make_old, run_file
 
 @pytest.fixture
 def work_to_do(database: Database, control: ControlPort) -> Callable[[], None]:
-    """Makes work: something to sequence, publish, acknowledge, forget and prune."""
+    """Creates work: something to sequence, publish, acknowledge, forget and prune."""
 
     def make() -> None:
         database.execute("TRUNCATE pg_eventstream_proxy")
@@ -39,7 +39,7 @@ def work_to_do(database: Database, control: ControlPort) -> Callable[[], None]:
 
 
 def privileges(database: Database, role: str) -> list[tuple[str, str]]:
-    """What a role was granted on the app's objects, as the text between GRANT and TO."""
+    """The grants of a role on the app's objects, as the text between GRANT and TO."""
     return database.fetch(
         """
         SELECT privilege_type, table_name FROM information_schema.role_table_grants

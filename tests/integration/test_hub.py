@@ -1,4 +1,4 @@
-"""What an event, a stream and a client that leaves cost, however many others there are."""
+"""The cost of an event, a stream and a client that leaves does not depend on other clients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Client:
 
 
 class Traffic:
-    """What statements take to the server, and what they bring: bytes as text, and how many."""
+    """The bytes that statements send to the server and receive, as text, and their number."""
 
     def __init__(self) -> None:
         self.statements = self.sent = self.received = 0
@@ -61,7 +61,7 @@ class Recording(psycopg.Cursor[Any]):
 
 
 class Followed:
-    """A hub that nobody but us reads for, with clients in a loop of their own."""
+    """A hub whose reader the test calls, with clients in a separate event loop."""
 
     def __init__(self, session: psycopg.Connection[Any]) -> None:
         self.hub = Hub("default")
@@ -88,13 +88,13 @@ def with_hub(database: Database, work: Callable[[Followed], Any]) -> None:
     async def run() -> None:
         with database.connect() as session:
             work(Followed(session))
-        await asyncio.sleep(0)  # the loop passes on what it was given
+        await asyncio.sleep(0)  # the loop processes what it was given
 
     asyncio.run(run())
 
 
 def operations(function: Callable[[], Any]) -> int:
-    """How many of Python's it takes: a measure that no other load changes."""
+    """The number of Python operations it takes, a measure that other load does not affect."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -120,11 +120,11 @@ def test_page_costs_the_same_however_many_channels_are_followed(database: Databa
     def measure(followed: Followed) -> None:
         for count in (FEW, MANY):
             followed.add(*(f"c{n}" for n in range(count)))
-            followed.read()  # all that is loaded late
+            followed.read()  # loads everything that is loaded lazily
             traffic = Recording.traffic = Traffic()
             followed.reader.position = 0
             work = operations(lambda: followed.reader._read_page(followed._session))
-            # Of 20 events, the first time ours are 10.
+            # Of the 20 events, 10 are for this hub at first.
             costs.append((traffic.statements, traffic.sent, work))
 
     with_hub(database, measure)
@@ -164,7 +164,7 @@ def test_events_of_every_size_are_offered_in_order(database: Database) -> None:
     with_hub(database, read)
     news = [news for news in got[0].offered if isinstance(news, StreamEvent)]
     assert [n.number for n in news] == [1, 2, 3, 4, 5, 6]
-    # The one that is too large to be handed around is read by each.
+    # Each client reads the event itself that is too large to be passed to all.
     assert [n.data for n in news] == [*texts[:4], None, texts[5]]
     assert [n.skip_user_ids for n in news] == [skip or [] for skip in skipped]
     assert {n.type for n in news} == {"t"}
@@ -180,7 +180,7 @@ def test_pages_in_which_nothing_is_followed_wake_nobody(database: Database) -> N
         (group,) = followed.hub._groups.values()
         group.call = lambda *a: calls.append(a)  # type: ignore[method-assign]
         traffic = followed.read()
-        assert traffic.statements <= 4  # a page each, and the last that finds nothing
+        assert traffic.statements <= 4  # one per page, and the last one, which finds nothing
         assert followed.reader.position == 500
 
     with_hub(database, read)
@@ -188,7 +188,7 @@ def test_pages_in_which_nothing_is_followed_wake_nobody(database: Database) -> N
 
 
 def test_client_costs_the_same_however_many_others_there_are(database: Database) -> None:
-    """To come, and to leave. Else a mass disconnect is quadratic."""
+    """To join and to leave. Otherwise a mass disconnect would be quadratic."""
 
     def measure(followed: Followed) -> None:
         costs = []
@@ -225,7 +225,7 @@ def test_loop_that_is_closed_takes_its_clients_with_it(
         closed_loop(followed.hub, 50)
 
         async def come() -> None:
-            # For each of those that are gone, the same.
+            # The same for each client that has left.
             (client,) = followed.add("c1", "mine")[:1]
             assert followed.hub.followed(["c0", "c1", "mine"]) == {"c1", "mine"}
             followed.hub.discard(client)
@@ -254,7 +254,7 @@ def test_change_of_permission_is_offered_to_streams_of_that_user_alone(
 
 
 def test_client_that_came_while_a_page_was_read_is_not_skipped(database: Database) -> None:
-    """What it does not get from the hub it reads by itself, since it comes later."""
+    """It joins later, so it reads the events itself that the hub does not give it."""
     for n in range(3):
         send_event("a", "message", n)
     sequence(database)
@@ -270,7 +270,7 @@ def test_client_that_came_while_a_page_was_read_is_not_skipped(database: Databas
 
 
 def test_clients_that_come_after_the_beginning_do_not_read_twice(database: Database) -> None:
-    """A server that starts gets all its clients at once, before the loop does anything else."""
+    """After a start, a server gets all its clients at once, before the loop does anything else."""
     clients: list[Client] = []
 
     def begin(followed: Followed) -> None:
@@ -292,7 +292,7 @@ def pending(count: int) -> Iterator[Hints]:
 
 
 def test_hints_that_are_to_come_later_cost_nothing_now() -> None:
-    """A mass revocation leaves one for each stream, and each batch asks what is due."""
+    """A mass revocation schedules one for each stream, and each batch asks which are due."""
     costs = []
     for count in (FEW, MANY):
         with pending(count) as hints:

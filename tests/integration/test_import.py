@@ -1,4 +1,4 @@
-"""A project that moves from django-eventstream: its clients notice nothing."""
+"""A project moves from django-eventstream, and its clients notice nothing."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(*arguments: str) -> str:
 
 
 def resume(channel: str, eid: int) -> list[tuple[int, str]] | None:
-    """What a client gets that holds this id of django-eventstream; None for a stream-reset."""
+    """What a client with this id of django-eventstream gets; None for a stream-reset."""
     with behind_a_proxy:
         answer = Origin().open(channel, last_event_id=f"{channel}:{eid}")
     if "stream-reset" in answer.control:
@@ -104,7 +104,7 @@ def test_pages_of_many_channels_keep_their_order(
         "   FROM generate_series(0, 2999) n ORDER BY random()",
         [],
     )
-    # Rows need not lie in the order of their keys.
+    # Rows can be stored in another order than that of their keys.
     des.execute("UPDATE django_eventstream_event SET type = 'moved' WHERE id % 2 = 0")
     for n in range(3):
         des.count(f"c{n}", 1000)
@@ -176,7 +176,7 @@ def test_event_by_which_the_server_would_speak_is_left_where_it_is(
     des.send("room", 2, type=type)
     des.send("room", 3)
     assert "1 events to resume from" in run()
-    assert resume("room", 1) is None  # a reset: what comes next is not here
+    assert resume("room", 1) is None  # a reset, because the next event is missing
     assert resume("room", 2) == [(3, "3")]
 
 
@@ -221,7 +221,7 @@ def test_only_what_is_behind_the_last_gap_can_be_resumed_from(des: DjangoEventst
 
 
 def test_no_id_is_given_out_again(database: Database, des: DjangoEventstream) -> None:
-    """A counter that is behind its events, or gone."""
+    """The counter is behind its events, or missing."""
     des.send("behind", 1, 2, 3)
     des.execute("UPDATE django_eventstream_eventcounter SET value = 1")
     des.send("gone", 1, 2)
@@ -234,7 +234,7 @@ def test_no_id_is_given_out_again(database: Database, des: DjangoEventstream) ->
     assert resume("gone", 1) == [(2, "2"), (3, '"new"')]
 
 
-# Here
+# Channels that have events here
 
 
 def test_imported_events_are_pruned_on_time(database: Database, des: DjangoEventstream) -> None:
@@ -302,7 +302,7 @@ def test_imported_events_are_never_sequenced(
     assert database.value(in_outbox) == 0
     assert database.value("SELECT pg_eventstream_sequence()") == 0
     assert everything(database)[2] == before[2]
-    # Restored elsewhere, rows first: the trigger has put them into the outbox again.
+    # Restored elsewhere, rows first: the trigger put them into the outbox again.
     database.execute("UPDATE pg_eventstream_cursor SET cluster = cluster + 1")
     database.execute(
         "INSERT INTO pg_eventstream_outbox (xid, event_id, channel)"
@@ -389,7 +389,7 @@ def test_times_are_right_without_time_zones(database: Database, sqlite: DjangoEv
     assert abs(database.value("SELECT now() - created FROM pg_eventstream_event") - age) < HOUR / 9
 
 
-# What cannot be
+# What cannot be imported
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_senders_do_not_wait_and_the_sequence_does(
 ) -> None:
     des.send("room", 1, 2)
     with database.connect() as holder, database.connect() as sender:
-        # An import that takes long: it is stopped when it writes its first channel.
+        # An import that takes long is stopped when it writes its first channel.
         holder.execute("SELECT pg_advisory_lock(4711)")
         holder.execute(
             "CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql AS"

@@ -1,4 +1,4 @@
-"""runserver_ngrok: Fanout Cloud learns where the tunnel is, and the project is served."""
+"""runserver_ngrok tells Fanout Cloud the address of the tunnel and serves the project."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NewServer = Callable[..., Process]
 def new_server(
     ngrok: Service, cloud: Service, database: Database, tmp_path: Path
 ) -> Iterator[NewServer]:
-    """Makes servers with settings of their own, and ends them with the test."""
+    """Creates servers with separate settings, and ends them with the test."""
     made: list[Process] = []
     (tmp_path / "own_settings.py").write_text("from tests.project.settings import *\n")
 
@@ -91,7 +91,7 @@ def serves(port: int) -> bool:
 
 
 class Served(Exception):
-    """Instead of serving for ever."""
+    """Raised instead of serving."""
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_origin_is_set_once_however_often_the_code_is_reloaded(
         return log.read_text().count("Starting development server")
 
     def changed_and_started_again() -> bool:
-        # More than once, since it does not notice a change before its own first look.
+        # More than once, because it does not notice changes before its first look.
         with (tmp_path / "own_settings.py").open("a") as own_settings:
             own_settings.write("# changed\n")
         return starts() > 1 and serves(port)
@@ -161,7 +161,7 @@ def test_origin_is_set_once_however_often_the_code_is_reloaded(
 
 
 def test_any_tunnel_is_taken_if_none_leads_here(cloud: Service, ngrok: Service) -> None:
-    """A web server may stand between the tunnel and runserver."""
+    """A web server can be between the tunnel and runserver."""
     ngrok.body = json.dumps({"tunnels": [tunnel("https://x.ngrok.example", to="localhost:80")]})
     with override_settings(GRIP_URL=realm(cloud)), pytest.raises(Served):
         run(ngrok, addrport="8001")

@@ -1,4 +1,4 @@
-"""A publisher with ``--once`` publishes what is there and ends, or says what it could not do."""
+"""A publisher with ``--once`` publishes all events and ends, or says what it could not do."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.load import Load
 from tests.support.network import Network
 from tests.support.sse_client import SSEClient
 
-#: Nothing may wait for longer, on whatever machine.
+#: No test waits longer, on any machine.
 _AT_MOST = 60
 LEAD = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
 
@@ -47,7 +47,7 @@ IMPATIENT = Limits(command_patience=1.0, join=0.5)
 
 
 def command(name: str, *arguments: str, limits: Limits = LIMITS) -> str:
-    """What the command says, in the end or as its error. Fails if it does not end."""
+    """The output of the command, or its error. Fails if it does not end."""
     out = StringIO()
     command = load_command_class("pg_eventstream", name)
     assert isinstance(command, DatabaseCommand)
@@ -78,7 +78,7 @@ def send(count: int, channel: str = "a") -> None:
 
 
 def published_ids(control: ControlPort) -> list[str]:
-    """Without hints."""
+    """The ids of the published events, without hints."""
     return [item["id"] for item in control.items if "id" in item]
 
 
@@ -86,7 +86,7 @@ def published_ids(control: ControlPort) -> list[str]:
 
 
 class Trickle(HttpService):
-    """Its answer comes byte by byte, and does not end."""
+    """Its response arrives byte by byte and never ends."""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body_of(request)
@@ -140,7 +140,7 @@ TAKES_NOTHING = {
     "503": (answers(503), "answered 503", "3 events wait"),
     "404": (answers(404), "check the path in GRIP_URL", "3 events wait"),
     "401": (answers(401), "check iss and key in GRIP_URL", "3 events wait"),
-    # What it refuses is not repeated: clients get it when they come back.
+    # Events that it refuses are not repeated: clients get them when they reconnect.
     "400": (answers(400), "answered 400", "refused 3 events"),
 }
 
@@ -200,7 +200,7 @@ def test_proxy_that_stops_taking_events_in_the_middle(
 def test_slow_proxy_is_waited_for_as_long_as_it_takes_events(
     database: Database, control: ControlPort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half a second for each of 6 batches, where 2.5 seconds without any are too long."""
+    """Half a second for each of 6 batches, while 2.5 seconds without any are too long."""
 
     def take(body: bytes) -> None:
         time.sleep(0.5)
@@ -251,7 +251,7 @@ def test_events_that_somebody_else_sequenced_are_published(
 
 
 def test_it_ends_though_events_go_on_arriving(database: Database, control: ControlPort) -> None:
-    """With all that were there when it began."""
+    """It publishes those that existed when it began."""
     send(2000)
     over = threading.Event()
 
@@ -283,9 +283,9 @@ def test_it_ends_though_events_go_on_arriving(database: Database, control: Contr
 
 
 class Application:
-    """Two sessions that do what processes of the application do under load.
+    """Two sessions that behave like processes of the application under load.
 
-    One of them holds the leader's lock shared at any moment, unless their attempts fail.
+    One of them always holds the leader's lock in share mode, unless their attempts fail.
     """
 
     def __init__(self, database: Database) -> None:
@@ -327,7 +327,7 @@ def test_application_processes_that_sequence_are_no_obstacle(
 def test_busy_servers_are_no_obstacle(
     database: Database, control: ControlPort, channel: str
 ) -> None:
-    """Servers that stream by themselves, under load: each run takes the lead from them."""
+    """Servers that stream directly, under load: each run takes the lead from them."""
     load = Load(database, channel, senders=4, pause=0.001)
     with ExitStack() as stack:
         for n in range(3):
@@ -363,7 +363,7 @@ def test_application_processes_do_not_keep_a_publisher_from_leading(
         finally:
             publisher.stop()
             thread.join()
-    assert "standing by" not in caplog.text  # nobody leads
+    assert "standing by" not in caplog.text  # no publisher leads
 
 
 def test_publisher_takes_over_whatever_the_application_does(
@@ -402,7 +402,7 @@ def test_application_that_does_not_give_the_lock_back_is_named(
 
 
 def test_leader_is_named_by_who_leads(database: Database, control: ControlPort) -> None:
-    """Not by who did last."""
+    """Not by the one that led last."""
     take = f"SELECT pg_advisory_lock({LOCK_SPACE}, {LEADER_LOCK})"
     row = "INSERT INTO pg_eventstream_publisher VALUES (1, %s, now(), now())"
     database.execute(row, ["gone.example:1"])
@@ -512,7 +512,7 @@ def test_what_was_published_is_said_though_pruning_fails(
 
 @contextmanager
 def through(database: Database) -> Iterator[Network]:
-    """Django's settings lead through a network."""
+    """Connects Django's settings through a network."""
     wrapper = connections["default"]
     port = wrapper.settings_dict["PORT"]
     with Network(database.postgres.port) as network:

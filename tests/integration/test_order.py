@@ -1,4 +1,4 @@
-"""The order that clients see is the order of commits, whatever order the INSERTs ran in."""
+"""Clients see events in the order of commits, independent of the order of the INSERTs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.snapshots import only_hold_a_snapshot
 def test_transaction_that_sequences_before_its_commit_loses_nothing(
     database: Database, immediate: bool
 ) -> None:
-    """Its own events come after those that were committed when it called."""
+    """Its own events come after those that were committed when it made the call."""
     database.value("SELECT pg_eventstream_sequence()")
     with database.connect(autocommit=False) as connection:
         if immediate:
@@ -35,7 +35,7 @@ def test_transaction_that_sequences_before_its_commit_loses_nothing(
 
 
 def test_held_snapshot_makes_no_call_walk_over_what_is_dead(database: Database) -> None:
-    """Vacuum can remove nothing meanwhile, yet a call reads no more than it did."""
+    """Vacuum can remove nothing in the meantime, but a call reads no more than before."""
     with database.connect(autocommit=False) as held, database.connect() as connection:
 
         def pages_read(events: int) -> int:
@@ -56,5 +56,5 @@ def test_held_snapshot_makes_no_call_walk_over_what_is_dead(database: Database) 
         before = pages_read(1)
         for _ in range(3):
             pages_read(10_000)
-            connection.execute("DELETE FROM pg_eventstream_outbox")  # as the sweep does
+            connection.execute("DELETE FROM pg_eventstream_outbox")  # as the pruner does
         assert pages_read(1) < before + 50

@@ -1,8 +1,7 @@
-"""Statements that run all day read what they need by an index, whatever the statistics say.
+"""Statements that run all day find their rows by an index, for any statistics.
 
-Each is explain while it runs (auto_explain), on tables of 100,000 rows of which the planner
-knows nothing yet, as after a burst; and once more without its index, to show that the test
-would notice.
+Each is explained while it runs (auto_explain), on tables of 100,000 rows without statistics, as
+after a burst; and once more without its index, to show that the test would fail.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ NEWEST = EVENTS // CHANNELS
 
 
 class Explained:
-    """The plans of all that a session runs from now on."""
+    """The plans of all statements that a session runs from now on."""
 
     def __init__(self, session: psycopg.Connection[Any]) -> None:
         self.plans: list[str] = []
@@ -49,9 +48,9 @@ class Explained:
         self.plans.clear()
 
     def check(self, *, index: str, rows: int) -> None:
-        """All plans together use the index; none reads a whole table, or many rows at once.
+        """Assert that the plans use the index, and that none reads a whole table or many rows.
 
-        Nor is any compiled.
+        Nor is any of them compiled.
         """
         lines = "\n".join(plan for plan in self.plans if "plan:" in plan).split("\n")
         text = "\n".join(line for line in lines if "(never executed)" not in line)
@@ -62,7 +61,7 @@ class Explained:
             assert float(found[1]) * int(found[2]) <= rows, text
         for found in re.finditer(r"Rows Removed by (?:Filter|Index Recheck): (\d+)", text):
             assert int(found[1]) <= rows, text
-        # To compile a statement takes longer than to run it. (Where PostgreSQL can.)
+        # Compiling a statement takes longer than running it. (On versions that can.)
         assert "JIT:" not in text, text
 
 
@@ -142,7 +141,7 @@ def sequence(database: Database) -> Explained:
 
 @pytest.fixture
 def full(database: Database) -> Database:
-    """All sequenced; in the outbox as well, where the sweep has not been yet."""
+    """All events are sequenced, and are still in the outbox because it has not been pruned."""
     with database.connect() as admin:
         for table in ("event", "stream", "outbox"):
             admin.execute(f"ALTER TABLE pg_eventstream_{table} SET (autovacuum_enabled = off)")

@@ -1,4 +1,4 @@
-"""Django's own connections, kept in a pool or between requests: streams leave them to requests."""
+"""Streams leave Django's connections, pooled or kept between requests, to requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.sse_client import SSEClient
 
 @pytest.fixture
 def pooled(database: Database) -> Iterator[Callable[..., str]]:
-    """Makes database aliases with a pool."""
+    """Creates database aliases with a pool."""
     made: list[str] = []
 
     def make(pool: Any = True) -> str:

@@ -1,4 +1,4 @@
-"""The publisher and its proxies: each gets everything in order, whatever the others do."""
+"""The publisher and its proxies: each gets everything in order, independent of the others."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tests.support.rounds import publish_once
     ("known", "expected"),
     [
         ({}, [4, 5]),
-        # Known ones wait for what they have not taken, however old it is.
+        # Known proxies wait for events that they have not taken, even old ones.
         ({"the same": 2}, [3, 4, 5]),
-        # A new one may be a known one under a new address.
+        # A new one can be a known one with a new address.
         ({"another": 4}, [5]),
         ({"another": 1}, [4, 5]),
         ({"another": 1, "a third": 4}, [4, 5]),
@@ -44,7 +44,7 @@ from tests.support.rounds import publish_once
 def test_proxy_that_nobody_knows_begins_where_streams_have_not_asked_yet(
     database: Database, control: ControlPort, known: dict[str, int], expected: list[int]
 ) -> None:
-    """Not with all that is kept: that may be millions of events, before the first that is new."""
+    """Not with all stored events, which could be millions before the first new one."""
     for n in range(1, 6):
         database.send("c", str(n))
     database.execute("SELECT pg_eventstream_sequence()")
@@ -62,7 +62,7 @@ def test_proxy_that_nobody_knows_begins_where_streams_have_not_asked_yet(
 
 
 def test_start_without_proxies_forgets_none(database: Database, control: ControlPort) -> None:
-    """A setting may be missing in one shell, and there in the next."""
+    """A setting can be missing in one shell and present in the next."""
     database.send("c", "1")
     publish_once()
     database.send("c", "2")
@@ -105,7 +105,7 @@ def test_refused_event_is_replaced_by_a_hint_and_the_others_go_out(
     send_events([("a", "message", "poison" if n == 33 else n) for n in range(1, 101)])
     assert publish_once() == 100
     expected: list[str | None] = [None if n == 33 else str(n) for n in range(1, 101)]
-    # The burst's hint, for those that could not follow it, comes last.
+    # The burst's hint, for streams that could not follow it, comes last.
     assert control.ids == [*expected, None]
     assert control.items[32]["formats"] == {"http-stream": {"action": "hint"}}
     assert "refused event 33 of channel 'a'" in caplog.text
@@ -115,10 +115,10 @@ def test_event_over_the_proxys_limit_becomes_a_hint(
     database: Database, control: ControlPort
 ) -> None:
     send_events([("a", "message", "small"), ("a", "message", "x" * 5_000_000)])
-    send_event("a", "message", "\x01" * 300_000, json_encode=False)  # six-fold in JSON
+    send_event("a", "message", "\x01" * 300_000, json_encode=False)  # six times as long in JSON
     send_event("a", "message", "small again")
     publish_once()
-    # And one more, for a stream that was just being opened when the others came.
+    # And one more, for a stream that was being opened when the others arrived.
     assert control.ids == ["1", None, None, "4", None]
     for hint in (control.items[1], control.items[4]):
         assert hint == {"channel": "events-a", "formats": {"http-stream": {"action": "hint"}}}
@@ -137,7 +137,7 @@ def test_hint_in_place_of_a_refused_event_is_repeated(
 def test_page_that_is_cut_because_of_its_size_is_followed_by_the_next_at_once(
     database: Database, control: ControlPort
 ) -> None:
-    """Nobody has to say that there is news."""
+    """No notification is needed."""
     text = "x" * 390_000
     send_events([("big", "message", text)] * 30)
     over = threading.Event()

@@ -1,4 +1,4 @@
-"""A database that moves to another cluster by pg_dump and pg_restore, publisher and all."""
+"""A database moves to another cluster by pg_dump and pg_restore, including the publisher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def next_xid(database: Database) -> int:
 
 
 def advance_xid(database: Database, at_least: int) -> None:
-    """Use transaction ids up, one transaction each."""
+    """Use up transaction ids, one transaction each."""
     database.execute(
         f"""
         DO $$ BEGIN
@@ -40,7 +40,7 @@ def advance_xid(database: Database, at_least: int) -> None:
 
 
 def in_order(database: Database, channel: str) -> list[tuple[int, str]]:
-    """What clients get of a channel: eid and data, in the order of the stream."""
+    """What clients get of a channel: eids and data, in the order of the stream."""
     return database.fetch(
         """
         SELECT s.eid, e.data FROM pg_eventstream_stream s
@@ -58,11 +58,11 @@ def in_order(database: Database, channel: str) -> list[tuple[int, str]]:
 def test_nothing_is_lost_or_repeated_wherever_the_transaction_counter_stands(
     database: Database, other_cluster: Postgres, tmp_path: Path, counter: str, clone: bool
 ) -> None:
-    """Transaction ids of the old cluster mean nothing in the new one.
+    """Transaction ids of the old cluster have no meaning in the new one.
 
-    Those of events that are committed, but not sequenced, lie on either side of the new
-    cluster's counter or around it. A clone, made as a copy of the files, cannot be told from
-    the old cluster by its identifier.
+    Those of committed events that are not sequenced are below or above the new cluster's counter,
+    or around it. A clone that was made by copying the files has the same system identifier as the
+    old cluster.
     """
     scratch = Database(other_cluster, "postgres")
     sequenced_at = next_xid(scratch) + (-5000 if counter == "ahead" else 5000)
@@ -75,7 +75,7 @@ def test_nothing_is_lost_or_repeated_wherever_the_transaction_counter_stands(
         database.send("a", f"sequenced {n}")
     with database.connect(autocommit=False) as unfinished:
         unfinished.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', 'no')")
-        unfinished.execute("SET CONSTRAINTS ALL IMMEDIATE")  # it is in the outbox by now
+        unfinished.execute("SET CONSTRAINTS ALL IMMEDIATE")  # it is in the outbox now
         assert database.value("SELECT pg_eventstream_sequence()") == 3
         for n in range(4, 7):
             advance_xid(database, next_xid(database) + 2000)
@@ -102,7 +102,7 @@ def test_nothing_is_lost_or_repeated_wherever_the_transaction_counter_stands(
         "ahead": committed < now,
     }[counter]
 
-    # A transaction that is open during the first look at the new cluster's outbox.
+    # A transaction that is open when the new cluster's outbox is first read.
     with new.connect(autocommit=False) as late:
         late.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('b', 'late')")
         late.execute("SET CONSTRAINTS ALL IMMEDIATE")
@@ -113,7 +113,7 @@ def test_nothing_is_lost_or_repeated_wherever_the_transaction_counter_stands(
     assert new.value("SELECT pg_eventstream_sequence()") == 1
     new.send("a", "new")
     assert new.value("SELECT pg_eventstream_sequence()") == 1
-    # The old cluster's ids pass by, one by one: none of them may mean anything any more.
+    # The new cluster passes the old cluster's ids one by one. None of them may have a meaning.
     advance_xid(new, max(now, committed) + 100)
     assert new.value("SELECT pg_eventstream_sequence()") == 0
 
@@ -134,7 +134,7 @@ def test_nothing_is_lost_or_repeated_wherever_the_transaction_counter_stands(
 
 
 def test_copy_in_the_same_cluster_goes_on_by_itself(database: Database, tmp_path: Path) -> None:
-    """The transaction ids are still those of this cluster, and mean what they did."""
+    """The transaction ids are still those of this cluster and keep their meaning."""
     database.send("a", "sequenced")
     database.execute("SELECT pg_eventstream_sequence()")
     with database.connect(autocommit=False) as unfinished:
@@ -154,7 +154,7 @@ def test_copy_in_the_same_cluster_goes_on_by_itself(database: Database, tmp_path
 def test_rows_alone_can_be_restored_into_a_migrated_database(
     database: Database, other_cluster: Postgres, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
-    """The trigger is there already, and fires for every event that is restored."""
+    """The trigger exists already and fires for every event that is restored."""
     database.send("a", "sequenced")
     database.execute("SELECT pg_eventstream_sequence()")
     database.send("a", "committed")

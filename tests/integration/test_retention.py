@@ -1,4 +1,4 @@
-"""What is past the retention goes, and only that."""
+"""Events past the retention are pruned, and only these."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_events_past_the_retention_are_pruned(database: Database, control: Contr
     age(database, events_of="old", by=DAY + timedelta(seconds=1))
     send_event("young", "message", "young")
     publish_once()
-    # publish_once() sweeps as well
+    # publish_once() prunes as well
     assert data(database) == ['"young"']
     assert prune() == "0 events pruned."
     age(database, events_of="young", by=DAY - timedelta(minutes=1))
@@ -75,7 +75,7 @@ def test_retention_of_none_keeps_all_events_but_unreliable_ones(
         send_event("volatile", "message", "gone soon")
         publish_once()
         with database.connect() as connection:
-            connection.execute("SET session_replication_role = replica")  # the trigger sees nothing
+            connection.execute("SET session_replication_role = replica")  # no trigger fires
             connection.execute(
                 "INSERT INTO pg_eventstream_event (channel, data, created)"
                 " VALUES ('a', 'unseen', '2000-01-01')"
@@ -90,7 +90,7 @@ def test_retention_of_none_keeps_all_events_but_unreliable_ones(
         with database.connect() as connection:
             sweep = Pruner(connection)
             assert sweep.run_once() == 0
-            with override_settings(EVENTSTREAM_RETENTION=timedelta(days=365_000)):  # the longest
+            with override_settings(EVENTSTREAM_RETENTION=timedelta(days=365_000)):  # the maximum
                 assert sweep.run_once() == 0
             with override_settings(EVENTSTREAM_RETENTION=DAY):
                 assert sweep.run_once() == 4
@@ -108,7 +108,7 @@ def test_retention_that_makes_no_sense_prunes_nothing_and_says_what_is_wrong(
         override_settings(EVENTSTREAM_RETENTION=value),
         pytest.raises(CommandError, match="EVENTSTREAM_RETENTION must be a timedelta or"),
     ):
-        prune()  # as from a program: on the command line `check` comes first
+        prune()  # as in a program: the command line runs the checks first
     assert len(data(database)) == 1
 
 
@@ -186,18 +186,18 @@ def test_sweep_ends_though_events_are_sequenced_meanwhile(database: Database) ->
 def test_outbox_is_emptied_as_soon_as_its_transactions_are_sequenced(
     database: Database, control: ControlPort
 ) -> None:
-    publish_once()  # the very first call compares no snapshots
+    publish_once()  # the first call compares no snapshots
     send_events([("a", "message", n) for n in range(2500)])
     with database.connect(autocommit=False) as connection:
         connection.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('a', 'late')")
         send_event("a", "message", "after it")
         publish_once()
         connection.commit()
-    # The open transaction is older than the last event, so that one's row is still needed.
+    # The open transaction is older than the last event, whose row is therefore still needed.
     assert database.value("SELECT count(*) FROM pg_eventstream_outbox") == 2
     assert publish_once() == 1
     assert database.value("SELECT count(*) FROM pg_eventstream_outbox") == 0
-    events = [eid for eid in control.ids if eid]  # and not the hints behind so many
+    events = [eid for eid in control.ids if eid]  # without the hints after every so many
     assert len(events) == len(set(events)) == 2502
 
 
@@ -259,7 +259,7 @@ def test_young_event_in_front_holds_nothing_else_up_and_is_pruned_in_its_time(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_left_of_a_channel_is_known_exactly(database: Database, seed: int) -> None:
-    """In whichever order events become due: what is kept behind what is gone, is complete."""
+    """Events become due in any order: what is kept after the pruned ones is complete."""
     chance = random.Random(seed)
     events = 1500 if seed == 0 else 12
     send_events([(chance.choice("ab"), "message", n) for n in range(events)])
@@ -271,7 +271,7 @@ def test_what_is_left_of_a_channel_is_known_exactly(database: Database, seed: in
     with database.connect() as connection, override_settings(GRIP_URL=None):
         sweep = Pruner(connection)
         while kept:
-            # Mostly the oldest, sometimes the clock was wrong.
+            # Mostly the oldest; sometimes the clock was wrong.
             due = kept[: chance.randrange(1, 1 + len(kept))]
             if chance.random() < 0.5:
                 due = chance.sample(due, chance.randrange(1, 1 + len(due)))
@@ -343,7 +343,7 @@ def test_batch_does_not_walk_over_what_was_pruned_below_a_held_snapshot(
         sweep = Pruner(connection)
 
         def pages_read() -> int:
-            """Pages of the stream's indexes, by all sessions so far."""
+            """The pages of the stream's indexes that all sessions have read so far."""
             connection.execute("SELECT pg_stat_force_next_flush(), pg_stat_clear_snapshot()")
             count: int = database.value(
                 "SELECT idx_blks_hit + idx_blks_read FROM pg_statio_all_tables"

@@ -1,4 +1,4 @@
-"""Whatever a role or a database is set up with, what we need of a session is as we need it."""
+"""Sessions of this package work with any settings of the role or the database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.database import Database
 from tests.support.faults import locked
 from tests.support.http_service import HttpService, body_of, respond
 
-# Settings that are text, whose kinds do not tell what may be hostile.
+# Settings that are text, whose kind does not show which values are hostile.
 TEXTS = {
     "DateStyle": ["German", "SQL, DMY", "Postgres, MDY"],
     "TimeZone": ["Asia/Kathmandu", "<odd>-05:30:15", "Africa/Monrovia"],
@@ -37,7 +37,7 @@ TEXTS = {
     "plpgsql.variable_conflict": ["use_variable", "use_column"],
     "restrict_nonsystem_relation_kind": ["view, foreign-table"],
 }
-# What would limit, on purpose, what a session may take, and what makes a server crawl.
+# Settings that limit a session's resources on purpose, or make a server very slow.
 LEFT_OUT = (
     "^(log_|debug_(print|discard|deadlocks)|trace_|backtrace_|temp_file_limit|max_stack_depth|"
     "zero_damaged_pages|ignore_system_indexes|allow_system_table_mods|ignore_checksum_failure)"
@@ -45,7 +45,7 @@ LEFT_OUT = (
 
 
 def settings_of_roles(database: Database) -> Iterator[tuple[str, str]]:
-    """Everything that a role can be set up with, and each value that may be a hostile one."""
+    """All settings of a role, with each value that could be hostile."""
     database.execute("LOAD 'plpgsql'")
     rows = database.fetch(
         "SELECT name, vartype, reset_val, min_val, enumvals, unit FROM pg_settings"
@@ -60,7 +60,7 @@ def settings_of_roles(database: Database) -> Iterator[tuple[str, str]]:
         elif kind == "enum":
             hostile = [value for value in values if value != usual]
         elif kind in ("integer", "real"):
-            # 0 mostly stands for none.
+            # 0 mostly means none.
             hostile = ["200"] if unit == "ms" and least == "0" else [least]
         else:
             hostile = []
@@ -68,17 +68,17 @@ def settings_of_roles(database: Database) -> Iterator[tuple[str, str]]:
 
 
 class Role:
-    """Who may do all that concerns us, and its settings in the test's database."""
+    """A role that may do everything here, and its settings in the test's database."""
 
     def __init__(self, database: Database) -> None:
-        #: Its own, and that of its alias in ``DATABASES``.
+        #: The role's name, and the name of its alias in ``DATABASES``.
         self.name = f"role_{database.name}"
         self.dsn = database.postgres.dsn(database.name, self.name)
         self._database = database
 
     def set(self, name: str, value: str) -> bool:
-        """Whether a role can be set up with this at all."""
-        # A list, as of search_path, is no string.
+        """Set it for the role. Returns whether that is possible at all."""
+        # A list, such as search_path, is not a string.
         quoted = value if "," in value and "$" in value else f"'{value}'"
         quoted_name = ".".join(f'"{part}"' for part in name.split("."))
         statement = (
@@ -113,7 +113,7 @@ def role(database: Database) -> Iterator[Role]:
 
 
 class Proxy(HttpService):
-    """Takes all, and remembers it."""
+    """Accepts everything and remembers it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def proxy() -> Iterator[Proxy]:
 
 @pytest.fixture
 def old_tables(database: Database) -> None:
-    """What `import_events` reads, of django-eventstream."""
+    """The tables of django-eventstream that `import_events` reads."""
     database.execute(
         "CREATE TABLE django_eventstream_event (id serial PRIMARY KEY, channel text, type text,"
         " data text, eid bigint, created timestamptz DEFAULT now())"
@@ -144,7 +144,7 @@ def old_tables(database: Database) -> None:
 
 
 def everything_works(database: Database, proxy: Proxy, role: Role, channel: str) -> None:
-    """Publisher, stream, prune and import, each as this role."""
+    """Publish, stream, prune and import as this role."""
     text = f'"{channel}日本"'
     sessions = Connector(role.name, f"{role.dsn}?connect_timeout=5")
     with override_settings(GRIP_URL=proxy.url):
@@ -186,14 +186,14 @@ def everything_works(database: Database, proxy: Proxy, role: Role, channel: str)
 def test_everything_works_whatever_the_role_is_set_up_with(
     database: Database, role: Role, proxy: Proxy, old_tables: None, channel: str
 ) -> None:
-    """With all of it at once. What is one of several values is the last of them."""
+    """With all settings at once. Of several values, the last one is used."""
     possible = {name for name, value in settings_of_roles(database) if role.set(name, value)}
     assert len(possible) > 100
     assert {
         "array_nulls", "client_encoding", "default_transaction_read_only", "DateStyle",
         "default_transaction_isolation", "idle_session_timeout", "session_replication_role",
     } <= possible  # fmt: skip
-    # Those of the application's own sessions are as it wants them.
+    # The application's own sessions keep their settings.
     for timeout in ("statement_timeout", "transaction_timeout", "lock_timeout"):
         if timeout in possible:
             role.set(timeout, "20s")
@@ -218,7 +218,7 @@ def test_everything_works_with_each_setting_of_the_role_alone(
 
 
 def test_connection_outlasts_all_timeouts_of_the_role(database: Database, role: Role) -> None:
-    """`transaction_timeout` came with PostgreSQL 17."""
+    """`transaction_timeout` is new in PostgreSQL 17."""
     names = [
         name
         for (name,) in database.fetch(
@@ -268,7 +268,7 @@ def test_database_whose_encoding_says_nothing_is_read_as_utf8(database: Database
         database.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-# What is the role's or the caller's own
+# Settings that stay with the role or the caller
 
 
 def test_sender_that_may_only_read_is_told_so_and_its_own_choice_stands(

@@ -1,4 +1,4 @@
-"""Events in a database of their own: the tables are there and nowhere else, or one is told why."""
+"""Events in a separate database: the tables are only there, or an error explains why not."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MIGRATIONS = sorted(
 
 
 class Denies:
-    """As one that knows the apps of its own, and nothing of us."""
+    """A router that knows its own apps and not this one."""
 
     def allow_migrate(self, db: str, app_label: str, **hints: Any) -> bool:
         return db == "default"
 
 
 class KnowsModels:
-    """Decides by the model, and so keeps out what SQL creates."""
+    """A router that decides by the model, and so excludes what SQL creates."""
 
     def allow_migrate(
         self, db: str, app_label: str, model_name: str | None = None, **hints: Any
@@ -56,7 +56,7 @@ class Allows:
 
 
 class Silent:
-    """Of another kind: for reading and writing only."""
+    """A router of another kind, which only routes reads and writes."""
 
     def db_for_read(self, model: Any, **hints: Any) -> None:
         return None
@@ -64,7 +64,7 @@ class Silent:
 
 @pytest.fixture
 def aliases(database: Database, postgres: Postgres, tmp_path: Path) -> Iterator[None]:
-    """Beside "default", "events", which is empty, and "lite", which is not PostgreSQL."""
+    """Add "events", which is empty, and "lite", which is not PostgreSQL, to "default"."""
     name = f"{database.name}_events"
     with psycopg.connect(postgres.dsn(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")

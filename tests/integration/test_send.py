@@ -1,4 +1,4 @@
-"""send_event and its relatives: one statement, in the caller's transaction, or InvalidEvent."""
+"""send_event and its variants: one statement, in the caller's transaction, or InvalidEvent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def events(database: Database, *columns: str) -> list[tuple[Any, ...]]:
 
 
 def sequenced(database: Database) -> list[str]:
-    """The data of what is committed, in the order in which it is delivered."""
+    """The data of committed events, in the order of delivery."""
     database.execute("SELECT pg_eventstream_sequence()")
     return [
         data
@@ -121,7 +121,7 @@ def test_event_is_there_if_and_only_if_the_block_commits(
 ) -> None:
     with transaction.atomic():
         send("kept")
-        assert sequenced(database) == []  # nobody else sees it yet
+        assert sequenced(database) == []  # no other session sees it yet
         with pytest.raises(ZeroDivisionError), transaction.atomic():
             send("rolled back to the savepoint")
             raise ZeroDivisionError
@@ -158,7 +158,7 @@ def test_sending_in_a_broken_transaction_fails_as_every_statement_does(database:
 
 
 def test_events_of_one_call_keep_their_order(database: Database) -> None:
-    """Far more than the parameters that one statement may have, which are 65,535."""
+    """Far more than the parameters of one statement, of which 65,535 are allowed."""
     count = 100_000
     send_events((f"c{n % 7}", "t", n) for n in range(count))
     with database.connect() as server:
@@ -351,7 +351,7 @@ def send_among_others(*event: Any) -> None:
 
 
 def outcome(how: Callable[..., None], event: tuple[Any, ...]) -> str:
-    """What becomes of an event that is sent: the error's name, and whether the database saw it."""
+    """The result of sending an event: the error's name, and whether a statement was run."""
     error = "none"
     with CaptureQueriesContext(connection) as queries:
         try:
@@ -437,7 +437,7 @@ def test_callers_of_django_eventstream_may_go_on_naming_async_publish(database: 
 
 
 def test_data_arrives_as_one_json_document(database: Database) -> None:
-    """Line breaks inside strings are escaped, so that it is one line of the stream."""
+    """Line breaks inside strings are escaped, so that the data is one line of the stream."""
     send_event("c", "t", {"text": "a\nb\r\nc\u2028d"})
     ((data,),) = events(database, "data")
     assert len(data.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""A backlog is sequenced in slices: in the same order as in one, and never twice or not at all."""
+"""A backlog is sequenced in slices, in the same order as at once, and each event exactly once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SEEDS = range(60 if THOROUGH else 1)
 def cut_small(
     database: Database, *, first: int = 7, following: int = 11, page: int = 3, most_open: str = ""
 ) -> None:
-    """Let slices be of a few events, and so many transactions be open at a time."""
+    """Make slices of a few events, with that many open transactions at a time."""
     text: str = database.value(
         "SELECT pg_get_functiondef('pg_eventstream_sequence()'::regprocedure)"
     )
@@ -50,7 +50,7 @@ def cut_small(
 
 
 class Senders:
-    """Sessions that send in any order, and draw their places in it early or late."""
+    """Sessions that send in any order and draw their seqs early or late."""
 
     def __init__(self, database: Database, seed: int, stack: ExitStack) -> None:
         self._random = random.Random(seed)
@@ -66,12 +66,12 @@ class Senders:
         elif what < 0.2:
             session.rollback()
         elif what < 0.3:
-            session.execute("SET CONSTRAINTS ALL IMMEDIATE")  # their seqs are drawn here
+            session.execute("SET CONSTRAINTS ALL IMMEDIATE")  # this draws their seqs
             session.execute("SET CONSTRAINTS ALL DEFERRED")
         elif what < 0.4:
             session.execute("SELECT pg_current_xact_id()")
         else:
-            # Now and then one that is larger than slices are.
+            # Sometimes one that is larger than a slice.
             session.execute(
                 "INSERT INTO pg_eventstream_event (channel, data)"
                 " SELECT 'c' || n %% 3, '' FROM generate_series(1, %s) AS n",
@@ -88,7 +88,7 @@ class Senders:
 
 
 def waiting(connection: Connection) -> list[int]:
-    """The events that are committed and not sequenced yet, in the order that they must get."""
+    """The committed events that are not sequenced yet, in the order that they must get."""
     return [
         row[0]
         for row in connection.execute(
@@ -100,7 +100,7 @@ def waiting(connection: Connection) -> list[int]:
 
 
 def sequenced(connection: Connection) -> list[int]:
-    """All events that have a place, in their order, which is dense in all ways."""
+    """All events that have a place, in their order, which has no gaps."""
     rows = connection.execute(
         "SELECT position, channel, eid, event_id FROM pg_eventstream_stream ORDER BY position"
     ).fetchall()
@@ -112,7 +112,7 @@ def sequenced(connection: Connection) -> list[int]:
 
 
 def unfinished(connection: Connection) -> bool:
-    """Whether there is a backlog of which a part is sequenced."""
+    """Whether a backlog is partly sequenced."""
     row = connection.execute(
         "SELECT until IS NOT NULL FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1"
     ).fetchone()
@@ -163,7 +163,7 @@ def test_slices_give_the_order_in_which_places_were_drawn(
                     sweep.run_once()
                 if not unfinished(look):
                     break
-                senders.run(4)  # what they commit now comes after all of the backlog
+                senders.run(4)  # events that it commits now come after all of the backlog
             assert sequenced(look) == expected
             most = max(most, slices)
         senders.finish()
@@ -179,7 +179,7 @@ def test_slices_give_the_order_in_which_places_were_drawn(
 def test_no_event_is_lost_or_doubled_whatever_number_was_open(
     database: Database, seed: int
 ) -> None:
-    """As after a restart with far lower limits, if the database could know nothing of it."""
+    """As after a restart with far lower limits, which the database cannot know of."""
     cut_small(database, most_open="0")
     with ExitStack() as stack:
         senders = Senders(database, seed, stack)
@@ -197,7 +197,7 @@ def test_no_event_is_lost_or_doubled_whatever_number_was_open(
 
 
 def backlog(database: Database) -> None:
-    """Of which a slice is sequenced."""
+    """A backlog of which one slice is sequenced."""
     database.send("a")
     assert database.value(SEQUENCE) == 1
     for _ in range(5):
@@ -232,7 +232,7 @@ def load(database: Database) -> None:
 
 
 def migrate_back(database: Database) -> None:
-    """To the function that knows of no slices, and forward again."""
+    """Migrate back to the function without slices, and forward again."""
     call_command("migrate", "pg_eventstream", "0005", verbosity=0)
     assert database.value(SEQUENCE) == 43
     database.send("a")
@@ -241,7 +241,7 @@ def migrate_back(database: Database) -> None:
 
 
 def lock(database: Database) -> None:
-    """One at a time: the second call waits, and does the next slice."""
+    """One call at a time: the second one waits and sequences the next slice."""
     with database.connect(autocommit=False) as one:
         assert one.execute(SEQUENCE).fetchone() == (11,)
         with database.connect() as two:
@@ -295,7 +295,7 @@ def test_call_that_leaves_something_rings(database: Database) -> None:
         connection.execute("LISTEN pg_eventstream")
         while connection.execute(SEQUENCE).fetchone() != (0,):
             assert next(connection.notifies(timeout=5)).channel == "pg_eventstream"
-        database.send("a")  # which rings as well
+        database.send("a")  # which notifies as well
         next(connection.notifies(timeout=5))
         assert connection.execute(SEQUENCE).fetchone() == (1,)
         assert not list(connection.notifies(timeout=0.1))
@@ -311,7 +311,7 @@ def send_at_once(database: Database, events: int) -> None:
 
 @override_settings(EVENTSTREAM_SAFETY_POLL=None, GRIP_URL=None, GRIP_PROXIES=[])
 def test_publisher_goes_on_until_nothing_is_left(database: Database) -> None:
-    """It was asleep, and no poll ends that."""
+    """It was asleep, and no poll wakes it."""
     cut_small(database)
     publisher = Publisher(Connector("default"))
     thread = threading.Thread(target=publisher.run)

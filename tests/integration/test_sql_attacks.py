@@ -1,4 +1,4 @@
-"""Roles of the database that want more than they were granted: what they get, and what it does."""
+"""Roles that try to do more than they were granted, and what happens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def connect(database: Database, role: str) -> psycopg.Connection[tuple[object, .
 
 # Functions that run with their owner's rights
 
-# In place of all that these functions use. Whoever runs one of these has been trapped.
+# Replaces everything that these functions use. A session that runs one of these is trapped.
 _TABLES = """
     CREATE {temp} TABLE {trap}.pg_eventstream_outbox (
         xid xid8, seq bigserial, event_id bigint, channel varchar(255));
@@ -73,7 +73,7 @@ _OPERATORS = {
 
 
 def set_trap(database: Database, role: str) -> None:
-    """A schema of the role's own, with something in it for each name that could be looked up."""
+    """A schema of the role, with a trap for each name that could be looked up."""
     database.execute(f"CREATE SCHEMA trap AUTHORIZATION {role}")
     with connect(database, role) as connection:
         connection.execute(_TABLES.format(temp="", trap="trap"))
@@ -125,13 +125,13 @@ def test_each_function_of_ours_keeps_to_its_schema_and_is_nobodys_to_call(
     )
     pinned = "search_path=pg_catalog, public, pg_temp"
     assert functions == [
-        # names the schema of all that it uses
+        # names the schema of everything that it uses
         ("pg_eventstream_enqueue", True, None, False),
         ("pg_eventstream_sequence", True, pinned, False),
     ]
 
 
-# A sender (what it is denied of the tables themselves: test_sql_senders.py)
+# A sender (test_sql_senders.py has what it is denied on the tables themselves)
 
 DENIED = [
     "MERGE INTO pg_eventstream_event e USING (VALUES (1)) v (id) ON e.id = v.id"
@@ -191,7 +191,7 @@ def test_sender_has_no_way_around_what_it_may_do(database: Database, sender: str
     database.send("c", "somebody else's")
     database.execute(f"CREATE SCHEMA trap AUTHORIZATION {sender}; ANALYZE pg_eventstream_event")
     outcomes = {}
-    with connect(database, sender) as connection, database.connect():  # whom it might terminate
+    with connect(database, sender) as connection, database.connect():  # which it could terminate
         connection.execute(
             """
             SET search_path = public, trap;
@@ -212,7 +212,7 @@ def test_sender_has_no_way_around_what_it_may_do(database: Database, sender: str
                 outcomes[statement] = repr(e)
             connection.execute("ROLLBACK")
         assert outcomes == {}
-        # What planner and statistics know of the columns is hidden as well.
+        # The planner and the statistics reveal nothing of the columns either.
         stats = "SELECT count(*) FROM pg_stats WHERE tablename LIKE 'pg\\_eventstream%'"
         assert connection.execute(stats).fetchone() == (0,)
         connection.execute(INSERT)
@@ -222,7 +222,7 @@ def test_sender_has_no_way_around_what_it_may_do(database: Database, sender: str
 
 
 def test_when_an_event_says_it_was_created_is_nothing_to_the_retention(database: Database) -> None:
-    """Nor how it is numbered; but only the owner can say either."""
+    """Nor how it is numbered; but only the owner can set either."""
     rows = [(-(2**63), "-infinity"), (2**63 - 1, "infinity"), (0, "2000-01-01"), (-1, "9999-12-31")]
     for n, created in rows:
         database.execute(
@@ -239,12 +239,12 @@ def test_when_an_event_says_it_was_created_is_nothing_to_the_retention(database:
     assert database.fetch("SELECT id FROM pg_eventstream_event") == [(-1,)]
 
 
-# Anybody who may connect
+# Any role that may connect
 
 
 @pytest.fixture
 def stranger(database: Database) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
-    """A session of a role without any privilege on anything of ours."""
+    """A session of a role without any privilege on the objects of this package."""
     role = f"stranger_{database.name}"
     database.execute(f"CREATE ROLE {role} LOGIN")
     with connect(database, role) as connection:
@@ -287,7 +287,7 @@ def test_who_takes_the_lock_of_the_sweep_keeps_it_from_pruning_until_the_session
         connection.execute("SET lock_timeout = '100ms'")
         with pytest.raises(psycopg.errors.LockNotAvailable):
             Pruner(connection).run_once()
-        connection.execute(INSERT)  # waits for nobody
+        connection.execute(INSERT)  # does not wait
         assert connection.execute(SEQUENCE).fetchone() == (1,)
         stranger.close()
         connection.execute("SET lock_timeout = '20s'")
@@ -320,18 +320,18 @@ def test_who_takes_the_locks_delays_events_until_the_session_ends_and_does_nothi
     take(LEADER_LOCK)
     take(BELL_LOCK)
     with publisher_in_thread() as publisher:
-        send(3)  # waits for nobody
+        send(3)  # does not wait
         wait_until(lambda: "standing by" in caplog.text, timeout=20)
         assert publisher._doorbell is None
         assert database.value("SELECT count(*) FROM pg_eventstream_stream") == 0
         stranger.execute(f"SELECT pg_advisory_unlock({LOCK_SPACE}, {LEADER_LOCK})")
         sequenced(3)
-        send(3)  # ring nobody, but find somebody who cannot sleep without the lock
+        send(3)  # notifies no publisher, but meets one that cannot sleep without the lock
         sequenced(6)
         stranger.execute("SELECT pg_advisory_unlock_all()")
         wait_until(lambda: doorbell_is(publisher, "asleep"), timeout=20)
         take(BELL_LOCK)
-        send(3)  # ring nobody either; the safety poll finds them
+        send(3)  # notifies no publisher either; the safety poll finds them
         sequenced(9)
         take(SEQUENCE_LOCK)
         send(3)
@@ -339,7 +339,7 @@ def test_who_takes_the_locks_delays_events_until_the_session_ends_and_does_nothi
         sequenced(9)
         stranger.execute(f"SELECT pg_advisory_unlock({LOCK_SPACE}, {SEQUENCE_LOCK})")
         sequenced(12)
-        # Who rings for no reason, or says something, wakes it up and no more.
+        # A notification without a reason or with a payload wakes it up and does nothing else.
         stranger.execute("SELECT pg_notify(%s, repeat('x', 7999))", [BELL])
         stranger.execute("SELECT pg_notify(%s, E'\\x01''; %%s')", [NEWS])
         send(1)

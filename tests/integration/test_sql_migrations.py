@@ -1,4 +1,4 @@
-"""The plain SQL of ``migrations/``: the same schema as Django's, safe in any schema."""
+"""The plain SQL of ``migrations/`` gives the same schema as Django, safely in any schema."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OTHER_SCHEMA = 'Events, "quoted"'
 
 @pytest.fixture
 def new_database(postgres: Postgres) -> Iterator[NewDatabase]:
-    """Makes empty databases, whose search_path is one schema."""
+    """Creates empty databases, whose search_path is one schema."""
     made: list[str] = []
 
     def make(schema: str = "public") -> Database:
@@ -63,7 +63,7 @@ def granted_nothing(database: Database) -> str:
 
 @contextmanager
 def as_default(database: Database, user: str = "postgres") -> Iterator[None]:
-    """Django's database, for a while."""
+    """Use it as Django's database for a while."""
     address = connections["default"].settings_dict
     before = {name: address[name] for name in ("NAME", "USER")}
     connections.close_all()
@@ -79,7 +79,7 @@ def migrate_by_django(
     database: Database, *target: str, user: str = "postgres", fake: bool = False
 ) -> None:
     with as_default(database, user):
-        # Nothing but this app, whose migrations depend on no other's.
+        # Only this app, whose migrations depend on no other app.
         call_command("migrate", "pg_eventstream", *target, fake=fake, verbosity=0)
 
 
@@ -89,7 +89,7 @@ def migrate_by_psql(database: Database, user: str = "postgres") -> None:
 
 
 class NoMigrations:
-    """What ``pytest --nomigrations`` puts into MIGRATION_MODULES."""
+    """The value of MIGRATION_MODULES with ``pytest --nomigrations``."""
 
     def __contains__(self, app_label: str) -> bool:
         return True
@@ -105,7 +105,7 @@ def create_without_migrations(database: Database, **settings: object) -> None:
 
 
 def schema_of(database: Database) -> str:
-    """All of a database but the tables of other apps, as pg_dump writes it."""
+    """Everything in a database except the tables of other apps, as pg_dump writes it."""
     dump = subprocess.run(
         [
             str(database.postgres.program("pg_dump")),
@@ -116,7 +116,7 @@ def schema_of(database: Database) -> str:
         timeout=60,
         check=True,
     ).stdout
-    # A random key, new in each dump.
+    # A random key that is different in each dump.
     return re.sub(r"^\\(un)?restrict .*\n", "", dump, flags=re.MULTILINE)
 
 
@@ -134,7 +134,7 @@ def test_psql_and_django_make_the_same_schema(new_database: NewDatabase, schema:
     migrate_by_django(by_django)
     expected = schema_of(by_django)
     assert schema_of(by_psql) == expected
-    # It is a dump of what it should be, with everything that matters in it.
+    # Assert that it is the right dump, with everything important in it.
     assert expected.count("CREATE TABLE") == 7
     assert expected.count("SECURITY DEFINER") == 2
     assert expected.count("FROM PUBLIC") == 2
@@ -147,7 +147,7 @@ def test_psql_and_django_make_the_same_schema(new_database: NewDatabase, schema:
     [
         {},
         {"MIGRATION_MODULES": {"pg_eventstream": None}},
-        {"MIGRATION_MODULES": {"pg_eventstream": "tests.support.node"}},  # which has none
+        {"MIGRATION_MODULES": {"pg_eventstream": "tests.support.node"}},  # which has no migrations
         {"PGTRIGGER_INSTALL_ON_MIGRATE": True},
         {"PGTRIGGER_SCHEMA_EDITOR": False},
         {"PGTRIGGER_MIGRATIONS": False},
@@ -165,7 +165,7 @@ def test_database_created_without_migrations_has_the_same_schema_and_rows(
         assert database.value("SELECT pg_eventstream_sequence()") == 1
     counts = "SELECT count(*) FROM pg_eventstream_cursor"
     assert created.value(counts) == migrated.value(counts)
-    create_without_migrations(created, **settings)  # once more changes nothing
+    create_without_migrations(created, **settings)  # running it again changes nothing
     assert schema_of(created) == schema_of(migrated)
     assert created.value("SELECT count(*) FROM pg_eventstream_event") == 1
 
@@ -179,7 +179,7 @@ def test_only_databases_that_hold_the_tables_get_them_without_migrations(
 
 
 class NotHere:
-    """A router that keeps our tables out."""
+    """A router that keeps the tables of this app out."""
 
     def allow_migrate(self, db: str, app_label: str, **hints: object) -> bool | None:
         return False if app_label == "pg_eventstream" else None
@@ -233,7 +233,7 @@ def test_manage_py_test_creates_its_databases_with_migrations_switched_off(
 
 def test_sql_file_is_applied_as_a_whole_or_not_at_all(new_database: NewDatabase) -> None:
     database = new_database()
-    # In the way of one of the last statements.
+    # Conflicts with one of the last statements.
     database.execute("CREATE TABLE pg_eventstream_proxy_name_d6ab13e9_like ()")
     before = schema_of(database)
     done = psql(database, "-f", str(MIGRATIONS / "0001_initial.sql"))
@@ -321,8 +321,8 @@ def test_sender_cannot_divert_the_trigger(new_database: NewDatabase, schema: str
     database = new_database(schema)
     migrate_by_psql(database)
     role = granted(database, "sender")
-    # A schema of the sender's own with tables and functions that look like the real ones,
-    # before the real ones and even before the system's.
+    # A schema of the sender with tables and functions that imitate the real ones, before the real
+    # schema and even before the system's.
     database.execute(f"CREATE SCHEMA trap AUTHORIZATION {role}")
     with psycopg.connect(database.postgres.dsn(database.name, role)) as connection:
         path = connection.execute("SHOW search_path").fetchone()

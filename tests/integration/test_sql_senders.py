@@ -1,4 +1,4 @@
-"""Senders that are not Python: psql and Node.js, as a role that may INSERT and no more."""
+"""Senders without Python: psql and Node.js, as a role that may only INSERT."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_no_setting_of_the_session_keeps_an_event_back(
 def test_prepared_transaction_counts_when_it_is_committed(database: Database, sender: str) -> None:
     with psycopg.connect(sender, autocommit=True) as connection:
         connection.execute("BEGIN")
-        # PostgreSQL prepares no transaction that has sent a notification.
+        # PostgreSQL cannot prepare a transaction that has sent a notification.
         connection.execute("SET LOCAL pg_eventstream.bell = off")
         connection.execute("INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', '')")
         connection.execute(f"PREPARE TRANSACTION '{database.name}'")
@@ -73,7 +73,7 @@ def test_prepared_transaction_counts_when_it_is_committed(database: Database, se
     assert database.value("SELECT pg_eventstream_sequence()") == 1
 
 
-# They are told what is wrong
+# Errors say what is wrong
 
 
 def test_psql_is_told_which_rule_a_bad_event_breaks(database: Database, role: str) -> None:
@@ -103,10 +103,11 @@ def test_name_that_is_too_long_or_has_nul_is_refused(sender: str, column: str) -
         connection.execute(insert, ["c" * 255, "ä" * 255])
 
 
-# They can do nothing else
+# Senders can do nothing else
 
 
-#: What object-relational mappers send to get the new id. SQLAlchemy 2.0: one, and several at once.
+#: The statements of object-relational mappers to get the new id. SQLAlchemy 2.0: one, and several
+#: at once.
 ORMS = [
     "INSERT INTO pg_eventstream_event (channel, type, data) VALUES ('c'::VARCHAR, 't'::VARCHAR,"
     " 'd'::VARCHAR) RETURNING pg_eventstream_event.id",
@@ -192,10 +193,10 @@ def forbidden_statements() -> list[str]:
                 "CREATE TEMP TABLE own (LIKE {table})",
                 "INSERT INTO {table} DEFAULT VALUES",
             ]
-            # One column of the event is enough to be allowed this; it fails for want of a channel.
+            # The right to one column is enough for this; it fails because the channel is missing.
             if not (table == "event" and "DEFAULT VALUES" in statement)
         ),
-        # an event that never was, or not then, or that is another's
+        # an event that never existed, existed at another time, or belongs to another sender
         "INSERT INTO pg_eventstream_event (id, channel, data) VALUES (1, 'c', '')",
         "INSERT INTO pg_eventstream_event (channel, data, created) VALUES ('c', '', now())",
         "INSERT INTO pg_eventstream_event (channel, data) VALUES ('c', '')"
@@ -232,7 +233,7 @@ def test_sender_may_do_nothing_but_insert_events(database: Database, sender: str
         connection.commit()
         for statement in forbidden_statements():
             try:
-                # COPY is refused before any data is asked for.
+                # COPY is refused before it reads data.
                 connection.execute(statement)
                 outcomes[statement] = "allowed"
             except psycopg.Error as e:

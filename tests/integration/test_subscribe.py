@@ -1,4 +1,4 @@
-"""Following channels in Python."""
+"""Subscribing to channels in Python."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(work: Callable[[], Awaitable[_T]], timeout: float = 60) -> _T:
 async def take(
     count: int, *channels: str, after: str | None = None, act: Callable[[], Any] = lambda: None
 ) -> list[ReceivedEvent]:
-    """So many events; ``act`` is called in a thread when the subscription has begun."""
+    """Receive ``count`` events. ``act`` is called in a thread when the subscription has begun."""
     got: list[ReceivedEvent] = []
     acting = asyncio.get_running_loop().run_in_executor(None, act) if after else None
     async for event in subscribe(channels, after):
@@ -197,7 +197,7 @@ def test_readers_do_not_wait_for_each_other(database: Database) -> None:
 
     async def one_then_two() -> None:
         for _ in range(20):
-            await arun(lambda: None)  # there is a thread, and it has nothing to do
+            await arun(lambda: None)  # starts a thread that has nothing to do
             await asyncio.sleep(0.01)
             await two_at_once()
 

@@ -1,4 +1,4 @@
-"""What `pg_eventstream.testing` promises to the tests of a project."""
+"""The promises of `pg_eventstream.testing` to the tests of a project."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 async def first_piece(response: Any) -> str:
-    """What a response says first."""
+    """The first piece of a response."""
     if not response.streaming:
         return str(response.content, "utf-8")
     async with aclosing(aiter(response.streaming_content)) as pieces:
@@ -38,7 +38,7 @@ async def first_piece(response: Any) -> str:
 
 
 class ReadStreams:
-    """What a test has written is still there after it has read a stream, however it did."""
+    """A test's data still exists after it has read a stream in any way."""
 
     async_client: AsyncClient
 
@@ -210,7 +210,7 @@ class InTransactionTestCase(ReadStreams, TransactionTestCase):
             )
 
     async def test_session_of_the_tests_connection_lives_on(self) -> None:
-        """Settings, temporary tables and locks, for instance."""
+        """For example settings, temporary tables and locks."""
 
         def backend() -> int:
             with connection.cursor() as cursor:

@@ -1,4 +1,4 @@
-"""Events that the trigger did not see: check says so, and they are pruned, and only they."""
+"""Events that the trigger did not see: the check reports them, and they alone are pruned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ANOTHER = f"""
 
 
 def found(database: Database) -> list[str]:
-    """The ids of what is found."""
+    """The ids of the messages."""
     connections.close_all()
     return [str(m.id).removeprefix("pg_eventstream.") for m in run_checks(databases=["default"])]
 
@@ -165,7 +165,7 @@ def test_events_without_a_place_are_found_and_can_be_sent(
 
 
 def test_event_that_is_being_sent_is_not_taken_for_unseen(database: Database) -> None:
-    """In a TestCase no transaction commits, and checks may run in it."""
+    """In a TestCase no transaction commits, and checks can run in it."""
     with transaction.atomic():
         send_event("a", "message", 1)
         assert run_checks(databases=["default"]) == []
@@ -252,7 +252,7 @@ def at_the_upper_end_of_many(database: Database) -> None:
 def test_event_with_a_place_stays_however_old_it_is(
     database: Database, sweep: Pruner, place: Callable[[Database], None]
 ) -> None:
-    """By its own time, which is when its transaction began, or what somebody has set."""
+    """By its own time, which is the beginning of its transaction or was set by the sender."""
     database.execute(
         "INSERT INTO pg_eventstream_event (channel, data, created)"
         " SELECT 'old', 'old ' || n, now() - interval '9 days' FROM generate_series(1, 3) AS n"
@@ -301,7 +301,7 @@ def test_young_events_in_front_hold_up_no_older_one(database: Database, sweep: P
 
 
 def test_events_that_stay_are_looked_for_once(database: Database, sweep: Pruner) -> None:
-    """Those that no proxy has acknowledged for days: not again with each sweep."""
+    """Events that no proxy has acknowledged for days are not looked up in each run."""
     send_events([("a", "message", n) for n in range(15_000)])
     sequenced_for_a_proxy_that_is_away(database)
     database.execute("UPDATE pg_eventstream_event SET created = now() - interval '9 days'")

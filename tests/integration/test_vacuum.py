@@ -1,7 +1,7 @@
-"""Vacuum and we do not stand in each other's way, whichever of our tables it is at.
+"""Vacuum and this package do not block each other, on any of the tables.
 
-A lock that keeps others out of a table keeps vacuum out of it too. Autovacuum skips it then, or,
-if it is there first, holds us up until it is cancelled a second later.
+A lock that keeps other sessions out of a table keeps vacuum out, too. Autovacuum then skips the
+table, or, if it came first, blocks the other session until it is cancelled a second later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What clients must see, in memory: so little that one can see that it is right.
+"""What clients must see, in memory: so short that its correctness is evident.
 
-Each event gets its place when its transaction begins to commit. What is committed waits until it
-is sequenced; then it stands in the log, in the order of those places. The log is never cut: what
-the sweep prunes is marked.
+Each event gets its place when its transaction begins to commit. A committed event waits until it is
+sequenced, and is then in the log, in the order of those places. The log is never cut: pruned events
+are marked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from pg_eventstream.channels import PERMISSION_CHANGES
 
-#: A user, as the library names them, and a channel.
+#: A user, by the name that the library uses, and a channel.
 Right = tuple[str, str]
 DAY, MINUTE = timedelta(days=1), timedelta(minutes=1)
 
@@ -28,7 +28,7 @@ class Event:
     place: int = 0
     position: int = 0
     eid: int = 0
-    #: Of the stream; below 0 until the database says which.
+    #: The position in the stream; below 0 until the database has assigned it.
     incarnation: int = -1
     age: timedelta = timedelta()
     pruned: bool = False
@@ -41,10 +41,10 @@ class Grant:
 
 @dataclass
 class Transaction:
-    """One that is open, or prepared."""
+    """An open or prepared transaction."""
 
     done: list[Event | Grant] = field(default_factory=list)
-    #: How much was done at each.
+    #: The length of ``done`` at each savepoint.
     savepoints: list[int] = field(default_factory=list)
 
     @property
@@ -64,15 +64,15 @@ class Model:
         self.revocations: dict[Right, Event] = {}
         self._places = itertools.count(1)
 
-    # What is done to it
+    # What happens to the model
 
     def begin_commit(self, transaction: Transaction) -> None:
-        """COMMIT, or PREPARE TRANSACTION, begins: the order of these is the order of events."""
+        """COMMIT or PREPARE TRANSACTION begins. Events are in the order of these calls."""
         for event in transaction.events:
             event.place = next(self._places)
 
     def commit(self, transaction: Transaction) -> None:
-        """It is visible to others from now on."""
+        """The transaction becomes visible to others."""
         for step in transaction.done:
             if isinstance(step, Grant):
                 self.rights.add(step.right)
@@ -117,7 +117,7 @@ class Model:
         return sum(event.channel == channel for event in self.log)
 
     def numbers(self, eids: dict[str, int]) -> dict[str, int]:
-        """What ids show of these events; of one that is to come, what the last one lets expect."""
+        """The numbers that ids show for these eids; for the next event, the number to expect."""
         incarnations = {(event.channel, event.eid): event.incarnation for event in self.log}
         return {
             channel: eid + incarnations.get((channel, min(eid, self.tip(channel))), 0)
@@ -125,11 +125,11 @@ class Model:
         }
 
     def pruned(self, channel: str) -> int:
-        """The eid of the newest event that is pruned."""
+        """The eid of the newest pruned event."""
         return max((e.eid for e in self.log if e.channel == channel and e.pruned), default=0)
 
     def after(self, channels: Iterable[str], eids: dict[str, int], user: str) -> list[Event]:
-        """All that the user must get behind these eids, in order."""
+        """All events after these eids that the user must get, in order."""
         return [
             event
             for event in self.log
@@ -142,11 +142,11 @@ class Model:
         return channel.startswith("public") or (user, channel) in self.rights
 
     def may_get(self, user: str, event: Event) -> bool:
-        """Whether the event may reach a stream of the user, opened when that was allowed."""
+        """Whether the event can reach a stream of the user that was opened while it was allowed."""
         if self.may_read(user, event.channel):
             return True
         revocation = self.revocations.get((user, event.channel))
-        # A revocation that is not sequenced comes after all that is.
+        # A revocation that is not sequenced comes after all sequenced events.
         return revocation is not None and (
             revocation.position == 0 or event.position < revocation.position
         )

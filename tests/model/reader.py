@@ -1,4 +1,4 @@
-"""A client of the model test, which finds fault with everything that the model does not expect."""
+"""A client of the model test, which rejects everything that the model does not expect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.sse_client import Received, eids_of
 
 
 class Reader:
-    """A client, which finds fault with everything that the model does not expect."""
+    """A client that rejects everything that the model does not expect."""
 
     def __init__(self, world: World, model: Model, user: str, channels: list[str]) -> None:
         self.world = world
@@ -24,7 +24,7 @@ class Reader:
         self.channels = channels
         self.reliable = [channel for channel in channels if is_reliable(channel)]
         self.last_event_id = ""
-        #: Up to where it has seen everything.
+        #: The eids up to which it has seen everything.
         self.seen: dict[str, int] = {}
         self.volatile: list[Event] = []
         self.held_at = 0
@@ -42,12 +42,12 @@ class Reader:
         self._opens_at = self.seen
 
     def connect(self, proxy: Proxy, asked: str | None = None) -> None:
-        """Open a stream behind the id that is asked for, or else where the last one ended."""
+        """Open a stream after the given id, or else where the last one ended."""
         after = self.last_event_id if asked is None else asked
         seen = self.seen
         self.begin(after)
         if asked is None and after:
-            self.seen = seen  # as good as what the id says
+            self.seen = seen  # as good as the content of the id
         self.volatile = []
         self.proxy = proxy
         self.session = proxy.open(self, self.channels, after, self.world.cookies[self.user])
@@ -65,14 +65,14 @@ class Reader:
         return all(self.model.may_read(self.user_id, channel) for channel in self.channels)
 
     def gone(self) -> list[str]:
-        """Where a stream that opens now has to say that events are gone."""
+        """The channels for which a stream that opens now must report lost events."""
         return [
             channel
             for channel, eid in self._opens_at.items()
             if not self.model.pruned(channel) <= eid <= self.model.tip(channel)
         ]
 
-    # What the proxy tells it
+    # What the proxy sends
 
     def answered(self, answer: Answer) -> None:
         assert self.allowed != ("stream-error" in answer.control)
@@ -103,7 +103,7 @@ class Reader:
         assert event is not None, "never committed, or not in the stream yet"
         assert event.channel in self.channels
         assert self.user_id not in event.skipped
-        # Where a hint was missed, permission is asked for when the publisher repeats it.
+        # If a hint was missed, permission is checked when the publisher repeats it.
         excused = self.session.missed_hint or self.session.may_lack
         assert self.model.may_get(self.user_id, event) or excused
         if is_unreliable(event.channel):
@@ -117,7 +117,7 @@ class Reader:
         self.seen[event.channel] = event.eid
         ids = received.eids
         assert ids[event.channel] == event.eid
-        # To resume from this id is to miss nothing and to get nothing again.
+        # Resuming from this id loses and repeats nothing.
         assert ids.keys() == self.seen.keys()
         assert self.model.after(self.reliable, ids, self.user_id) == self.missing()
 
@@ -125,7 +125,7 @@ class Reader:
         self.held_at = len(self.model.log)
 
     def read(self, last_event_id: str, limit: int) -> None:
-        """The same by `get_events`, page by page, instead of a stream."""
+        """Read the same by `get_events`, page by page, instead of a stream."""
         user = self.world.users[self.user]
         self.begin(last_event_id)
         tips = {channel: self.model.tip(channel) for channel in self.reliable}
@@ -149,7 +149,7 @@ class Reader:
     # What it still lacks
 
     def check(self) -> None:
-        """It has everything, as nothing is under way."""
+        """It has everything, because nothing is in progress."""
         assert self.allowed
         assert self.missing() == []
         assert self.missing_volatile() == []
@@ -158,7 +158,7 @@ class Reader:
         return self.model.after(channels or self.reliable, self.seen, self.user_id)
 
     def missing_volatile(self) -> list[Event]:
-        """Of what was sequenced since its stream is held."""
+        """Those of the events that were sequenced since its stream is held."""
         held_at = dict.fromkeys(self.channels, 0)
         wanted = self.model.after(filter(is_unreliable, self.channels), held_at, self.user_id)
         return [
@@ -172,5 +172,5 @@ class Reader:
 
 
 def is_published(event: Event) -> bool:
-    """Whether it goes to proxies itself, and not as a hint."""
+    """Whether it is published itself, and not as a hint."""
     return len(event.data) <= LIMITS.event_bytes and POISON not in event.data

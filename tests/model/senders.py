@@ -1,4 +1,4 @@
-"""Senders of the model test: real transactions, each on a connection of its own."""
+"""Senders of the model test: real transactions, each on a separate connection."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Senders:
         self._model = model
         self.open: dict[str, Transaction] = {}
         self.prepared: dict[str, Transaction] = {}
-        self._numbers = itertools.count()  # of transactions that were prepared
+        self._numbers = itertools.count()  # of prepared transactions
         self._sent = 0
 
     def act(self, sender: str, act: Send | Permit | str) -> None:
-        """In the sender's open transaction, or in a new one."""
+        """Act in the sender's open transaction, or in a new one."""
         if sender not in self.open:
             transaction.set_autocommit(False, sender)
             self.open[sender] = Transaction()
@@ -84,7 +84,7 @@ class Senders:
         user, right = self._world.users[act.user], (self._world.user_id(act.user), act.channel)
         others = [*self.open.values(), *self.prepared.values()]
         if any(right in other.rights for other in others if other is not own):
-            return  # it would wait for the other's end
+            return  # it would wait for the end of the other
         row = {"user_id": user and user.pk, "channel": act.channel}
         if act.granted:
             Membership.objects.using(sender).create(**row)
@@ -130,7 +130,7 @@ class Senders:
             self._model.commit(prepared)
 
     def sequence_and_end(self, sender: str, how: str) -> None:
-        """It calls for itself, before its end: what it did itself is left for the next call."""
+        """Call sequence() before the end: its own events are left for the next call."""
         with connections[sender].cursor() as cursor:
             cursor.execute("SELECT pg_eventstream_sequence()")
             assert cursor.fetchone() == (len(self._model.waiting),)

@@ -29,7 +29,7 @@ send = st.builds(
     where=channels,
     how=st.sampled_from(["INSERT", "send_event", "send_events"]),
     skipped=st.sets(users, max_size=2),
-    # A few to a page, too long for one, too long to be published.
+    # Some that share a page, one too long for a page, one too long to be published.
     length=st.sampled_from([1, 1, 60, 150, 300]),
     poisonous=st.sampled_from([False, False, False, True]),
 )
@@ -40,12 +40,12 @@ permit = st.builds(
     granted=st.booleans(),
 )
 savepoint = st.sampled_from(["SAVEPOINT", "ROLLBACK TO", "RELEASE"])
-# What becomes of the publisher's next requests.
+# The outcome of the publisher's next requests.
 faults = lists(st.sampled_from(["", "503", "reset before", "reset after", *KILLS, *KILLS]), 4)
-# What the proxies do of all that they have to do.
+# The part of their pending work that the proxies do.
 part = st.sampled_from(["", "items", "fetch", "go on"])
 
-#: How often each step is taken, and what it is about.
+#: The frequency of each step, and its arguments.
 STEPS_TO_TAKE: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
     "transact": (
         5,

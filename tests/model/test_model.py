@@ -1,10 +1,10 @@
-"""Whatever happens in whatever order, each client gets exactly what a simple model says.
+"""In any order of events, each client gets exactly what a simple model says.
 
-Hypothesis chooses what happens next: senders, callers of sequence(), publishers that are killed
-and proxies that fail, sweeps and jumps of time, clients that come, go and resume, and how much of
-what is under way between a proxy and the application is done. Nothing runs beside it, so each
-run can be repeated. The database, the publisher and the endpoint are real; what lies between
-them is `grip_proxy`, and what must come of it says `model`.
+Hypothesis chooses what happens next: senders, callers of sequence(), publishers that are killed and
+proxies that fail, pruning and jumps of time, clients that come, leave and resume, and how much of
+the pending work between a proxy and the application is done. Nothing runs concurrently, so each run
+can be repeated. The database, the publisher and the endpoint are real. `grip_proxy` stands for
+everything between them, and `model` says what the result must be.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.support.chance import seeded
 from tests.support.database import Database
 from tests.support.environment import THOROUGH
 
-# To shrink what fails may take five minutes.
+# Shrinking a failing example can take five minutes.
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600 if THOROUGH else 900)]
 
 SEQUENCE = "SELECT pg_eventstream_sequence()"
@@ -51,7 +51,7 @@ MOST_CLIENTS = 5
 
 
 class Run:
-    """One order of events, and what follows each step of it."""
+    """One order of steps, and the checks after each of them."""
 
     def __init__(self, world: World) -> None:
         world.begin_anew()
@@ -80,7 +80,7 @@ class Run:
         if self.senders.prepared:
             self.senders.end_prepared(number, how)
 
-    # What the publisher does, and others in its place
+    # The publisher's work, also done by others
 
     def sequence(self, caller: str, how: str) -> None:
         if caller == "a sender":
@@ -115,7 +115,7 @@ class Run:
 
     def sweep(self, time: timedelta, lasting: bool) -> None:
         if time > DAY:
-            self.world.time_out()  # again and again, before it is over
+            self.world.time_out()  # repeatedly, before it is over
         self.world.pass_time(time)
         self.model.pass_time(time)
         sweep = self.world.sweep if lasting else Pruner(self.world.connection)
@@ -129,7 +129,7 @@ class Run:
         if part:
             self.world.work(part)
             return
-        # A publisher that was suspended repeats what another one has published meanwhile.
+        # A publisher that was suspended repeats what another one has published in the meantime.
         for item in self.world.proxies[proxy].history[first : first + count]:
             self.world.proxies[proxy].publish(item)
 
@@ -175,10 +175,10 @@ class Run:
         reader = Reader(self.world, self.model, user, where)
         reader.read(self.start(where, start, ids), limit)
 
-    # What is so in the end
+    # At the end
 
     def check_stream(self) -> None:
-        """What is kept of the log stands in the database."""
+        """The part of the log that is kept is in the database."""
         assert self.world.stream() == [
             (event.position, event.channel, event.eid, event.data)
             for event in self.model.log
@@ -189,7 +189,7 @@ class Run:
                 event.incarnation = self.world.incarnation()
 
     def check_acknowledged(self) -> None:
-        """A proxy has taken all that it is said to have."""
+        """A proxy has taken everything that is recorded as acknowledged."""
         for proxy, position in zip(self.world.proxies, self.world.positions(), strict=True):
             taken = {(item["channel"], item.get("id")) for item in proxy.history}
             for event in self.model.log[:position]:
@@ -198,7 +198,7 @@ class Run:
                     assert (names.events_channel(event.channel), number) in taken
 
     def end(self) -> None:
-        """Let everything come to its end; then nobody lacks anything."""
+        """Complete everything; after that no client lacks an event."""
         self.sequence("a sender", "COMMIT")
         for sender in reversed(list(self.senders.open)):
             self.senders.end(sender, "COMMIT")
@@ -213,7 +213,7 @@ class Run:
                 self.read(user, CHANNELS, start, (0, 0, 0), 3)
             self.connect(user, [c for c in CHANNELS if c.startswith("public")], 1, "earliest")
         self.world.come_to_rest()
-        # Each by itself: nothing that comes behind shows what it lacks.
+        # Each event alone: no later one reveals a gap.
         for length, poisonous in ((300, False), (1, True), (1, False)):
             last = Send(CHANNELS, "INSERT", set(), length, poisonous)
             self.transact(SENDERS[0], [last], "COMMIT")
@@ -226,7 +226,7 @@ class Run:
 
 
 def in_turn(drain: once.Drain) -> bool:
-    """In place of `Drain.is_over`: the feeds work one after the other, until one is killed."""
+    """Replaces `Drain.is_over`: the feeds work one after the other, until one is killed."""
     for work in drain._works:
         work.run()
         if work.error is not None:
@@ -242,7 +242,7 @@ def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
     with World(database) as world:
         monkeypatch.setattr(Proxy, "post", lambda *args, **kw: world.post(*args, **kw))
         monkeypatch.setattr(feed.Feed, "settle", lambda feed: world.settle(feed))
-        # The world knows of no threads, and what is drawn decides what happens.
+        # The world has no threads, and random draws decide what happens.
         monkeypatch.setattr(once.Drain, "is_over", in_turn)
         for method in ("start", "join"):
             monkeypatch.setattr(once._Work, method, lambda *args: None)

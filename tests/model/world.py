@@ -1,4 +1,4 @@
-"""What the model test acts upon: a database, two proxies that fail when told, and clients."""
+"""The world of the model test: a database, two proxies that fail on demand, and clients."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.support.roles import granted
 
 CHANNELS = ["public", "public b, c", "room", "volatile"]
 SENDERS = ["sender0", "sender1", "sender2"]
-#: Events with this text are refused by the proxies.
+#: The proxies refuse events with this text.
 POISON = "poison"
 
 
 class Killed(Exception):
-    """The publisher, by kill -9."""
+    """The publisher was killed, as by kill -9."""
 
 
 class FailingPort(ControlPort):
@@ -51,7 +51,7 @@ class FailingPort(ControlPort):
         return {"control_uri": self.url, "key": KEY}
 
     def post(self, post: Callable[[], None]) -> None:
-        """One request of the publisher, or what becomes of it."""
+        """One request of the publisher, or its failure."""
         self.fault = self.faults.popleft() if self.faults else ""
         if self.fault == "killed before":
             raise Killed
@@ -71,7 +71,7 @@ class FailingPort(ControlPort):
 
 
 class World:
-    """What all runs share; `begin_anew` empties the tables in between."""
+    """The state that all runs share; `begin_anew` empties the tables in between."""
 
     tables = (
         *(f"pg_eventstream_{name}" for name in ("event", "outbox", "stream", "channel", "cursor")),
@@ -79,7 +79,7 @@ class World:
     )
 
     def __init__(self, database: Database) -> None:
-        # What is committed is visible to others; whether it is on a disk is not asked here.
+        # Committed events are visible to others; whether they are on a disk does not matter here.
         database.execute(f"ALTER DATABASE {database.name} SET synchronous_commit = off")
         self.origin = Origin()
         self._stack = ExitStack()
@@ -139,7 +139,7 @@ class World:
         body: bytes,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """In place of `control_endpoint.Proxy.post`, which this calls."""
+        """Replaces `control_endpoint.Proxy.post`, which this calls."""
         try:
             self.ports[proxy.name].post(lambda: POST(proxy, body, meanwhile))
         finally:
@@ -152,7 +152,7 @@ class World:
         self.between = deque(between)
 
     def publisher_is_gone(self) -> None:
-        """It may lead for a moment after its end, until PostgreSQL has noticed."""
+        """It can lead for a moment after its end, until PostgreSQL has noticed."""
         for name in ("lock", "unlock"):
             self.connection.execute(f"SELECT pg_advisory_{name}({LOCK_SPACE}, {LEADER_LOCK})")
         for port in self.ports.values():
@@ -160,12 +160,12 @@ class World:
         self.between.clear()
 
     def settle(self, feed: Feed) -> None:
-        """In place of `Feed.settle`: by the time of a repeated hint, nothing is under way."""
+        """Replaces `Feed.settle`: by the time of a repeated hint, nothing is in progress."""
         self.come_to_rest()
         SETTLE(feed)
 
     def work(self, part: str) -> None:
-        """The proxies do a part of what is to be done."""
+        """Let the proxies do a part of their pending work."""
         if part in ("items", "fetch"):
             self.pass_items_on()
         for proxy in self.proxies:
@@ -175,7 +175,7 @@ class World:
                 proxy.go_on()
 
     def pass_items_on(self) -> None:
-        """The proxies work on what their control ports took."""
+        """Let the proxies process the items that their control ports took."""
         for port, proxy in zip(self.ports.values(), self.proxies, strict=True):
             items = port.items
             proxy.history += items
@@ -183,7 +183,7 @@ class World:
                 proxy.publish(items.pop(0))
 
     def time_out(self) -> None:
-        """All sessions ask how to go on, as they do every `EVENTSTREAM_NEXT_LINK_TIMEOUT`."""
+        """All sessions request the next link, as they do every `EVENTSTREAM_NEXT_LINK_TIMEOUT`."""
         for session in self.sessions:
             session.update()
         self.come_to_rest()
@@ -201,7 +201,7 @@ class World:
         self.connection.execute(
             "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - %s", [time]
         )
-        if time:  # a minute, at least
+        if time:  # at least a minute
             self.forgot = True
             for proxy in self.proxies:
                 proxy.known.clear()
@@ -211,7 +211,7 @@ class World:
         return rows[0][0] or 0
 
     def positions(self) -> list[int]:
-        """What each proxy has acknowledged."""
+        """The positions that the proxies have acknowledged."""
         rows = self.connection.execute("SELECT name, position FROM pg_eventstream_proxy").fetchall()
         return [dict(rows)[url] for url in self.ports]
 
@@ -224,7 +224,7 @@ class World:
         ).fetchall()
 
     def incarnation(self) -> int:
-        """The present one of the stream."""
+        """The current incarnation of the stream."""
         row = self.connection.execute("SELECT incarnation FROM pg_eventstream_cursor").fetchone()
         assert row is not None
         return int(row[0])

@@ -1,4 +1,4 @@
-"""Channel managers that test settings name."""
+"""The channel managers that test settings name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Members(DefaultChannelManager):
 
 
 class SlowMembers(Members):
-    """Says that it has decided, by NOTIFY, then passes a gate, an advisory lock."""
+    """Reports by NOTIFY that it has decided, then waits for an advisory lock."""
 
     GATE = 4711
     DECIDED = "slow_members_decided"
@@ -48,7 +48,7 @@ class SlowMembers(Members):
 
 
 class Racing(DefaultChannelManager):
-    """Somebody loses the permission just when it was granted."""
+    """The permission is revoked just after it was granted."""
 
     allowed = True
     meanwhile: ClassVar[list[Callable[[], None]]] = []
@@ -68,11 +68,11 @@ class Volatile(DefaultChannelManager):
 
 
 class VolatileMembers(Members, Volatile):
-    """Both."""
+    """Combines both."""
 
 
 class Tokens(DefaultChannelManager):
-    """A user shows a token, ``user-NAME``, and reads the channel of that name."""
+    """A user sends a token, ``user-NAME``, and may read the channel of that name."""
 
     def get_user_for_request(self, request: HttpRequest) -> AbstractBaseUser | None:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -87,7 +87,7 @@ class Tokens(DefaultChannelManager):
 
 
 class LoneSurrogates(DefaultChannelManager):
-    """Names channels after bytes that were no UTF-8."""
+    """Names channels after bytes that are not UTF-8."""
 
     def get_channels_for_request(
         self, request: HttpRequest, view_kwargs: Mapping[str, Any]
@@ -96,7 +96,7 @@ class LoneSurrogates(DefaultChannelManager):
 
 
 class TextKeys(DefaultChannelManager):
-    """Users whose primary key is a text, of the header X-User. Each reads a channel of its own."""
+    """Users with a text as primary key, given by the header X-User. Each may read one channel."""
 
     def get_user_for_request(self, request: HttpRequest) -> AbstractBaseUser | None:
         return self.get_user(request.headers["X-User"]) if "X-User" in request.headers else None
@@ -110,7 +110,7 @@ class TextKeys(DefaultChannelManager):
 
 
 class AsksWhatIsReliable(DefaultChannelManager):
-    """Asks the database wherever events are read, and takes its time."""
+    """Queries the database whenever events are read, slowly."""
 
     def is_channel_reliable(self, channel: str) -> bool:
         with connection.cursor() as cursor:

@@ -1,4 +1,4 @@
-"""Views in all forms beside others of a project that describes its API by OpenAPI."""
+"""Views in all forms, among others, in a project that describes its API by OpenAPI."""
 
 from __future__ import annotations
 

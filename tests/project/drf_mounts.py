@@ -1,4 +1,4 @@
-"""Views of Django REST Framework whose channels the URLconf says."""
+"""Views of Django REST Framework with channels from the URLconf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that make the test project one with Django REST Framework."""
+"""Settings that add Django REST Framework to the test project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views of Django REST Framework, in the forms in which a project may mount them."""
+"""Views of Django REST Framework, in the forms in which a project can mount them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class WithSuffix(Configured):
 
 
 class NoStream(APIView):
-    """A view of the project's own that has all renderers, as the settings may give them to it."""
+    """A project's own view with all renderers, which settings can give to it."""
 
     renderer_classes = (JSONRenderer, SSEEventRenderer, BrowsableAPIEventStreamRenderer)
 
@@ -94,11 +94,11 @@ class NoStream(APIView):
 def own_scripts_only(
     get_response: Callable[[HttpRequest], HttpResponse],
 ) -> Callable[[HttpRequest], HttpResponse]:
-    """A middleware: no page runs scripts that stand in it, or come from elsewhere."""
+    """A middleware that forbids inline scripts and scripts from other origins."""
 
     def middleware(request: HttpRequest) -> HttpResponse:
         response = get_response(request)
-        # (Playwright waits for conditions by means of eval().)
+        # (Playwright uses eval() to wait for conditions.)
         policy = "script-src 'self' 'unsafe-eval'; connect-src 'self'"
         response["Content-Security-Policy"] = policy
         return response

@@ -1,4 +1,4 @@
-"""The endpoint below a language's prefix, and a view of the project's own that has none."""
+"""The endpoint below a language prefix, and a project's own view without one."""
 
 from __future__ import annotations
 

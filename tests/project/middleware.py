@@ -7,14 +7,14 @@ from typing import Any
 
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 
-# A next link that something else answers
+# A next link that another component answers
 
 
 Middleware = Callable[[HttpRequest], HttpResponse]
 
 
 def only_with_a_cookie(get_response: Middleware) -> Middleware:
-    """As a site does that is not open to the public yet."""
+    """As on a site that is not public yet."""
 
     def middleware(request: HttpRequest) -> HttpResponse:
         return get_response(request) if request.COOKIES else HttpResponseRedirect("/login/")
@@ -27,7 +27,7 @@ def under_maintenance(get_response: Middleware) -> Middleware:
 
 
 def only_links_without_a_cookie(get_response: Middleware) -> Middleware:
-    """As the documentation says."""
+    """As in the documentation."""
 
     class OnlyLinks:
         def __call__(self, request: HttpRequest) -> HttpResponse:

@@ -1,4 +1,4 @@
-"""The endpoint, and an ordinary view that asks the database."""
+"""The endpoint, and an ordinary view that queries the database."""
 
 from django.http import HttpRequest, HttpResponse
 from django.urls import include, path

@@ -1,4 +1,4 @@
-"""Settings of the test project; the servers' addresses come from the environment."""
+"""Settings of the test project. The servers' addresses come from the environment."""
 
 import json
 import os
@@ -46,7 +46,7 @@ TEMPLATES = [
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
-# One proxy, or several with blanks in between.
+# One proxy, or several separated by spaces.
 _grip_urls = os.environ.get("PG_EVENTSTREAM_TEST_GRIP_URL", "").split()
 if len(_grip_urls) == 1:
     GRIP_URL = _grip_urls[0]

@@ -1,4 +1,4 @@
-"""Every form in which a project may mount the endpoint."""
+"""All forms in which a project can mount the endpoint."""
 
 from django.urls import include, path, re_path
 

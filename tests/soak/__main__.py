@@ -1,10 +1,10 @@
-"""Days of work in minutes: all parts under load, with small faults now and then.
+"""Days of work in minutes: all parts under load, with occasional small faults.
 
     python -m tests.soak.__main__ --minutes 10
 
-Each tenth of the time stands for a day: the retention is so long. It prints figures as time goes
-by, and fails (exit status 1) if an event is lost, doubled, reordered or not pruned in time, if
-latency is not flat, or if anything has grown: see `soak_figures`.
+Each tenth of the time stands for a day, which is the retention. It prints figures while it runs. It
+fails (exit status 1) if an event is lost, duplicated, reordered or not pruned in time, if latency
+is not flat, or if a figure has grown: see `figures`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _SHOWN = (
     *("s", "sent/s", "p50 ms", "p99 ms", "leader MB", "server 1 MB", "server 2 MB"),
     *("PostgreSQL MB", "connections", "tables MB", "rows", "dead", "oldest s"),
 )
-#: The publisher sweeps every 30 seconds while there is something to do, and when it begins; if it
-#: finds its connection gone, 30 seconds later.
+#: The publisher prunes every 30 seconds while there is something to do, and when it begins; if its
+#: connection was lost, 30 seconds later.
 _SWEEP_SECONDS = 75.0
-#: What is shorter shows more of the beginning than of anything else.
+#: Shorter runs mostly show the beginning.
 _JUDGED_SECONDS = 120.0
 _CATCH_UP_SECONDS = 60.0
 
@@ -113,7 +113,7 @@ def _plan() -> Plan:
 
 
 def _followers(parts: Parts) -> list[Follower]:
-    """At each way to the events: one that stays with each channel set, and one to drop."""
+    """For each path to the events: one that stays with each channel set, and one to drop."""
     urls = {"proxy": parts.pushpin.url, "server 1": parts.urls[0], "server 2": parts.urls[1]}
     sets = {"one": CHANNELS[:1], "three": CHANNELS[1:], "all, dropped": CHANNELS}
     return [
@@ -142,7 +142,7 @@ def _running(senders: list[Sender]) -> Iterator[None]:
 def _watch(
     plan: Plan, parts: Parts, followers: list[Follower], senders: list[Sender]
 ) -> tuple[list[dict[str, float]], list[str]]:
-    """The figures over time, and what was wrong with them at once."""
+    """The figures over time, and the errors that were found immediately."""
     samples: list[dict[str, float]] = []
     steady = [follower for follower in followers if not follower.name.endswith("dropped")]
     restless = [follower for follower in followers if follower.name.endswith("dropped")]

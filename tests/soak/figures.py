@@ -1,4 +1,4 @@
-"""What a soak looks at while it lasts, and what of that may not grow."""
+"""The figures that a soak samples, and which of them may not grow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Margin:
-    """The median of the last third may be so many times that of the first, and so much more."""
+    """The median of the last third may exceed that of the first by this factor and this amount."""
 
     times: float
     plus: float
@@ -26,7 +26,7 @@ class Margin:
         return f"{self.times:g} times and {self.plus:g} more"
 
 
-#: By how a figure's name ends. Latencies have room for other work of the machine.
+#: By the end of a figure's name. Latencies have room for other work of the machine.
 MARGINS = {
     "p50 ms": Margin(2, 10),
     "p99 ms": Margin(2, 200),
@@ -41,7 +41,7 @@ MARGINS = {
 
 
 def of_process(name: str, pid: int) -> dict[str, float]:
-    """Its private memory, open descriptors and threads; nothing if it is gone."""
+    """Its private memory, open descriptors and threads; nothing if it has ended."""
     with suppress(OSError):
         return {
             f"{name} MB": memory(pid),
@@ -52,7 +52,7 @@ def of_process(name: str, pid: int) -> dict[str, float]:
 
 
 def memory(pid: int) -> float:
-    """MB of its own: what it shares, and what of files it has mapped, does not count."""
+    """Its private memory in MB, without shared memory and mapped files."""
     with Path(f"/proc/{pid}/smaps_rollup").open() as rollup:
         return sum(int(line.split()[1]) for line in rollup if line.startswith("Pss_Anon:")) / 1024
 
@@ -67,7 +67,7 @@ def of_children(name: str, pid: int) -> dict[str, float]:
 
 
 def of_database(database: Database) -> dict[str, float]:
-    """Connections, and what the tables hold."""
+    """The number of connections and the sizes of the tables."""
     with database.connect(application_name="figures") as connection:
         row = connection.execute(
             """
@@ -97,7 +97,7 @@ def of_latencies(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def growth(samples: Sequence[Figures]) -> list[str]:
-    """The figures that are higher at the end than they should be, each with what it was."""
+    """The figures that are higher at the end than they should be, each with its earlier value."""
     third = len(samples) // 3
     grown: list[str] = []
     for name in dict.fromkeys(name for sample in samples for name in sample):
@@ -142,7 +142,7 @@ def _width(name: str) -> int:
 
 
 def summary(samples: Sequence[Figures]) -> str:
-    """Each figure's median in each third of the time."""
+    """The median of each figure in each third of the time."""
     third = max(1, len(samples) // 3)
     parts = (samples[:third], samples[third:-third], samples[-third:])
     lines = [f"{'median of each third':<24}{'first':>10}{'second':>10}{'last':>10}   may be"]

@@ -1,4 +1,4 @@
-"""Senders and clients of a soak. They keep no events, only what tells whether all is there."""
+"""Senders and clients of a soak. They store no events, only what shows whether all arrived."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.support.sse_client import Received, SSEClient
 CHANNELS = ("soak-a", "soak-b", "soak-c", "soak-quiet")
 _WEIGHTS = (60, 30, 9, 1)
 _ROLLED_BACK = 0.1
-_MOST_FAULTS = 5  # are told of each client
+_MOST_FAULTS = 5  # are reported for each client
 
 
 @dataclass
 class Tally:
-    """What one sender has committed on one channel, or a client has got of it."""
+    """What one sender has committed on one channel, or what a client has received of it."""
 
     count: int = 0
     total: int = 0
@@ -39,7 +39,7 @@ Tallies = defaultdict[tuple[str, str], Tally]  # by channel and sender
 
 
 class Sender(threading.Thread):
-    """Sends numbers, so many transactions a second, until stopped; some are rolled back."""
+    """Sends numbers at a rate per second until it is stopped. Some transactions are rolled back."""
 
     def __init__(self, name: str, rate: float, seed: object) -> None:
         super().__init__(name=name, daemon=True)
@@ -62,7 +62,7 @@ class Sender(threading.Thread):
         raise NotImplementedError
 
     def _next(self) -> tuple[str, str, bool]:
-        """A channel, what to send there, and whether that is to be committed."""
+        """A channel, the data to send, and whether to commit."""
         self._number += 1
         [channel] = self._chance.choices(CHANNELS, _WEIGHTS)
         commits = self._chance.random() >= _ROLLED_BACK
@@ -89,14 +89,14 @@ class DjangoSender(Sender):
 
 
 class PsqlSender(Sender):
-    """As a service that is not Python: by a role that may only send."""
+    """Sends as a service without Python does, with a role that may only send."""
 
     def __init__(self, name: str, rate: float, seed: object, database: Database, role: str) -> None:
         super().__init__(name, rate, seed)
         self._database, self._role = database, role
 
     def send_some(self) -> None:
-        """About a second's transactions."""
+        """Send about a second's transactions."""
         script, committed = [], []
         for _ in range(max(1, round(self._rate))):
             channel, text, commits = self._next()
@@ -119,7 +119,7 @@ class PsqlSender(Sender):
 
 @dataclass
 class Follower(SSEClient):
-    """Checks each event as it comes."""
+    """Checks each event when it arrives."""
 
     name: str = ""
     got: Tallies = field(default_factory=lambda: defaultdict(Tally))
@@ -158,7 +158,7 @@ class Follower(SSEClient):
         self.latencies.append(received.at - float(sent_at))
 
     def take_latencies(self) -> list[float]:
-        """Those since the last time."""
+        """The latencies since the last call."""
         taken, self.latencies = self.latencies, []
         return taken
 
@@ -181,7 +181,7 @@ def together(senders: Iterable[Sender]) -> Tallies:
 
 
 def differences(committed: Tallies, followers: Sequence[Follower]) -> list[str]:
-    """What is wrong with what the clients got of what was committed."""
+    """The differences between the committed events and those that the clients received."""
     found: list[str] = []
     digests: dict[str, set[int]] = defaultdict(set)
     for follower in followers:

@@ -1,4 +1,4 @@
-"""The processes of a soak, and the faults that they meet."""
+"""The processes of a soak, and their faults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Parts:
 
     def __init__(self, retention: float, stack: ExitStack) -> None:
         self._stack = stack
-        # Vacuum comes more often, as the days are shorter.
+        # Vacuum runs more often, because the days are shorter.
         self.postgres = stack.enter_context(
             Postgres(DIRECTORY / "postgres", settings={"autovacuum_naptime": "5s"})
         )
@@ -78,7 +78,7 @@ class Parts:
         return next((p for p in self.publishers if p.running and p.pid in pids), None)
 
     def pruned(self) -> int:
-        """How many events are gone."""
+        """The number of pruned events."""
         return int(
             self.database.value(
                 "SELECT coalesce(max(position), 0) - (SELECT count(*) FROM pg_eventstream_stream)"
@@ -99,7 +99,7 @@ class Parts:
 
 
 def _migrated(postgres: Postgres) -> Database:
-    """The database, of which Django knows from now on."""
+    """The database, which Django uses from now on."""
     os.environ["PG_EVENTSTREAM_TEST_DSN"] = postgres.dsn()
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.project.settings"
 
@@ -112,7 +112,7 @@ def _migrated(postgres: Postgres) -> Database:
 
 
 class Faults:
-    """Small ones, at random moments: `now_and_then` does what is due."""
+    """Small faults at random moments: `now_and_then` causes those that are due."""
 
     def __init__(
         self, seconds: float, seed: int, parts: Parts, clients: Sequence[SSEClient]
@@ -121,7 +121,7 @@ class Faults:
         self._parts, self._clients = parts, clients
         self._chance = random.Random(seed)
         self._start = time.monotonic()
-        short = seconds < 100  # has one kill, when there is something to prune already
+        short = seconds < 100  # has one kill, when there is something to prune
         self._kinds: dict[str, tuple[Callable[[], None], float]] = {
             "clients dropped": (self._drop, min(2.0, seconds / 10)),
             "backends terminated": (self._terminate, min(20.0, seconds / 4)),
@@ -141,7 +141,7 @@ class Faults:
         self._chance.choice(self._clients).drop()
 
     def _terminate(self) -> None:
-        """One of ours, whosever it is: the leader's, a feed's, a hub's …"""
+        """End one session of any part: the leader's, a feed's, a hub's …"""
         ours = "FROM pg_stat_activity WHERE application_name LIKE 'pg\\_eventstream %' ORDER BY pid"
         pids = [row[0] for row in self._parts.database.fetch(f"SELECT pid {ours}")]
         if pids:

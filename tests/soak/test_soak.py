@@ -1,4 +1,4 @@
-"""The soak (``make soak``) works: a few seconds of it, and its verdicts."""
+"""The soak (``make soak``) works: some seconds of it, and its verdicts."""
 
 from __future__ import annotations
 

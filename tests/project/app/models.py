@@ -2,7 +2,7 @@ from django.db import models
 
 
 class Membership(models.Model):
-    """Who may read a channel; without a user, everybody who is not logged in."""
+    """A user who may read a channel; without a user, all visitors who are not logged in."""
 
     user_id = models.BigIntegerField(null=True)
     channel = models.CharField(max_length=255)
@@ -12,7 +12,7 @@ class Membership(models.Model):
 
 
 class Counter(models.Model):
-    """A row that transactions contend for."""
+    """A row for which transactions compete."""
 
     name = models.CharField(max_length=50, unique=True)
     value = models.BigIntegerField(default=0)
