@@ -20,5 +20,3 @@ myst_heading_anchors = 4  # Each heading has the anchor that a forge gives it.
 html_theme = "furo"
 html_title = "pg_eventstream"
 html_copy_source = False
-html_static_path = ["_static"]
-html_css_files = ["narrow.css"]
