@@ -16,7 +16,7 @@ demo: $(VENV)/.installed-demo ## show events in a browser; ARGS=--check runs a c
 	@$(if $(filter pushpin,$(PROXY)),.ci/need pushpin)
 	@$(VENV)/bin/python -m pg_eventstream.demo $(PROXY:%=--proxy %) $(ARGS)
 
-quick: $(VENV)/.installed-dev ## run the tests that need only Python and its wheels; ARGS is passed to pytest
+quick: $(VENV)/.installed-test ## run the tests that need only Python and its wheels; ARGS is passed to pytest
 	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile tests/unit tests/integration tests/endpoint $(ARGS)
 
 test: lint ## lint, then run all tests; ARGS is passed to pytest
@@ -43,11 +43,12 @@ coverage: $(VENV)/.installed-dev ## run the tests and list the lines and branche
 	$(VENV)/bin/coverage combine --quiet
 	$(VENV)/bin/coverage report
 
-lint: $(VENV)/.installed-dev ## ruff, mypy and spelling
+lint: $(VENV)/.installed-dev ## ruff, mypy, spelling, and the syntax of the CI description
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/typos
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 
 format: $(VENV)/.installed-dev ## format the code, and fix what ruff can fix
 	$(VENV)/bin/ruff check --fix
