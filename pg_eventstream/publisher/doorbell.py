@@ -28,6 +28,7 @@ from typing import Any
 import psycopg
 import psycopg.generators
 
+from ..postgres.connector import fetch_one
 from ..postgres.listener import BELL, Listener
 from ..postgres.locks import BELL_LOCK, LOCK_SPACE
 
@@ -163,9 +164,8 @@ class Doorbell:
         # trigger draws its own before it tries the lock. A snapshot's xmax would not do: it is
         # that of the last transaction that is over, plus one, and so perhaps below the newest
         # that runs (PostgreSQL: src/backend/storage/ipc/procarray.c, GetSnapshotData).
-        row = self._connection.execute("SELECT pg_current_xact_id()").fetchone()
-        assert row is not None  # noqa: S101
-        self._doze_horizon = int(row[0])
+        (own,) = fetch_one(self._connection, "SELECT pg_current_xact_id()")
+        self._doze_horizon = int(own)
         self._drowsy_since = now
         self._enter(State.DROWSY)
 

@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 
 from ..conf import conf
+from ..postgres.connector import fetch_one
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class UnseenEvents:
 
     def _look(self, limit: int, params: dict[str, Any]) -> tuple[list[int], int | None]:
         """The old ones among so many events from the first, and the first of all."""
-        row = self._connection.execute(
+        old, first = fetch_one(
+            self._connection,
             """
             SELECT coalesce(array_agg(id ORDER BY id) FILTER (WHERE old), '{}'), min(id)
               FROM (SELECT id, created < %(now)s - %(retention)s AS old
@@ -94,9 +96,8 @@ class UnseenEvents:
                      WHERE id >= %(first)s ORDER BY id LIMIT %(limit)s) AS oldest
             """,
             {**params, "limit": limit},
-        ).fetchone()
-        assert row is not None  # noqa: S101
-        return row[0], row[1]
+        )
+        return old, first
 
     def _find(self, ids: list[int]) -> None:
         with self._connection.transaction(), self._connection.cursor() as cursor:
