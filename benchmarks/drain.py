@@ -25,10 +25,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pg_eventstream.grip import items
 from pg_eventstream.servers.processes import free_port, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
-from pg_eventstream.stream_event import StreamEvent
 
 from . import report
 from .backlog import Stomp, configure, empty, fill, post, receiver
@@ -86,16 +84,18 @@ class Drain:
 
     def _bodies(self) -> list[bytes]:
         """The request bodies that the publisher would post."""
+        from pg_eventstream.grip import items
+        from pg_eventstream.stream_event import decode
 
         with self._database.connect() as connection:
             while connection.execute("SELECT pg_eventstream_sequence()").fetchone() != (0,):
                 pass
             rows = connection.execute(
-                "SELECT position, s.channel, eid, type, data, skip_user_ids"
+                "SELECT position, s.channel, eid, prev, type, data, skip_user_ids"
                 "  FROM pg_eventstream_stream AS s JOIN pg_eventstream_event AS e"
                 "    ON e.id = s.event_id ORDER BY position"
             )
-            return [batch.body for batch in items.batches(StreamEvent(*row) for row in rows)]
+            return [batch.body for batch in items.batches(decode(*row) for row in rows)]
 
     def _led_since(self) -> float:
         since = self._database.value(
