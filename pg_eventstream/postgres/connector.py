@@ -10,6 +10,7 @@ import math
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -186,6 +187,13 @@ def fetch_one(
     return tuple(row)
 
 
+def plain_sql() -> Path:
+    """The directory of the tables without Django, and of the GRANTs."""
+    package = Path(__file__).parents[1]
+    installed = package / "plain_sql"  # as a wheel puts them there; in a checkout they are beside
+    return installed if installed.exists() else package.parent / "migrations"
+
+
 def explain(error: psycopg.Error) -> str:
     """The database's message, with what to do about it where we know."""
     message = str(error).strip()
@@ -201,7 +209,7 @@ def explain(error: psycopg.Error) -> str:
                 " which: SELECT pid, pg_blocking_pids(pid), query FROM pg_stat_activity"
             )
         case psycopg.errors.InsufficientPrivilege():
-            message += " - the GRANTs that each role needs are in migrations/README.md"
+            message += f" - the GRANTs that each role needs are in {plain_sql()}/README.md"
         case OnStandby():
             message += (
                 " - this is a standby; to find the primary among several hosts, name them all"

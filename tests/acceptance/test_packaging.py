@@ -43,6 +43,11 @@ import pg_eventstream
 pg_eventstream.send_event("c", "t", 1)
 call_command("eventstream_publisher", once=True, verbosity=0)
 call_command("eventstream_prune")
+
+from pg_eventstream.postgres.connector import explain, psycopg
+
+hint = explain(psycopg.errors.InsufficientPrivilege("permission denied")).split()[-1]
+assert "GRANT" in open(hint).read(), hint
 print(pg_eventstream.__file__)
 """
 
@@ -75,7 +80,12 @@ def test_wheel_holds_the_whole_package(files: list[str]) -> None:
         for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {name for name in files if ".dist-info/" not in name} == source
+    plain_sql = {
+        f"pg_eventstream/plain_sql/{path.name}"
+        for path in (ROOT / "migrations").iterdir()
+        if path.suffix in (".sql", ".md")
+    }
+    assert {name for name in files if ".dist-info/" not in name} == source | plain_sql
     for needed in (
         "py.typed",
         "sql/0001_sequence.sql",
