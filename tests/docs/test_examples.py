@@ -115,8 +115,13 @@ def test_what_is_to_be_installed_exists(project: Project, one: Example) -> None:
             assert "--proxy" in project.run("sh", "-ec", f"{line} --help")
 
 
-def test_make_has_the_targets() -> None:
-    for command in example("README.md", "make demo").code.splitlines():
+@pytest.mark.parametrize(
+    "one",
+    [example("README.md", "make demo"), example("CONTRIBUTING.md", "make quick")],
+    ids=["README", "CONTRIBUTING"],
+)
+def test_make_has_the_targets(one: Example) -> None:
+    for command in one.code.splitlines():
         line = command.partition("#")[0].split()
         subprocess.run([*line, "--dry-run"], cwd=ROOT, check=True, capture_output=True, timeout=30)
 
