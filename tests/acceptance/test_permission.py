@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from pg_eventstream.channels import PERMISSION_CHANGES
 from pg_eventstream.servers.processes import Process, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project.app.models import Membership
-from tests.project.channelmanagers import SlowMembers
+from tests.project.channelmanagers import ObservedVolatile, SlowMembers
 from tests.support.database import Database
 from tests.support.environment import KEY
 from tests.support.origin import log_in
@@ -240,13 +242,19 @@ _DECIDED = """SELECT EXISTS (SELECT FROM pg_stat_activity
 _ACKNOWLEDGED = "SELECT coalesce(min(position), 0) >= %s FROM pg_eventstream_proxy"
 
 
-@pytest.mark.parametrize("manager", ["Volatile"], indirect=True)
+@pytest.mark.parametrize("manager", ["ObservedVolatile"], indirect=True)
 def test_only_streams_of_the_channel_ask_again_and_not_all_of_the_user(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     """For visitors who are not logged in, that would be all their streams."""
     for changed, other in ((f"a{channel}", f"b{channel}"), (f"volatile{channel}", f"d{channel}")):
-        here, there = stream(changed, f"of {changed}").wait_open(), stream(other).wait_open()
+        with database.connect() as listener:
+            listener.execute(f"LISTEN {ObservedVolatile.ASKED}")
+            here, there = stream(changed, f"of {changed}").wait_open(), stream(other).wait_open()
+            # When it was opened, and a second later, as the proxy does once per channel.
+            with closing(listener.notifies(timeout=20)) as notices:
+                asked = (notice for notice in notices if notice.payload == other)
+                assert len(list(islice(asked, 2))) == 2
         publisher.kill()
         # A stream that asks gets events that were not published.
         for name in (f"of {changed}", other):

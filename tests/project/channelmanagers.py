@@ -67,6 +67,17 @@ class Volatile(DefaultChannelManager):
         return not channel.startswith("volatile")
 
 
+class ObservedVolatile(Volatile):
+    """Says by NOTIFY which channel it is asked about."""
+
+    ASKED = "observed_volatile_asked"
+
+    def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify(%s, %s)", [self.ASKED, channel])
+        return super().can_read_channel(user, channel)
+
+
 class VolatileMembers(Members, Volatile):
     """Combines both."""
 
