@@ -16,6 +16,7 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from asgiref.testing import ApplicationCommunicator
 from django.contrib.auth.models import User
+from django.core import mail
 from django.db import IntegrityError, connection, transaction
 from django.test import AsyncClient, TestCase, TransactionTestCase, override_settings
 
@@ -264,8 +265,13 @@ class InTransactionTestCase(ReadStreams, TransactionTestCase):
     ],
 )
 def test_in_djangos_test_cases(
-    database: Database, case: type[TransactionTestCase], promise: str
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    case: type[TransactionTestCase],
+    promise: str,
 ) -> None:
+    # A test case makes one, by which the library knows that it runs in a project's tests.
+    monkeypatch.setattr(mail, "outbox", [], raising=False)
     test = case(promise)
     test.database = database  # type: ignore[attr-defined]
     result = unittest.TestResult()
