@@ -218,12 +218,11 @@ def test_publisher_whose_connections_died_without_a_word_goes_on(
     with override_settings(EVENTSTREAM_SAFETY_POLL=0.5):
         running = arun(publisher.run)
         try:
-            for n in range(1, 3):
+            for n in range(1, 4):
                 send_event("a", "message", n)
-                wait_until(lambda n=n: control.ids[-1:] == [str(n)], timeout=20)  # type: ignore[misc]
+                # Behind it may come a hint, which has no id.
+                wait_until(lambda n=n: str(n) in control.ids, timeout=60)  # type: ignore[misc]
                 network.forget()
-            send_event("a", "message", 3)
-            wait_until(lambda: "3" in control.ids, timeout=20)
         finally:
             publisher.stop()
     running.result(20)
