@@ -109,7 +109,7 @@ def benchmark(options: report.Options) -> Report:
                 database = databases[name]
                 with database.site(site_port), database.publisher():
                     started = time.monotonic()
-                    wait_until(partial(swept, database), timeout=120)
+                    wait_until(partial(pruned, database), timeout=120)
                     fact = f"{name}: seconds of the pruner's first pass over the log"
                     found.facts[fact] = round(time.monotonic() - started, 1)
                     published.add(name, publish(database, proxy))
@@ -118,11 +118,11 @@ def benchmark(options: report.Options) -> Report:
     return found
 
 
-def swept(database: Database) -> bool:
+def pruned(database: Database) -> bool:
     """Whether the publisher's pruner, which reads the whole log once, is idle."""
     return bool(
         database.value(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_eventstream sweep'"
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_eventstream prune'"
             " AND state = 'idle' AND state_change < clock_timestamp() - interval '0.5 s'"
         )
     )

@@ -303,7 +303,7 @@ def test_sessions_are_as_many_as_the_page_says(
     found = wait_until_stable(lambda: rows(database, sessions), 4)
     assert dict(found) == {
         f"pg_eventstream {role}": "1"
-        for role in ("bell", f"feed {pushpin.control_url}", "leader", "sweep")
+        for role in ("bell", f"feed {pushpin.control_url}", "leader", "prune")
     }
     assert "| publisher that leads | 3, and 1 for each proxy |" in text_of(
         "docs/production/sizing.md"
