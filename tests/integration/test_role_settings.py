@@ -194,9 +194,9 @@ def test_everything_works_whatever_the_role_is_set_up_with(
         "default_transaction_isolation", "idle_session_timeout", "session_replication_role",
     } <= possible  # fmt: skip
     # The application's own sessions keep their settings.
-    for timeout in ("statement_timeout", "transaction_timeout", "lock_timeout"):
-        if timeout in possible:
-            role.set(timeout, "20s")
+    for kind in ("statement", "transaction", "lock", "idle_session", "idle_in_transaction_session"):
+        if f"{kind}_timeout" in possible:
+            role.set(f"{kind}_timeout", "20s")
     everything_works(database, proxy, role, channel)
 
 
