@@ -21,7 +21,7 @@ from django.core.serializers.json import DjangoJSONEncoder
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
 from . import liveness
-from .channels import RESERVED, problem_of_name
+from .channels import NAME_LENGTH, RESERVED, problem_of_name
 from .conf import conf
 from .errors import InvalidEvent
 from .postgres.connector import refuse_if_not_postgresql
@@ -198,7 +198,8 @@ def check_name(what: str, value: str) -> str:
     if not isinstance(value, str):
         raise InvalidEvent(f"The {what} must be a string, not {type(value).__name__}.")
     if problem := problem_of_name(value):
-        raise InvalidEvent(f"The {what} {problem}.")
+        shown = f" {value!r}" if 0 < len(value) <= NAME_LENGTH else ""
+        raise InvalidEvent(f"The {what}{shown} {problem}.")
     return value
 
 

@@ -122,7 +122,7 @@ def test_feeds_of_many_proxies_share_a_pool_that_the_channel_manager_asks(
             override_settings(GRIP_PROXIES=[{"control_uri": proxy.url} for proxy in proxies])
         )
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr("pg_eventstream.permission.get_channelmanager", Manager)
+        patch.setattr("pg_eventstream.channels.get_channelmanager", Manager)
         publisher = Publisher(Connector("default"))
         running = threading.Thread(target=publisher.run)
         running.start()
