@@ -46,12 +46,17 @@ LEAD = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
 IMPATIENT = Limits(command_patience=1.0, join=0.5)
 
 
-def command(name: str, *arguments: str, limits: Limits = LIMITS) -> str:
-    """The output of the command, or its error. Fails if it does not end."""
-    out = StringIO()
+def with_limits(name: str, limits: Limits) -> DatabaseCommand:
     command = load_command_class("pg_eventstream", name)
     assert isinstance(command, DatabaseCommand)
     command.limits = limits
+    return command
+
+
+def command(name: str, *arguments: str, limits: Limits = LIMITS) -> str:
+    """The output of the command, or its error. Fails if it does not end."""
+    out = StringIO()
+    command = with_limits(name, limits)
 
     def call() -> str:
         try:
@@ -499,15 +504,16 @@ def test_what_was_published_is_said_though_pruning_fails(
 ) -> None:
     send(3)
     said = StringIO()
+    publish = with_limits("eventstream_publisher", IMPATIENT)
     with database.connect(autocommit=False) as session:
         session.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
         with pytest.raises(CommandError, match="lock timeout"):
-            call_command("eventstream_publisher", "--once", verbosity=0, stdout=said)
+            call_command(publish, "--once", verbosity=0, stdout=said)
         assert said.getvalue() == "3 events published.\n"
         control.answers = [503] * 1000
         send(2)
         with pytest.raises(CommandError, match="2 events wait"):
-            call_command("eventstream_publisher", "--once", verbosity=0, stdout=said)
+            call_command(publish, "--once", verbosity=0, stdout=said)
 
 
 @contextmanager
