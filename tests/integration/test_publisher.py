@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from typing import Any
 
 import jwt
@@ -227,14 +226,32 @@ def test_heartbeat_is_part_of_a_round(database: Database) -> None:
     ) == [(1,)]
 
 
-def test_pruner_runs_rarely_when_nothing_happens_and_soon_when_something_did() -> None:
-    limits = Limits(prune=0.01)
+class Clock(threading.Event):
+    """Time, which passes only while one waits."""
+
+    now = 10_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.now += timeout
+        return False
+
+
+def test_pruner_runs_rarely_when_nothing_happens_and_soon_when_something_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(pruner, "time", clock)
 
     def seconds_to_the_next_run(last_event_at: float) -> float:
-        start = time.monotonic()
-        pruner._wait(threading.Event(), lambda: last_event_at, 0.0, limits)
-        return time.monotonic() - start
+        start = clock.now
+        pruner._wait(clock, lambda: last_event_at, 0.0, LIMITS)
+        return clock.now - start
 
-    with override_settings(EVENTSTREAM_RETENTION=10):
-        assert seconds_to_the_next_run(time.monotonic() - 2 * limits.quiet) >= 1
-        assert seconds_to_the_next_run(time.monotonic()) < 1
+    assert seconds_to_the_next_run(clock.now) == LIMITS.prune
+    assert seconds_to_the_next_run(clock.now - 2 * LIMITS.quiet) == LIMITS.quiet_prune
+    with override_settings(EVENTSTREAM_RETENTION=10 * 2 * LIMITS.prune):
+        assert seconds_to_the_next_run(clock.now - 2 * LIMITS.quiet) == 2 * LIMITS.prune
