@@ -149,10 +149,6 @@ class Pushpin(Server):
         else:
             services = "connmgr"
             zurl = ""
-        # Since 1.41 the first stream of a channel asks for its next link as soon as it is open.
-        # While it does, events of unreliable channels can be lost (src/handler/httpsession.cpp,
-        # processPublishQueue: an event out of sequence clears the queue).
-        update = "" if self.version < (1, 41) else "update_on_first_subscription=false"
         return f"""\
 [global]
 include={{libdir}}/internal.conf
@@ -180,7 +176,6 @@ stats_spec=ipc://{{rundir}}/{{ipc_prefix}}stats
 message_rate={self.message_rate}
 message_hwm=25000
 id_cache_ttl=60
-{update}
 """
 
     def _answers(self) -> bool:

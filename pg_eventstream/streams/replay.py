@@ -147,7 +147,7 @@ def read_channels(
                          ) AS last
                      CROSS JOIN LATERAL (
                            SELECT CASE WHEN given.number = %(earliest)s
-                                            AND %(max_age)s::interval IS NOT NULL
+                                            AND %(max_age)s::float8 IS NOT NULL
                                        THEN (
                            WITH RECURSIVE search (low, high) AS (
                                SELECT pruned, coalesce(newest %% %(incarnation)s, pruned) + 1
@@ -158,7 +158,8 @@ def read_channels(
                                          FROM search WHERE high - low > 1) AS halves
                                  LEFT JOIN LATERAL (
                                       SELECT s.eid,
-                                             s.sequenced_at < now() - %(max_age)s::interval AS old
+                                             s.sequenced_at
+                                             < now() - make_interval(secs => %(max_age)s) AS old
                                         FROM pg_eventstream_stream AS s
                                        WHERE s.channel = given.channel
                                          AND s.eid >= middle AND s.eid < high
@@ -176,7 +177,8 @@ def read_channels(
                       AND (SELECT coalesce(s.prev, s.eid - 1 + coalesce(s.incarnation, 0))
                              FROM pg_eventstream_stream AS s
                             WHERE s.channel = asked.channel AND s.eid = asked.eid + 1
-                              AND coalesce(s.sequenced_at >= now() - %(max_age)s::interval, true)
+                              AND coalesce(s.sequenced_at
+                                           >= now() - make_interval(secs => %(max_age)s), true)
                           ) = number
               FROM asked
             UNION ALL
@@ -216,7 +218,8 @@ def read_channels(
                 "now": _NOW,
                 "incarnation": sse.INCARNATION,
                 "limit": limit,
-                "max_age": None if max_age is None else f"{max_age.total_seconds()} seconds",
+                # As a number: PostgreSQL 14 refuses texts of more than 2**31 seconds.
+                "max_age": None if max_age is None else max_age.total_seconds(),
                 "bytes": PAGE_BYTES,
             },
         )

@@ -191,7 +191,10 @@ def test_sender_has_no_way_around_what_it_may_do(database: Database, sender: str
     database.send("c", "somebody else's")
     database.execute(f"CREATE SCHEMA trap AUTHORIZATION {sender}; ANALYZE pg_eventstream_event")
     outcomes = {}
+    # The default since PostgreSQL 15, and what migrations/README.md tells to do before.
+    database.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     with connect(database, sender) as connection, database.connect():  # which it could terminate
+        old = connection.info.server_version < 150000  # does not know MERGE
         connection.execute(
             """
             SET search_path = public, trap;
@@ -203,6 +206,8 @@ def test_sender_has_no_way_around_what_it_may_do(database: Database, sender: str
             """
         )
         for statement in DENIED:
+            if old and statement.startswith("MERGE"):
+                continue
             try:
                 connection.execute(f"BEGIN; {statement}")
                 outcomes[statement] = "allowed"
