@@ -74,6 +74,8 @@ def aliases(database: Database, postgres: Postgres, tmp_path: Path) -> Iterator[
         **default,
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": str(tmp_path / "lite.sqlite3"),
+        # A file as well: Django does not close connections to databases in memory.
+        "TEST": {**default["TEST"], "NAME": str(tmp_path / "test_lite.sqlite3")},
         "OPTIONS": {},
         "HOST": "",
         "PORT": "",
