@@ -21,7 +21,7 @@ HOST = "127.0.0.1"
 _LOG_TAIL_LINES, _LOG_TAIL_BYTES = 20, 10_000
 
 # A shell that runs for each child and reads a pipe whose other end only we hold. A line means that
-# the child ended in order. The end of the pipe without a line means that we died, so the child is
+# the child has ended. The end of the pipe without a line means that we died, so the child is
 # signalled. (PR_SET_PDEATHSIG would need no shell, but it fires when the *thread* that forked ends,
 # and only Linux has it.)
 _GUARD = 'read -r line || kill -s "$1" -- "-$2" 2>/dev/null'
