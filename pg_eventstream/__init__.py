@@ -1,38 +1,38 @@
 """Transactional, commit-ordered Server-Sent Events for Django on PostgreSQL.
 
-The way of an event:
+The path of an event:
 
     send            writes it, with one INSERT in the caller's transaction
     models          the tables; at COMMIT a deferred trigger fills the outbox
-    sql/            the functions in the database: enqueue (called by the trigger), sequence
+    sql/            the database functions: enqueue (called by the trigger), sequence
     publisher/      the daemon: puts events in order and publishes them
-    grip/           the GRIP protocol, which the proxies speak: Pushpin and Fanout
-    streams/        the web process: what a client missed, and streams without a proxy
-    endpoint        opens and continues streams; `views` makes Django views of it
-    static/         the browser's client
+    grip/           the protocol of the proxies, Pushpin and Fanout
+    streams/        the web process: missed events, and streams without a proxy
+    endpoint        opens and continues streams; `views` has the Django views
+    static/         the browser client
     events          reads events in Python
 
-What these share:
+Shared by these:
 
     postgres/       long-lived database sessions, the order of events, LISTEN
     stream_event    a row of the stream, decoded
     sse             the wire format
-    channels        what a channel may be called, and whether its events have ids
-    users           how users are named in links, at the proxy and in lists of users to skip
+    channels        valid channel names, and whether the events of a channel have ids
+    users           the names of users in links, at the proxy and in lists of users to skip
     permission      who may read; ends the streams of users who no longer may
-    caching, cors   headers of answers
-    liveness        warns that no publisher runs
-    limits          limits and delays that are no settings
-    backoff         how long to wait before the next try
+    caching, cors   headers of responses
+    liveness        warns if no publisher runs
+    limits          limits and delays that are not settings
+    backoff         the delay before the next try
     rarely          limits how often a warning is logged
-    errors          what can be raised
+    errors          the exceptions
 
 For a project:
 
     conf            the settings
-    checks/         validates them, and the tables
-    tables/         which databases get the tables
-    channelmanager  what a project overrides to decide who reads what
+    checks/         checks the settings and the tables
+    tables/         decides which databases get the tables
+    channelmanager  the class that a project overrides to decide who reads what
     router          for ``DATABASE_ROUTERS``
     routing         for Channels
     viewsets        the endpoint for Django REST Framework, with its `renderers`
@@ -80,8 +80,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # "import pg_eventstream" and then include(pg_eventstream.urls) is how URLconfs are
-    # written; imported lazily, because views need the app registry.
+    # URLconfs "import pg_eventstream" and then include(pg_eventstream.urls). These are imported
+    # lazily, because views need the app registry.
     if name in ("routing", "urls", "views"):
         from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""How long to wait before the next try."""
+"""The delay before the next try."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 
 class Backoff:
-    """The delays of one loop that tries again: each is twice as long as the one before it.
+    """The delays of a loop that retries: each is twice as long as the one before it.
 
     ``first`` and ``longest`` are in seconds.
     """
@@ -16,15 +16,15 @@ class Backoff:
         self.reset()
 
     def reset(self) -> None:
-        """It worked: begin with the first delay again."""
+        """Begin with the first delay again, after a success."""
         self._next = self._first
 
     def at_most(self, seconds: float) -> None:
-        """Make the next delay no longer than this."""
+        """Limit the next delay to ``seconds``."""
         self._next = min(self._next, seconds)
 
     def next(self) -> float:
-        """Seconds to wait now, with jitter so that processes do not retry in step."""
+        """The seconds to wait now, with jitter so that processes do not retry in step."""
         delay = self._next
         self._next = min(delay * 2, self._longest)
         return delay * random.uniform(0.5, 1.0)  # noqa: S311

@@ -1,4 +1,4 @@
-"""What a channel may be called, and whether its events have ids."""
+"""Valid channel names, and whether the events of a channel have ids."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-#: Channels whose name begins like this are the library's own: no client may read them.
+#: Channels whose names begin like this are reserved: no client may read them.
 RESERVED = "pg_eventstream:"
-#: The channel of our own that says whose permission changed, in order with all events.
+#: The reserved channel of permission changes, which are in order with all events.
 PERMISSION_CHANGES = f"{RESERVED}permission"
 #: Characters in the name of a channel or of an event type, which are varchar(255).
 NAME_LENGTH = 255
@@ -24,9 +24,9 @@ _LINE_BREAK_OR_NUL = re.compile(r"[\r\n\0]")
 
 
 def problem_of_name(name: str) -> str | None:
-    """Why no channel and no event type can have this name, None if one can.
+    """Why this name is invalid for a channel or an event type; None if it is valid.
 
-    The table's CHECK constraints refuse the same names from senders that are not Python.
+    The table's CHECK constraints refuse the same names from senders in other languages.
     """
     if not name:
         return "must not be empty"
@@ -42,31 +42,31 @@ def problem_of_name(name: str) -> str | None:
 
 
 def channel_names(channels: Iterable[str]) -> tuple[str, ...]:
-    """The channels, each once. Raises `InvalidRequest` for a string.
+    """The channels without duplicates.
 
-    A string would be a channel for each of its characters.
+    Raises `InvalidRequest` for a string, which would be one channel per character.
     """
     if isinstance(channels, str):
-        raise InvalidRequest(f"The channels must be a list: [{channels!r}].")
+        raise InvalidRequest(f"The channels must be a list, such as [{channels!r}].")
     return tuple(dict.fromkeys(channels))
 
 
 def is_reliable(channel: str) -> bool:
-    """Whether the events of the channel have ids, as the channel manager says.
+    """Whether the events of the channel have ids, according to the channel manager.
 
-    True if the manager fails: that is no reason to stop all streams, or to prune events.
+    True if the manager raises, which is no reason to stop all streams or to prune events.
     """
     if channel.startswith(RESERVED):
         return False
     try:
         return get_channelmanager().is_channel_reliable(channel)
     except Exception:
-        # A manager that asks the database may have met a connection that broke long ago.
+        # A manager that queries the database could have used a broken connection.
         close_old_connections()
         logger.exception("is_channel_reliable(%r) failed; assuming that it is reliable", channel)
         return True
 
 
 def reliable(channels: Iterable[str]) -> list[str]:
-    """Those of the channels whose events have ids."""
+    """The channels whose events have ids."""
     return [channel for channel in channels if is_reliable(channel)]

@@ -1,6 +1,6 @@
-"""Opens streams, continues them, and answers the proxy's questions.
+"""Opens streams and continues them.
 
-The one place where `streams` and `grip` meet: it reads what a client has missed, and then either
+Only here `streams` and `grip` meet: it reads the events that a client missed, and then either
 instructs the proxy to hold the stream, or streams from this process.
 """
 
@@ -47,42 +47,42 @@ _rarely = Rarely()
 _NO_PROXY = (
     "This request did not come through a GRIP proxy (Pushpin or Fanout), and without one this"
     " endpoint streams under ASGI only.\n"
-    'In development: pip install daphne, add "daphne" as the first of INSTALLED_APPS, set'
+    'In development: pip install daphne, add "daphne" as the first entry of INSTALLED_APPS, set'
     ' ASGI_APPLICATION = "myproject.asgi.application", and start manage.py runserver again.\n'
     "Otherwise run the application with an ASGI server (uvicorn, daphne), or send clients to the"
-    " proxy's address, and check that GRIP_URL holds the key that the proxy signs its requests"
-    " with (sig_key in pushpin.conf), and that django_grip.GripMiddleware is in MIDDLEWARE.\n"
+    " proxy's address. Then check that GRIP_URL contains the key with which the proxy signs its"
+    " requests (sig_key in pushpin.conf), and that django_grip.GripMiddleware is in MIDDLEWARE.\n"
 )
 _PROXY_REQUIRED = (
-    "This request did not come through a GRIP proxy (Pushpin or Fanout), and GRIP_PROXY_REQUIRED"
-    " lets no other in.\n"
-    "Send clients to the proxy's address, and check that GRIP_URL holds the key that the proxy"
-    " signs its requests with (sig_key in pushpin.conf). Or leave GRIP_PROXY_REQUIRED out.\n"
+    "This request did not come through a GRIP proxy (Pushpin or Fanout), which"
+    " GRIP_PROXY_REQUIRED demands.\n"
+    "Send clients to the proxy's address, and check that GRIP_URL contains the key with which the"
+    " proxy signs its requests (sig_key in pushpin.conf). Or remove GRIP_PROXY_REQUIRED.\n"
 )
 
 
-def _finished(view: Callable[_P, HttpResponseBase]) -> Callable[_P, HttpResponseBase]:
-    """Sets the headers that every answer of the endpoint has. The request comes first."""
+def _set_headers(view: Callable[_P, HttpResponseBase]) -> Callable[_P, HttpResponseBase]:
+    """Set the headers of every response of a view, whose first argument is the request."""
 
     @wraps(view)
-    def finished(*args: _P.args, **kwargs: _P.kwargs) -> HttpResponseBase:
+    def with_headers(*args: _P.args, **kwargs: _P.kwargs) -> HttpResponseBase:
         request, response = args[0], view(*args, **kwargs)
         assert isinstance(request, HttpRequest)  # noqa: S101
         response["X-Accel-Buffering"] = "no"  # nginx would hold events back
-        # So that no middleware applies another. Django 5.2 would make each piece a gzip file of
-        # its own (middleware/gzip.py), and browsers show the first of these only.
+        # So that no middleware compresses it. Django 5.2 would make each piece a separate gzip
+        # file (middleware/gzip.py), of which browsers only show the first.
         response["Content-Encoding"] = "identity"
         cors.add_headers(request, response)
         return response
 
-    return finished
+    return with_headers
 
 
-@_finished
+@_set_headers
 def open_stream(
     request: HttpRequest, view_kwargs: Mapping[str, Any], link_to: LinkTo
 ) -> HttpResponseBase:
-    """Open a stream, or resume one with Last-Event-ID, wherever the view is mounted."""
+    """Open a stream, or resume one with Last-Event-ID, for a view mounted at any path."""
     require_installed()
     conf.check_numbers()
     proxied = _came_through_proxy(request)
@@ -106,7 +106,7 @@ def open_stream(
         )
         check_permission(user, channels)
     except ResumeNotAllowed as e:
-        # Not a stream: this status is what makes an EventSource stop trying.
+        # Not a stream: only this status makes an EventSource stop reconnecting.
         return HttpResponseBadRequest(f"Invalid request: {e}.\n")
     except InvalidRequest as e:
         return _error("bad-request", f"Invalid request: {e}.")
@@ -130,9 +130,9 @@ def _stream(
     return direct.stream(session.channels, after, session.user_id, check, request.scope)
 
 
-@_finished
+@_set_headers
 def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpResponseBase:
-    """Tell the proxy how a stream continues. Ends it if the user may not read it any more."""
+    """Tell the proxy how a stream continues. Ends it if the user may no longer read it."""
     next_links.arrived(request)
     conf.check_numbers()
     if not _came_through_proxy(request):
@@ -144,11 +144,11 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
             reliable(session.channels),
         )
         missed = _replay(request, {c: ids.get(c) for c in reliable(session.channels)})
-        # In this order: nothing that was sent after a revocation may be on the page.
+        # In this order, so that the page has no event that was sent after a revocation.
         check_permission(_user_of_session(session), session.channels)
     except InvalidRequest as e:
-        # The proxy drops the stream after a few tries, and the client comes back with
-        # its own credentials and the id that it saw last.
+        # The proxy drops the stream after a few tries, and the client reconnects with its own
+        # credentials and the last id that it received.
         return HttpResponse(f"{e}.\n", status=403, content_type="text/plain")
     except EventPermissionError as e:
         # Without a hold and a link the proxy ends the stream after this event.
@@ -163,11 +163,11 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
 def _replay(
     request: HttpRequest, after: Mapping[str, int | None], max_age: timedelta | None = None
 ) -> Page:
-    """`replay`, on a connection that is open already.
+    """Call `replay` on a connection that is already open.
 
-    Under ASGI each request has a thread, and so a connection, of its own. Unless something has
-    opened that already (a session, a transaction), to open it for this alone would cost more
-    than all the rest; and a thousand clients that come back at once would take a thousand.
+    Under ASGI each request has a separate thread and therefore a separate connection. If nothing
+    has opened it yet (a session, a transaction), opening it here would cost more than all the rest,
+    and a thousand clients that reconnect at once would take a thousand connections.
     """
     if isinstance(request, ASGIRequest) and connections[conf.database].connection is None:
         return run(lambda: replay(after, max_age=max_age))
@@ -175,29 +175,29 @@ def _replay(
 
 
 def require_installed() -> None:
-    """Raise `ImproperlyConfigured` if the app is not installed: no check would say so."""
+    """Raise `ImproperlyConfigured` if the app is not installed, which no check can report."""
     if not apps.is_installed("pg_eventstream"):
         raise ImproperlyConfigured(
-            'Streams need pg_eventstream as an app: add "pgtrigger" and "pg_eventstream" to'
-            " INSTALLED_APPS, then: python manage.py migrate"
+            'pg_eventstream is not installed as an app. Add "pgtrigger" and "pg_eventstream" to'
+            " INSTALLED_APPS, and run python manage.py migrate."
         )
 
 
 def streams(request: HttpRequest) -> bool:
-    """Whether events arrive where this request was sent: by the proxy, or from this process."""
+    """Whether events arrive at this request's URL, through the proxy or from this process."""
     return _came_through_proxy(request) or _streams_directly(request)
 
 
 def _refuse(request: HttpRequest) -> HttpResponseBase:
-    """The answer to a request that nobody streams, and a line in the log if that is no accident."""
+    """Refuse a request that cannot be streamed. Log it if no request can be."""
     text = _PROXY_REQUIRED if needs_proxy() else _NO_PROXY
-    if not conf.grip_proxies and _rarely():  # then none can come
+    if not conf.grip_proxies and _rarely():
         logger.error("Nothing can be streamed. %s", text.replace("\n", " ").strip())
     return HttpResponse(text, status=501, content_type="text/plain")
 
 
 def _came_through_proxy(request: HttpRequest) -> bool:
-    """Whether a proxy of ours made the request; GripMiddleware has verified its signature."""
+    """Whether a configured proxy made the request, whose signature GripMiddleware verified."""
     grip = getattr(request, "grip", None)
     if grip is not None and grip.proxied:
         return True
@@ -206,18 +206,18 @@ def _came_through_proxy(request: HttpRequest) -> bool:
 
 
 def _streams_directly(request: HttpRequest) -> bool:
-    """Whether this process can stream by itself, and may."""
+    """Whether this process can stream without a proxy, and is allowed to."""
     return isinstance(request, ASGIRequest) and not needs_proxy()
 
 
 def needs_proxy() -> bool:
-    """Whether the project lets no client in but through its proxy."""
+    """Whether the project admits clients only through its proxy."""
     return bool(getattr(settings, "GRIP_PROXY_REQUIRED", False))
 
 
 def _requested_channels(request: HttpRequest, view_kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     asked = get_channelmanager().get_channels_for_request(request, view_kwargs)
-    # In one order, so that equal sessions get equal links.
+    # Sorted, so that equal sessions get equal links.
     channels = tuple(sorted(set(asked)))
     if not channels:
         raise InvalidRequest("No channels specified")
@@ -232,14 +232,14 @@ def _requested_channels(request: HttpRequest, view_kwargs: Mapping[str, Any]) ->
 
 
 def _requested_id(request: HttpRequest) -> str | None:
-    """From the header, else from the query: the last one that is not empty."""
+    """The id in the header, or else the last one in the query that is not empty."""
     candidates = [request.headers.get("Last-Event-ID", "")]
     candidates += reversed(request.GET.getlist("lastEventId"))
     return next((value for value in candidates if value.strip()), None)
 
 
 def _user_of_session(session: links.Session) -> AbstractBaseUser | None:
-    """The user that opened the stream; the proxy's requests carry no cookies."""
+    """The user who opened the stream. The proxy's own requests carry no cookies."""
     key = primary_key(session.user_id)
     if key is None:
         return None
@@ -249,13 +249,13 @@ def _user_of_session(session: links.Session) -> AbstractBaseUser | None:
     return user
 
 
-#: Pushpin takes 100,000 bytes in the first response of a stream, and answers 502 to more
-#: (src/proxy/proxysession.cpp, MAX_ACCEPT_RESPONSE_BODY); escaping may double them.
+#: Pushpin accepts 100,000 bytes in the first response of a stream, and answers 502 to more
+#: (src/proxy/proxysession.cpp, MAX_ACCEPT_RESPONSE_BODY). Escaping can double the size.
 _FIRST_BYTES = 45_000
 
 
 def _encode(missed: Page, reader: str, most_bytes: float = inf) -> tuple[str, dict[str, int]]:
-    """The missed events that fit into so many bytes, and the place after the last of them."""
+    """Encode the missed events that fit into ``most_bytes``. Returns also the place after them."""
     parts: list[str] = []
     size, numbers = 0, missed.start
     if missed.reset:
@@ -279,8 +279,8 @@ def _hold_or_continue(
     link_to: LinkTo,
     paged: bool = False,
 ) -> HttpResponseBase:
-    """Send the body, then hold the stream; or fetch the next page if there are more events."""
-    if request.method != "HEAD":  # which has nothing to hold open
+    """Respond with the body, and have the proxy hold the stream or fetch the next page."""
+    if request.method != "HEAD":  # there is nothing to hold open
         done = ids == missed.end and not missed.more
         follower = links.Session(session.channels, session.user_id, cursor=None if done else ids)
         link = link_to(links.sign(follower))
@@ -289,6 +289,6 @@ def _hold_or_continue(
 
 
 def _error(condition: str, text: str, extra: Mapping[str, Any] | None = None) -> HttpResponseBase:
-    # Status 200: only then does an EventSource show the event to the page.
+    # Status 200, because otherwise an EventSource does not show the event to the page.
     body = sse.encode_error(condition, text, extra)
     return HttpResponse(body, content_type=sse.CONTENT_TYPE)

@@ -1,4 +1,4 @@
-"""Reading events in Python: a page of them, the newest id, or all that come."""
+"""Reads events in Python: a page of stored events, the newest id, or a subscription."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class ReceivedEvent:
     """An event as a client receives it. ``data`` is text as it was sent; `json` parses it.
 
-    ``id`` is to go on from after this event, ``eid`` its place in its channel, from 1 on.
+    Use ``id`` to continue after this event. ``eid`` is its number in its channel, starting at 1.
     """
 
     id: str
@@ -40,9 +40,9 @@ class ReceivedEvent:
 
 @dataclass(frozen=True, slots=True)
 class EventPage:
-    """What `get_events` returns. Go on from ``last_event_id``, at once if there are ``more``.
+    """The result of `get_events`. Continue from ``last_event_id``, at once if there are ``more``.
 
-    ``reset`` names the channels of which events are gone that should have come first.
+    ``reset`` names the channels whose next events have been pruned.
     """
 
     events: list[ReceivedEvent]
@@ -57,15 +57,14 @@ def get_events(
     limit: int = 100,
     user: AbstractBaseUser | AnonymousUser | EllipsisType | None = ...,
 ) -> EventPage:
-    """The events that are kept of these channels behind an id, in commit order.
+    """The stored events of these channels after an id, in commit order.
 
-    Without an id there are none yet, only the id to go on from; ``"earliest"`` gives all that
-    are kept, whatever their age. A page has at most ``limit`` events (500 at most), and not many
-    more than 64 kB. With a ``user`` (None for an anonymous one) it is what this user may see:
-    without events that skip them, and `EventPermissionError` is raised if they may not read a
-    channel.
+    Without an id the page has no events, only the id to continue from. ``"earliest"`` returns all
+    stored events of any age. A page has at most ``limit`` events (maximum 500) and about 64 kB.
+    With a ``user`` (None for an anonymous one), events that skip this user are left out, and
+    `EventPermissionError` is raised if the user may not read a channel.
 
-    Raises `InvalidRequest` if the id is none that was ever sent.
+    Raises `InvalidRequest` if the id was never sent.
     """
     wanted = channel_names(channels)
     asked = parse_start(last_event_id, wanted)
@@ -79,14 +78,14 @@ def get_events(
 
 
 def get_current_event_id(channels: Iterable[str]) -> str:
-    """The id of the newest event of the channels, to begin a stream with.
+    """The id of the newest event of the channels, from which a stream can begin.
 
-    A page that shows a state reads the id first and the state second; a client that then
-    resumes from the id gets every later event, and perhaps some that the state contains.
-    The other way round it could miss one. Unreliable channels have no ids and are left out.
+    A page that shows a state reads the id first and the state second. A client that then resumes
+    from the id gets every later event, and possibly some that the state already contains. In the
+    other order it could miss one. Unreliable channels have no ids and are left out.
 
-    An event has its id once its commit was sequenced, some milliseconds later: neither in the
-    transaction that sends it nor just after that is it this one.
+    An event gets its id when its commit is sequenced, some milliseconds later. So the result does
+    not include an event of the current transaction, or one that was committed just before.
     """
     names = reliable(channel_names(channels))
     places, _, _ = read_channels(dict.fromkeys(names), 0)
@@ -96,18 +95,18 @@ def get_current_event_id(channels: Iterable[str]) -> str:
 async def subscribe(
     channels: Iterable[str], after: str | None = None
 ) -> AsyncIterator[ReceivedEvent]:
-    """Every event of these channels behind an id, then all that come, for ever.
+    """Yield every event of these channels after an id, then new events as they are sent.
 
-    Each once, in commit order per channel, whatever happens to the database or to its
-    connections meanwhile. ``after`` is an event's ``id``, ``"earliest"`` for all that are kept,
-    None for those from now on. Store the ``id`` of an event in the transaction that handles it,
-    and begin behind it the next time: then each is handled exactly once.
+    Each event is yielded once, in commit order per channel, even if the database or its connections
+    fail in the meantime. ``after`` is an event's ``id``, ``"earliest"`` for all stored events, or
+    None to begin now. Store the ``id`` of an event in the transaction that handles it, and begin
+    after it the next time: then each event is handled exactly once.
 
-    No permission is checked and no event is skipped. Events of unreliable channels come with
-    the id of what came before them.
+    Permissions are not checked and no event is skipped. An event of an unreliable channel has the
+    id of the reliable event before it.
 
-    Raises `EventsPruned` if events are gone that should come next, and `InvalidRequest` if the
-    id is none that was ever sent.
+    Raises `EventsPruned` if the next events have been pruned, and `InvalidRequest` if the id was
+    never sent.
     """
     names = channel_names(channels)
     async with Subscription(names, parse_start(after, names)) as subscription:

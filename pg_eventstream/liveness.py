@@ -1,7 +1,7 @@
-"""Says in the log when events wait for a publisher that does not run, or for a proxy.
+"""Logs a warning if events wait for a publisher that does not run, or for a proxy.
 
-Without one a stream behind a proxy opens as usual, and nothing ever comes. Who opens a stream looks
-whether a publisher runs; with ``DEBUG`` on, who sends does as well.
+Without a publisher, a stream behind a proxy opens as usual, but no event ever arrives. Opening a
+stream checks whether a publisher runs; with ``DEBUG`` on, sending an event does, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .rarely import Rarely
 logger = logging.getLogger("pg_eventstream.liveness")
 
 _LOOK_SECONDS = 15.0
-#: A publisher shows itself every 10 seconds, and a proxy takes events as they come.
+#: A publisher updates its heartbeat every 10 seconds, and a proxy takes events at once.
 _LATE_SECONDS = 30.0
 _START = "Start it, and keep it running as a service: python manage.py eventstream_publisher"
 _look_is_due = Rarely(_LOOK_SECONDS)
@@ -27,16 +27,16 @@ _rarely = Rarely()
 
 
 def look_after_publisher() -> None:
-    """Look whether events reach the proxies, and log it if they do not.
+    """Check whether events reach the proxies, and log a warning if they do not.
 
-    Only once in 15 seconds and process, and warns once in ten minutes. It is done later, on a
-    connection of its own: the caller waits for nothing, and its transaction is not touched. A role
-    that may not read the publisher's state learns nothing. Nor does a test of a project: no
-    publisher runs there, and a further connection would keep its database from being removed.
+    It checks at most once in 15 seconds per process, and warns once in ten minutes. The check runs
+    later on a separate connection: the caller does not wait, and its transaction is not affected.
+    Roles that may not read the publisher's state do not check. Nor do tests of a project: no
+    publisher runs there, and another connection would prevent the removal of the test database.
     """
-    if not _look_is_due() or hasattr(mail, "outbox"):  # which tests have
+    if not _look_is_due() or hasattr(mail, "outbox"):  # in a test
         return
-    if conf.grip_proxies:  # without one, the process sequences by itself
+    if conf.grip_proxies:  # without a proxy, the process sequences events itself
         run_later(_look)
 
 
@@ -46,7 +46,7 @@ def _look() -> None:
     except DatabaseError as e:
         if not isinstance(e.__cause__, psycopg.errors.InsufficientPrivilege):
             raise
-        _look_is_due.never_again()  # PostgreSQL would log each attempt
+        _look_is_due.never_again()  # because PostgreSQL would log each attempt
 
 
 def _look_at_publisher() -> None:
@@ -62,13 +62,13 @@ def _look_at_publisher() -> None:
         name, silent = publisher
         if silent > _LATE_SECONDS:
             _warn(
-                "The publisher %s has not shown itself for %.0f seconds, and no other has taken"
-                " over, so no event is sent. " + _START,
+                "The publisher %s has shown no sign of life for %.0f seconds, and no other has"
+                " taken over, so no event is sent. " + _START,
                 name,
                 silent,
             )
             return
-        # By the key of the stream: one row for each proxy, however many wait.
+        # Reads one row per proxy by the key of the stream, for any number of waiting events.
         cursor.execute(
             """
             SELECT given.name, proxy.name IS NOT NULL,

@@ -1,4 +1,4 @@
-"""Who may read: asked when a stream opens and goes on, and again when that changes."""
+"""Who may read: checked when a stream opens and continues, and when permissions change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_permission(
 ) -> None:
     """Raise `EventPermissionError` with the channels that the user may not read."""
     if getattr(user, "is_anonymous", False):
-        user = None  # as managers know visitors who are not logged in
+        user = None  # for channel managers, visitors who are not logged in are None
     manager = get_channelmanager()
     refused = [channel for channel in channels if not manager.can_read_channel(user, channel)]
     if refused:
@@ -33,13 +33,13 @@ def channel_permission_changed(
 ) -> None:
     """End the user's open streams of the channel, unless the user may still read it.
 
-    Call it in the transaction that makes the change. If that commits, the channel manager
-    is asked again for each stream of the user (None for anonymous visitors) that has the
-    channel, at every proxy. Streams without permission end with a ``stream-error``; nothing
-    that commits later reaches them. If it is rolled back, nothing happens.
+    Call it in the transaction that makes the change. If that commits, the channel manager is called
+    again for each stream of the user (None for anonymous visitors) that has the channel, at every
+    proxy. Streams without permission end with a ``stream-error``; no event that commits later
+    reaches them. If the transaction is rolled back, nothing happens.
 
-    Raises `InvalidEvent` if the user has no primary key, as after ``user.delete()``, or if no
-    channel can have that name.
+    Raises `InvalidEvent` if the user has no primary key, as after ``user.delete()``, or if the
+    channel name is invalid.
     """
     change = encode_change(user_id(user), check_name("channel", channel))
     insert((PERMISSION_CHANGES, "permission-changed", change, []), using)

@@ -1,8 +1,8 @@
-"""Send events: one INSERT in the caller's transaction, nothing else.
+"""Sends events: one INSERT in the caller's transaction, nothing else.
 
-The event is delivered if and only if that transaction commits, after everything that
-was committed before it. No lock is taken that another sender waits for, no network is
-used, and no daemon needs to run: without a publisher, events wait.
+The event is delivered if and only if that transaction commits, after all events that were committed
+before it. Sending takes no lock that another sender waits for and uses no network, and no daemon
+needs to run: without a publisher, events wait.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .postgres.connector import refuse_if_not_postgresql
 from .sse import RESERVED_TYPES
 from .users import skipped_ids
 
-# An empty list of users to skip is the column's default. To leave it out saves a parameter that
-# is costly to write and to read.
+# An empty list of users to skip is the column's default. Leaving it out saves a parameter that is
+# costly to write and to read.
 _INSERT = "INSERT INTO pg_eventstream_event (channel, type, data) VALUES (%s, %s, %s)"
 _INSERT_SKIPPING = (
     "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids) VALUES (%s, %s, %s, %s)"
@@ -37,7 +37,7 @@ _INSERT_SKIPPING = (
 
 
 class NewEvent(NamedTuple):
-    """An event to be sent, for `send_events`. A plain tuple in this order does as well."""
+    """An event to be sent by `send_events`, which also accepts plain tuples in this order."""
 
     channel: str
     event_type: str
@@ -55,23 +55,21 @@ def send_event(
     json_encode: bool = True,
     using: str | None = None,
 ) -> None:
-    """Send an event on ``channel``, in the present transaction of the database.
+    """Send an event on ``channel``, in the current transaction of the database.
 
-    Inside ``transaction.atomic()`` the event exists if and only if the block commits.
-    Events of one transaction keep their order; events of different transactions are
-    delivered in commit order.
+    Inside ``transaction.atomic()`` the event exists if and only if the block commits. Events of one
+    transaction keep their order; events of different transactions are delivered in commit order.
 
-    ``data`` is serialised by `DjangoJSONEncoder`; with ``json_encode=False`` it is a
-    string that goes on the wire as it is. Those in ``skip_user_ids`` do not get the event:
-    users or their primary keys, and None or an ``AnonymousUser`` for all visitors who are not
-    logged in. (The text ``"anonymous"`` stands for these and for a user with that primary
-    key.) ``using`` is a database alias, by default ``EVENTSTREAM_DATABASE``.
-    ``async_publish`` makes no difference, since nothing is published here: it is where callers
-    of django-eventstream have it.
+    ``data`` is serialized by `DjangoJSONEncoder`. With ``json_encode=False`` it is a string that is
+    sent unchanged. The users in ``skip_user_ids`` do not get the event: users or their primary
+    keys, and None or an ``AnonymousUser`` for all visitors who are not logged in. (The text
+    ``"anonymous"`` stands for these visitors and for a user with that primary key.) ``using`` is a
+    database alias, by default ``EVENTSTREAM_DATABASE``. ``async_publish`` has no effect, because
+    nothing is published here; it exists for callers written for django-eventstream.
 
-    Raises `InvalidEvent` (a ``ValueError``) if a name is empty, too long, has a line break or
-    NUL in it, or is one of the library's own (types such as ``stream-error``), if the data
-    cannot be sent, or if a user to skip has no primary key; nothing is written then.
+    Raises `InvalidEvent` (a ``ValueError``) if a name is empty, too long, contains a line break or
+    NUL, or is reserved (types such as ``stream-error``), if the data cannot be sent, or if a user
+    to skip has no primary key. Nothing is written then.
     """
     insert(to_row(NewEvent(channel, event_type, data, skip_user_ids, json_encode)), using)
 
@@ -85,14 +83,14 @@ async def asend_event(
     json_encode: bool = True,
     using: str | None = None,
 ) -> None:
-    """`send_event` for asynchronous code; same guarantees, on Django's database thread."""
+    """`send_event` for asynchronous code, with the same guarantees, on Django's database thread."""
     await sync_to_async(send_event)(
         channel, event_type, data, skip_user_ids, json_encode=json_encode, using=using
     )
 
 
 def _forget_parent() -> None:
-    """In a process that was forked: it does not have the thread that asgiref believes to run."""
+    """Replace asgiref's executor in a process that was forked, which does not have its thread."""
     SyncToAsync.single_thread_executor = ThreadPoolExecutor(max_workers=1)
 
 
@@ -100,18 +98,18 @@ os.register_at_fork(after_in_child=_forget_parent)
 
 
 def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None = None) -> None:
-    """Send many events in one statement, in the order given. See `send_event`.
+    """Send many events in one statement, in the given order. See `send_event`.
 
-    Either all of them are written or, if one is refused, none.
+    If one of them is refused, none is written.
     """
     rows = [to_row(_new_event(event)) for event in events]
     if not rows:
         return
     channels, types, texts, skips = zip(*rows, strict=True)
     alias = using or conf.database
-    with connections[alias].cursor() as cursor, _Explained(alias):
-        # Four parameters however many events, since the protocol allows 65,535 in a
-        # statement. unnest() would flatten a list of lists, so the user ids go as JSON.
+    with connections[alias].cursor() as cursor, _ExplainErrors(alias):
+        # Four parameters for any number of events, because the protocol allows 65,535 in a
+        # statement. The user ids are sent as JSON, because unnest() would flatten a list of lists.
         cursor.execute(
             """
             INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)
@@ -131,23 +129,23 @@ def _new_event(event: NewEvent | tuple[Any, ...]) -> NewEvent:
         return NewEvent(*event)
     except TypeError as e:
         raise InvalidEvent(
-            f"An event must be (channel, event_type, data, skip_user_ids, json_encode), the last"
-            f" two of which may be left out; not {event!r}."
+            "An event must be a tuple (channel, event_type, data, skip_user_ids, json_encode), of"
+            f" which the last two are optional; it is {event!r}."
         ) from e
 
 
 def insert(row: tuple[str, str, str, list[str]], using: str | None) -> None:
-    """Write one event as it is: channel, type, data, ids of users to skip."""
+    """Write one event unchanged: channel, type, data, ids of users to skip."""
     statement, values = (_INSERT_SKIPPING, row) if row[3] else (_INSERT, row[:3])
     alias = using or conf.database
-    with connections[alias].cursor() as cursor, _Explained(alias):
+    with connections[alias].cursor() as cursor, _ExplainErrors(alias):
         cursor.execute(statement, values)
     if settings.DEBUG:
         liveness.look_after_publisher()
 
 
-class _Explained:
-    """Where there are no tables, says how to get them. A class, since it is quick to enter."""
+class _ExplainErrors:
+    """Adds to the error for missing tables how to create them. A class, which is fast to enter."""
 
     __slots__ = ("alias",)
 
@@ -181,9 +179,8 @@ def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:
     event_type = check_name("event type", event.event_type)
     if event_type in RESERVED_TYPES:
         raise InvalidEvent(
-            f"Events of the type {event_type!r} are the library's own: clients would take it for"
-            f" what the server says of the stream. So are {', '.join(RESERVED_TYPES)}. Give the"
-            " type another name."
+            f"The event type {event_type!r} is reserved for messages of the server about the"
+            f" stream. Use another name than {', '.join(RESERVED_TYPES)}."
         )
     return (
         channel,
@@ -194,7 +191,7 @@ def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:
 
 
 def check_name(what: str, value: str) -> str:
-    """The name, if a channel or an event type can have it. Raises `InvalidEvent`."""
+    """Return the name if it is valid for a channel or an event type; else raise `InvalidEvent`."""
     if not isinstance(value, str):
         raise InvalidEvent(f"The {what} must be a string, not {type(value).__name__}.")
     if problem := problem_of_name(value):
@@ -206,11 +203,11 @@ def check_name(what: str, value: str) -> str:
 def _text(data: Any, json_encode: bool) -> str:
     if json_encode:
         try:
-            # NaN and Infinity are no JSON; a browser's JSON.parse would fail on them.
+            # NaN and Infinity are not JSON; a browser's JSON.parse would fail on them.
             return json.dumps(data, cls=DjangoJSONEncoder, allow_nan=False)
         except (TypeError, ValueError) as e:
             raise InvalidEvent(
-                f"The data cannot be written as JSON: {e}. Convert it first, or pass a string"
+                f"The data cannot be serialized as JSON: {e}. Convert it first, or pass a string"
                 " and json_encode=False."
             ) from e
     if not isinstance(data, str):

@@ -1,6 +1,6 @@
 """The wire format: events, ids and errors as Server-Sent Events.
 
-As django-eventstream writes it, so that its clients understand it. The format itself:
+It is compatible with django-eventstream's, so that its clients understand it. The standard:
 https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
@@ -18,31 +18,31 @@ from django.core.serializers.json import DjangoJSONEncoder
 from .errors import InvalidRequest, ResumeNotAllowed
 
 MEDIA_TYPE = "text/event-stream"
-#: With what an event stream always is: a client that follows HTTP more than the format would take
-#: any other text for Latin-1, and Django would encode it in DEFAULT_CHARSET.
+#: With the encoding that event streams always have: a client that follows HTTP would otherwise
+#: decode it as Latin-1, and Django would encode it in DEFAULT_CHARSET.
 CONTENT_TYPE = f"{MEDIA_TYPE}; charset=utf-8"
 KEEP_ALIVE = "event: keep-alive\ndata:\n\n"
 KEEP_ALIVE_SECONDS = 20
 
-#: What an id shows of an event is its eid, and from the second incarnation of the stream on
-#: (`models.Cursor`) its eid plus a multiple of this. 18 digits at most.
+#: The number in an event's id is its eid, or, after the first incarnation of the stream
+#: (`models.Cursor`), its eid plus a multiple of this. It has at most 18 digits.
 INCARNATION = 10**12
 
-# Fills the buffers of old browsers and of proxies, so that the first event shows at once.
+# Fills the buffers of old browsers and of proxies, so that the first event is shown at once.
 PADDING = ":" + " " * 2048 + "\n\n"
 
-#: Types of events by which the server speaks of the stream itself. Nobody else may send them. They
-#: are what a client compares them with: exactly these texts.
+#: Types of the server's own events about the stream, which senders may not use. Clients compare
+#: types exactly.
 RESERVED_TYPES = ("stream-open", "stream-reset", "stream-error", "keep-alive", "event-erased")
 
 _ERROR_ID = "error"
-# Only these three end a line of an event stream; str.splitlines() knows many more.
+# Only these three end a line of an event stream; str.splitlines() splits at many more.
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _UNSAFE = re.compile(r"[\r\n\0]")
 
 
 def encode_event(event_type: str, data: str, event_id: str | None = None) -> str:
-    """One event. Data of several lines becomes one ``data:`` line each."""
+    """Encode an event. Each line of the data becomes a ``data:`` line."""
     text = f"event: {_safe(event_type)}\n"
     if event_id is not None:
         text += f"id: {_safe(event_id)}\n"
@@ -56,35 +56,35 @@ def _safe(text: str) -> str:
 
 
 def encode_open(event_id: str | None) -> str:
-    """The first event: a client that has seen nothing yet can resume from its id."""
+    """Encode the first event, from whose id a client can resume that has received nothing else."""
     return PADDING + encode_event("stream-open", "", event_id)
 
 
 def encode_reset(channels: Iterable[str], event_id: str) -> str:
-    """What the client asks for is gone: it reloads its state and goes on from this id."""
+    """Encode a reset: events are gone. The client reloads its state and continues from the id."""
     return encode_event("stream-reset", json.dumps({"channels": sorted(channels)}), event_id)
 
 
 def encode_error(condition: str, text: str, extra: Mapping[str, Any] | None = None) -> str:
-    """Ends a stream for good: its id cannot be resumed from."""
+    """Encode an error that ends a stream permanently: a client cannot resume from its id."""
     data = {"condition": condition, "text": text, **(extra or {})}
     return encode_event("stream-error", json.dumps(data, cls=DjangoJSONEncoder), _ERROR_ID)
 
 
 def quote_channel(channel: str) -> str:
-    """The name of a channel inside an id or a header: neither ``,`` ``:`` nor spaces.
+    """The name of a channel inside an id or a header, without ``,``, ``:`` and spaces.
 
-    Never longer than 64 characters, so that the id of as many channels as there can be fits
-    into a request: a longer name is replaced by its digest.
+    A result of more than 64 characters is replaced by the digest of the name, so that an id with
+    the maximum number of channels fits into a request.
     """
     return quote_name(channel, 64)
 
 
 def quote_name(name: str, most: int) -> str:
-    """The name, percent-encoded; if that is longer than so many characters, a digest of it.
+    """The percent-encoded name, or its digest if that has more than ``most`` characters.
 
-    Nobody can find a name with the digest of another. No name that is quoted looks like one,
-    since quote() leaves ``~`` as it is.
+    It is not feasible to find a name with the digest of another one. No quoted name looks like a
+    digest, because quote() does not encode ``~``.
     """
     quoted = quote(name)
     if len(quoted) <= most:
@@ -98,7 +98,7 @@ def make_id(numbers: Mapping[str, int]) -> str:
 
 
 class Place:
-    """A place in several channels, and the id that stands for it. It moves with each event."""
+    """A place in several channels and its id. It moves with each event."""
 
     def __init__(self, numbers: Mapping[str, int]) -> None:
         self.numbers = dict(numbers)
@@ -106,26 +106,26 @@ class Place:
         self._parts = {name: f"{self._names[name]}:{number}" for name, number in numbers.items()}
 
     def move(self, channel: str, number: int) -> None:
-        """After an event of the channel whose id shows this number."""
+        """Move after the channel's event with this number in its id."""
         self.numbers[channel] = number
         self._parts[channel] = f"{self._names[channel]}:{number}"
 
     @property
     def id(self) -> str:
-        """As `make_id` makes it, from parts that are made once."""
+        """The id as `make_id` makes it, but from cached parts."""
         return ",".join(self._parts.values())
 
 
 def parse_id(event_id: str, channels: Iterable[str] = ()) -> dict[str, int]:
     """The number of each channel in a composite id: see `INCARNATION`.
 
-    What is a digest there names one of ``channels``.
+    A digest in the id stands for one of ``channels``.
 
-    The first value of a channel wins: behind a proxy the event's own id comes first and
-    is followed by what the proxy knows, which may be the previous one (`grip.instruct.id_format`).
+    The first value of a channel counts: behind a proxy, the event's own id comes first, followed by
+    the ids that the proxy knows, which can be the previous ones (`grip.instruct.id_format`).
 
-    Raises `ResumeNotAllowed` for the id of a ``stream-error``, `InvalidRequest` for
-    anything that no server sent.
+    Raises `ResumeNotAllowed` for the id of a ``stream-error``, and `InvalidRequest` for an id that
+    no server sent.
     """
     if event_id.strip() == _ERROR_ID:
         raise ResumeNotAllowed("Can't resume session after stream-error")
@@ -133,10 +133,8 @@ def parse_id(event_id: str, channels: Iterable[str] = ()) -> dict[str, int]:
     numbers: dict[str, int] = {}
     for part in event_id.strip().split(","):
         name, colon, number = part.strip().rpartition(":")
-        # At most 18 digits: what fits into a bigint, with no look at its exact limit.
+        # At most 18 digits, which always fit into a bigint.
         if not colon or not name or not re.fullmatch(r"[0-9]{1,18}", number):
-            raise InvalidRequest(
-                "Last-Event-ID is malformed; send back the id of an event as it arrived"
-            )
+            raise InvalidRequest("Last-Event-ID is malformed; send the unchanged id of an event")
         numbers.setdefault(asked.get(name) or unquote(name), int(number))
     return numbers

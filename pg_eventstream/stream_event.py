@@ -1,4 +1,4 @@
-"""The rows of the stream, decoded: events, and changes of permission among them."""
+"""Decoded rows of the stream: events and permission changes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class StreamEvent:
-    """A sequenced event. ``data`` is None if it was too large to be read here.
+    """A sequenced event. ``data`` is None if it is too large to be read here.
 
-    ``number`` is what the event's id shows. ``prev`` is what the id of the channel's event before
-    it shows: one less, unless this is the first event of its channel in an incarnation of the
+    ``number`` is the number in the event's id, and ``prev`` the number in the id of the channel's
+    previous event: one less, unless this is the first event of its channel in an incarnation of the
     stream. Events of channels that are not ``reliable`` have no ids.
     """
 
@@ -29,7 +29,7 @@ class StreamEvent:
     data: str | None
     skip_user_ids: list[str]
     reliable: bool = True
-    #: As it was encoded last, and with which id: the same for all streams of one channel.
+    #: The last id and the text encoded with it, which streams of the same channel share.
     _encoded: tuple[str | None, str] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -37,9 +37,9 @@ class StreamEvent:
         return self.prev != self.number - 1
 
     def encode(self, event_id: str | None) -> str:
-        """The event as Server-Sent Event, for a stream whose id after it is this.
+        """The event as a Server-Sent Event with this id.
 
-        Nothing for a type of the server's own, which the table refused too late.
+        The result is empty for reserved types, which older versions of the table accepted.
         """
         if self._encoded is None or self._encoded[0] != event_id:
             text = ""
@@ -51,7 +51,7 @@ class StreamEvent:
 
 @dataclass(frozen=True, slots=True)
 class PermissionChange:
-    """The permission of a user for a channel may have changed at this place in the stream."""
+    """At this place in the stream, a user's permission for a channel may have changed."""
 
     position: int
     user: str
@@ -72,16 +72,16 @@ def decode(
     skip_user_ids: list[str],
     reliable: bool | None = None,
 ) -> Row:
-    """One row of the stream. ``prev`` is as in the table: None for one less than the number.
+    """Decode a row of the stream. ``prev`` is as in the table: None for one less than ``number``.
 
-    ``reliable`` spares asking the channel manager once more.
-    A change of permission that cannot be read is one of nobody: any sender may write one.
+    ``reliable`` avoids another call of the channel manager. Any sender can write a permission
+    change, so one that cannot be read is decoded without user and channel, and affects no stream.
     """
     if channel == PERMISSION_CHANGES:
         try:
             user, channel = parse_change(data or "")
         except ValueError as e:
-            logger.error("event %d is no change of permission (%s): ignored", position, e)
+            logger.error("event %d is not a valid permission change (%s); ignored", position, e)
             user = channel = ""
         return PermissionChange(position, user, channel)
     if reliable is None:
@@ -92,14 +92,14 @@ def decode(
 
 
 def encode_change(user: str, channel: str) -> str:
-    """The data of a change of permission."""
+    """The data of a permission change."""
     return json.dumps({"user": user, "channel": channel})
 
 
 def parse_change(data: str) -> tuple[str, str]:
-    """The user id and the channel of a change of permission.
+    """The user id and the channel of a permission change.
 
-    Raises `ValueError` if the data is not what `encode_change` writes.
+    Raises `ValueError` if the data was not written by `encode_change`.
     """
     try:
         change = json.loads(data)
@@ -109,6 +109,6 @@ def parse_change(data: str) -> tuple[str, str]:
         case {"user": str() as user, "channel": str() as channel} if (
             max(len(user), len(channel)) <= NAME_LENGTH
         ):
-            (user + channel).encode()  # no lone surrogates, which JSON can hold
+            (user + channel).encode()  # refuses lone surrogates, which JSON allows
             return user, channel
-    raise ValueError("neither user nor channel")
+    raise ValueError("no user and channel")

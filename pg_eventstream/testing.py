@@ -1,6 +1,6 @@
-"""For the tests of your project: what was sent, without a publisher and without a commit.
+"""For the tests of a project: the events that were sent, without a publisher or a commit.
 
-`captured_events` is for any test, the fixture `sent_events` for pytest.
+`captured_events` works in any test; the fixture `sent_events` is for pytest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["SentEvent", "SentEvents", "captured_events"]
 
 @dataclass(frozen=True, slots=True)
 class SentEvent:
-    """An event as it was sent. ``data`` is text as it goes on the wire; `json` parses it."""
+    """An event as it was sent. ``data`` is the text on the wire; `json` parses it."""
 
     channel: str
     type: str
@@ -34,24 +34,25 @@ class SentEvent:
 
 
 def captured_events(using: str | None = None) -> SentEvents:
-    """Capture what is sent in a block: ``with captured_events() as sent:``.
+    """Capture the events sent in a block: ``with captured_events() as sent:``.
 
-    Inside the block ``sent`` is read anew at each look, behind it stands what there was at
-    its end. In asynchronous code say ``async with``, and look behind the block.
+    Inside the block, each access to ``sent`` reads the database. After the block, it contains the
+    events at the end of the block. In asynchronous code use ``async with``, and access ``sent``
+    after the block.
 
-    Captured is every event whose INSERT ran during the block, by whatever means, and that
-    Django's connection then sees: what this connection sent and did not roll back,
-    committed or not, and what others (threads, a live server) sent and committed. A block
-    that breaks its transaction, so that the database takes nothing more, has sent nothing.
+    It captures every event that was inserted in any way during the block and is visible to Django's
+    connection: events of this connection that were not rolled back, committed or not, and committed
+    events of others (threads, a live server). A block that breaks its transaction, so that the
+    database refuses further statements, has sent nothing.
 
-    ``using`` is a database alias, by default ``EVENTSTREAM_DATABASE``. Reads the database
-    once at the begin and once at the end of the block. Raises `django.db.Error`.
+    ``using`` is a database alias, by default ``EVENTSTREAM_DATABASE``. The database is read at the
+    beginning and at the end of the block. Raises `django.db.Error`.
     """
     return SentEvents(using or conf.database)
 
 
 class SentEvents(Sequence[SentEvent]):
-    """The events of a block, in the order in which they were sent. Equal to a list of them."""
+    """The events of a block, in the order in which they were sent. Equals a list of them."""
 
     def __init__(self, using: str) -> None:
         self._using = using
@@ -60,10 +61,10 @@ class SentEvents(Sequence[SentEvent]):
 
     @property
     def permission_changes(self) -> list[tuple[str, str]]:
-        r"""What `channel_permission_changed` was called with, which is no event to clients.
+        r"""The calls of `channel_permission_changed`, which send no event to clients.
 
-        Per call the user's id as text, "anonymous" for None, and the channel. (A user whose
-        primary key is that very text is "\anonymous".)
+        For each call, the user's id as text ("anonymous" for None) and the channel. (A user whose
+        primary key is exactly that text is "\anonymous".)
         """
         return [
             parse_change(event.data)
@@ -93,8 +94,8 @@ class SentEvents(Sequence[SentEvent]):
         return repr(self._events())
 
     def __enter__(self) -> SentEvents:
-        # The sequence behind the ids and not the highest id: it counts what other sessions
-        # have sent and not committed yet, too, and a rollback does not turn it back.
+        # The sequence of the ids, instead of the highest id: it includes uncommitted events of
+        # other sessions, and a rollback does not reset it.
         with connections[self._using].cursor() as cursor:
             cursor.execute(
                 "SELECT coalesce(pg_sequence_last_value("
@@ -107,7 +108,7 @@ class SentEvents(Sequence[SentEvent]):
         try:
             self._final = self._everything()
         except Error:
-            # The block's own exception says why; it must not be hidden behind this one.
+            # The block's own exception gives the reason; this one must not hide it.
             if exc_type is None:
                 raise
             self._final = []
@@ -142,7 +143,7 @@ else:
 
     @pytest.fixture
     def sent_events(request: pytest.FixtureRequest) -> Iterator[SentEvents]:
-        """What the test sends, from `captured_events`. With pytest-django it asks for ``db``."""
+        """The events that the test sends. With pytest-django it requests the fixture ``db``."""
         if request.config.pluginmanager.hasplugin("django"):
             request.getfixturevalue("db")
         with captured_events() as sent:

@@ -1,4 +1,4 @@
-"""The views, and the links by which the proxy finds them again."""
+"""The views, and the links by which the proxy continues their streams."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ NEXT_LINK_URL = "pg_eventstream-next"
 def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
     """Open a stream, or resume one with Last-Event-ID.
 
-    Mounted by `pg_eventstream.urls`, or called by a view of your own with the channels:
-    ``return events(request, channels=["room-1"])``. The latter wants `pg_eventstream.urls`
-    somewhere in the URLconf too: the proxy asks there how the stream goes on.
+    `pg_eventstream.urls` mounts this view. Your own view can call it with the channels:
+    ``return events(request, channels=["room-1"])``. The URLconf must then include
+    `pg_eventstream.urls` as well, because there the proxy asks how to continue the stream.
     """
     if request.method == "OPTIONS":
         return cors.preflight(request)
@@ -45,7 +45,7 @@ def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
 @never_cached
 @require_safe
 def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBase:
-    """Tell the proxy how a stream goes on. Ends it if the user may not read it any more."""
+    """Tell the proxy how a stream continues. Ends it if the user may no longer read it."""
     base = _path(request).removesuffix(f"{links.NEXT}{token}")
     return continue_stream(request, token, link_to=_links_below(base))
 
@@ -53,41 +53,41 @@ def next_link(request: HttpRequest, token: str, **kwargs: Any) -> HttpResponseBa
 def _links_of(request: HttpRequest) -> LinkTo:
     if request.resolver_match and request.resolver_match.url_name == EVENTS_URL:
         return _links_below(_path(request))
-    # Called by another view, whose path may have nothing below it.
+    # Called by another view, at whose path nothing can be mounted.
     return link_anywhere
 
 
 def _path(request: HttpRequest) -> str:
-    """The path with the script name, as clients and reverse() know it.
+    """The path with the script name, as clients and reverse() use it.
 
-    ``request.path`` lacks the script name under ASGI if something on the way has taken it off.
+    Under ASGI, ``request.path`` lacks the script name if a proxy has removed it.
     """
     return f"{request.META.get('SCRIPT_NAME', '').rstrip('/')}{request.path_info}"
 
 
 def link_anywhere(token: str) -> str:
-    """A link below any path at which the endpoint is mounted, in whatever namespace."""
+    """A link below any path at which the endpoint is mounted, in any namespace."""
     names = _next_link_names(get_resolver(get_urlconf()))
     for name in names:
         with suppress(NoReverseMatch):
             return reverse(name, kwargs={"token": token})
     include = 'path("events/", include("pg_eventstream.urls"))'
-    what_to_do = f"add {include} to the URLconf."
+    remedy = f"Add {include} to the URLconf."
     if names:
-        what_to_do = (
-            "the URLconf includes pg_eventstream.urls only at paths with parameters, such as"
-            " rooms/<room>/, whose values nobody knows here. Include it at one without any, too:"
-            f" {include}."
+        remedy = (
+            "The URLconf includes pg_eventstream.urls only at paths with parameters, such as"
+            " rooms/<room>/, whose values are not known here. Include it at a path without any as"
+            f" well: {include}."
         )
     raise ImproperlyConfigured(
-        "A view of your own streams events, so the proxy needs an address to ask how its streams"
-        f" go on: {what_to_do}"
+        "Your own view streams events, and the proxy needs a URL to ask how its streams continue."
+        f" {remedy}"
     )
 
 
 @lru_cache(maxsize=8)
 def _next_link_names(urlconf: URLResolver) -> tuple[str, ...]:
-    """What `next_link` is called, with its namespaces. A project may have thousands of patterns."""
+    """The names of `next_link` with their namespaces. Cached for projects with many patterns."""
     return tuple(_walk_to_next_links(urlconf))
 
 
@@ -102,7 +102,7 @@ def _walk_to_next_links(resolver: URLResolver, namespace: str = "") -> Iterator[
 
 def _links_below(base: str) -> LinkTo:
     """Links below the path at which the endpoint is mounted."""
-    # As it stands in a URL and in a header. A path that began with two slashes would name a
-    # host, to which the proxy would turn.
+    # Quoted for a URL and a header. A path that began with two slashes would name a host, which
+    # the proxy would ask.
     quoted = escape_leading_slashes(quote(base))
     return lambda token: f"{quoted}{links.NEXT}{token}"

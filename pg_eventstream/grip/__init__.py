@@ -1,16 +1,16 @@
-"""Both sides of the GRIP protocol, which Pushpin and Fanout speak.
+"""Both sides of GRIP, the protocol of Pushpin and Fanout.
 
-The publisher sends items to a proxy's control port. The endpoint tells the proxy to hold a
-client's response open, and under which link to ask how the stream continues.
+The publisher sends items to a proxy's control port. The endpoint tells the proxy to hold a client's
+response open, and at which link to ask how to continue the stream.
 
-    names        the GRIP channels of our channels and users
-    items        events as items, and the batches that go out with one request
-    hints        hints that follow what was published, for streams that may have missed it
-    proxy        a proxy's control endpoint, and the POST that takes a batch
-    links        next links: the signed tokens in them, and the ids with which the proxy asks
-    instruct     the instructions with which the endpoint answers the proxy
-    next_links   logs what keeps a proxy's next link from reaching our view
-    signature    logs why a proxy's signature does not verify
+    names        the GRIP channels of channels and users
+    items        events as items, and the batches that one request publishes
+    hints        hints that follow published events, for streams that might have missed them
+    proxy        a proxy's control endpoint, and the POST of a batch
+    links        next links: their signed tokens, and the ids that the proxy sends
+    instruct     the instructions in the endpoint's responses to the proxy
+    next_links   logs what prevents a proxy's request from reaching the next link's view
+    signature    logs why a proxy's signature cannot be verified
 
 Imports neither `streams` nor `publisher`.
 """

@@ -1,4 +1,4 @@
-"""Hints that follow what was published, for streams that may have missed it."""
+"""Schedules hints that follow published events, for streams that might have missed them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .items import HINT, Batch, hint
 
 
 class Hints:
-    """Hints that are to follow what was published: soon, and once more a little later.
+    """The hints that will follow published events: each is published soon, and once more later.
 
-    After a burst: for a session whose client reads slowly, or which is just fetching its next
-    link, Pushpin queues 100 items and drops what follows (src/handler/httpsession.cpp,
-    PUBLISH_QUEUE_MAX). The channel's next event shows the gap, and the session fetches what it
-    missed; but there may be none for long, so a hint takes its place. An event in time puts it
-    off, since a stream sends nothing while it fetches (for up to 0.1 s).
+    After a burst: for a session whose client reads slowly or that is requesting its next link,
+    Pushpin queues 100 items and drops the others (src/handler/httpsession.cpp, PUBLISH_QUEUE_MAX).
+    The channel's next event reveals the gap, and the session fetches what it missed. Because the
+    next event can be a long time away, a hint replaces it. An event that arrives in time postpones
+    the hint, because a stream sends nothing while it fetches (for up to 0.1 s).
 
-    After a change of permission: a stream that was just being opened may have been allowed
-    before the change, and held after its hint was published.
+    After a permission change: a stream that was being opened could have been allowed before the
+    change, and held after the change's hint was published.
 
-    After an event in whose place a hint was published: a stream that was just being opened, or
-    fetching its next link, may have been read before the event, and held after the hint.
+    After an event that was replaced by a hint: a stream that was being opened or was requesting its
+    next link could have been read before the event, and held after the hint.
 
-    After the first event of a channel in an incarnation of the stream: a stream that holds an id
-    which is lost would otherwise get its reset only when the proxy gives up waiting for what comes
-    before the event, after 5 seconds (src/handler/sequencer.cpp).
+    After the first event of a channel in an incarnation of the stream: otherwise a stream with an
+    id that is lost would get its reset only after 5 seconds, when the proxy stops waiting for the
+    item before the event (src/handler/sequencer.cpp).
     """
 
     _WINDOW_SECONDS, _AFTER = 1.0, (0.5, 5.0)
@@ -36,13 +36,13 @@ class Hints:
         self._burst = limits.burst
         self._counts: Counter[str] = Counter()
         self._window_end = 0.0
-        #: When the next one is due, and how many there were.
+        #: For each hint, when it is due next and how many times it was published.
         self._due: dict[bytes, tuple[float, int]] = {}
-        #: The same in the order of time. Those that were put off stand at their old place as well.
+        #: The same in the order of time. Postponed hints remain at their old time as well.
         self._queue: list[tuple[float, bytes]] = []
 
     def note(self, batch: Batch, now: float) -> None:
-        """This batch was published."""
+        """Schedule the hints for a batch that was published."""
         if now >= self._window_end:
             self._counts.clear()
             self._window_end = now + self._WINDOW_SECONDS
@@ -62,13 +62,13 @@ class Hints:
             if self._counts[channel] >= self._burst:
                 self.follow(encoded, now)
             elif encoded in self._due:
-                self._put_off(encoded, now)
+                self._postpone(encoded, now)
 
     def follow(self, encoded: bytes, now: float) -> None:
-        """This hint is to follow, as it does by itself what `note` finds to need one."""
+        """Schedule this hint."""
         self._set(encoded, now + self._AFTER[0], 0)
 
-    def _put_off(self, encoded: bytes, now: float) -> None:
+    def _postpone(self, encoded: bytes, now: float) -> None:
         at, done = self._due[encoded]
         pause = self._AFTER[done] - (self._AFTER[done - 1] if done else 0)
         self._set(encoded, max(at, now + pause), done)
@@ -78,7 +78,7 @@ class Hints:
         heapq.heappush(self._queue, (at, encoded))
 
     def next_due(self) -> float | None:
-        """When the next hint is due, None if there is none to come."""
+        """When the next hint is due; None if there is none."""
         while self._queue:
             at, encoded = self._queue[0]
             if encoded in self._due and self._due[encoded][0] == at:
@@ -87,7 +87,7 @@ class Hints:
         return None
 
     def take_due(self, now: float) -> list[bytes]:
-        """The items of the hints that are due now."""
+        """Remove and return the items of the hints that are due."""
         due = []
         while (at := self.next_due()) is not None and at <= now:
             _, encoded = heapq.heappop(self._queue)

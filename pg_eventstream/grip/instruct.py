@@ -1,8 +1,8 @@
 """Instructs the proxy to hold a stream open, and tells it how to continue.
 
-The proxy keeps the connection, sends what is published on its channels, and checks that
-each item's prev-id is the id it sent last. When one does not match, or after a while, it
-fetches the stream's next link and continues with the response.
+The proxy keeps the connection, sends the items that are published on its channels, and checks that
+the prev-id of each item is the last id that it sent. If one does not match, or after a timeout, it
+requests the stream's next link and continues with the response.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def instruct(
 ) -> None:
     """Give the proxy its instructions, through `django_grip.GripMiddleware`.
 
-    ``ids`` has the eids of the reliable channels. The stream is either held from them on, or
-    the proxy fetches the link at once, for the next page, or there is no link and the stream
-    ends. The channels and their filters are there in all three cases, and the body is always
-    to be escaped: to the answer of a link Pushpin 1.36 applies the filters of the answer
-    before it, 1.41 its own. (A lone % that 1.36 filters makes it crash.)
+    ``ids`` has the eids of the reliable channels. The stream is either held after these ids
+    (``held``), or the proxy requests the link at once for the next page, or there is no link and
+    the stream ends. In all three cases the response has the channels and their filters, and its
+    body must be escaped: Pushpin 1.36 filters the response of a link with the filters of the
+    previous response, 1.41 with its own. (Pushpin 1.36 crashes if it filters a single %.)
 
-    ``ask_soon`` is for a stream that opened in several pages. The proxy compares a stream's ids
-    with the channels' last ones only if its first response holds it (Pushpin:
-    src/handler/httpsession.cpp, prepareToSendQueueOrHold); what was published between the last
-    page and the hold would otherwise wait for the channel's next event.
+    ``ask_soon`` is for a stream that opens in several pages. The proxy compares a stream's ids with
+    the channels' last ones only if its first response holds it (Pushpin:
+    src/handler/httpsession.cpp, prepareToSendQueueOrHold). Without it, events published between the
+    last page and the hold would wait for the channel's next event.
     """
     instruct = request.grip.start_instruct()
     if link is not None:
@@ -51,8 +51,8 @@ def instruct(
     if held:
         instruct.set_hold_stream()
         instruct.set_keep_alive(sse.KEEP_ALIVE, sse.KEEP_ALIVE_SECONDS)
-    # The user's channel first: if the proxy holds fewer than there are, it is events that are
-    # missing, and never a change of permission.
+    # The user's channel comes first: if the proxy drops channels, events are missing but never a
+    # permission change.
     grip_channel = Channel(user_channel(session.user_id))
     grip_channel.filters.append("require-sub")
     instruct.add_channel(grip_channel)
@@ -68,11 +68,11 @@ def instruct(
 
 
 def id_format(channels: Collection[str]) -> str:
-    """What the proxy puts behind an event's own id: the last ids of all reliable channels.
+    """The text that the proxy appends to an event's own id: the last ids of all reliable channels.
 
-    The own id stands in the item, since %I shows the previous one of the item's own
-    channel on Pushpin 1.41 (1.36 shows the right one). A single channel needs none of it,
-    but an empty format is an error, so it gets a space.
+    The own id is in the item, because in Pushpin 1.41 %I stands for the previous id of the item's
+    channel (in 1.36 for the current one). A single channel needs no more ids, but an empty format
+    is an error, so it gets a space.
     """
     if len(channels) < 2:
         return " "

@@ -1,4 +1,4 @@
-"""Items: what is published to a proxy, as JSON, and how items are put into requests."""
+"""Encodes rows of the stream as items for a proxy, and collects them into batches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from . import names
 
 logger = logging.getLogger(__name__)
 
-#: How the item of a hint ends. No event ends like this, since its content ends in an empty line.
+#: The end of a hint's item. No event's item ends like this, because its content ends in an empty
+#: line.
 HINT = b'{"http-stream":{"action":"hint"}}}'
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of the stream that go out with one request, and their items as JSON."""
+    """Rows of the stream that one request publishes, and their items as JSON."""
 
     rows: list[Row]
     items: list[bytes]
@@ -35,20 +36,20 @@ class Batch:
 
 
 def item(row: Row, prefix: str | None = None) -> bytes:
-    """The item that publishes the row, as JSON. ``prefix`` spares a look at ``GRIP_PREFIX``.
+    """The item that publishes the row, as JSON. ``prefix`` saves reading ``GRIP_PREFIX``.
 
-    The id lets the proxy drop a repeat; prev-id, which only reliable events have, lets it see
-    a gap. No content-filters: with them a client whose channels have other filters is closed
-    (Pushpin 1.36).
+    The id lets the proxy drop repeated items. The prev-id, which only reliable events have, lets it
+    detect gaps. There are no content-filters, with which Pushpin 1.36 closes clients whose channels
+    have other filters.
     """
     if isinstance(row, PermissionChange):
-        return _ask_again(row)
+        return _hint_to_user(row)
     event = row
     if event.data is None:
         if not event.reliable:
             logger.warning(
-                "an event of type %r on the unreliable channel %r is over %d bytes and is not"
-                " delivered; only clients of reliable channels can fetch such an event",
+                "an event of type %r on the unreliable channel %r is larger than %d bytes and is"
+                " not delivered; only clients of reliable channels can fetch such an event",
                 event.type, event.channel, LIMITS.event_bytes,
             )  # fmt: skip
         return hint(event.channel, event.reliable)
@@ -56,7 +57,7 @@ def item(row: Row, prefix: str | None = None) -> bytes:
     if prefix is None:
         prefix = conf.grip_prefix
     grip_channel, own_id = _names(prefix, event.channel, event.reliable)
-    if event.type in sse.RESERVED_TYPES:  # from before the table refused them
+    if event.type in sse.RESERVED_TYPES:  # older versions of the table accepted them
         content = ":\n"
     elif event.reliable:
         content = sse.encode_event(event_type, data, event_id=f"{own_id}:{event.number}%I")
@@ -67,7 +68,7 @@ def item(row: Row, prefix: str | None = None) -> bytes:
         ids += f',"prev-id":"{event.prev}"'
     skipped = ",".join(map(names.quote_user, event.skip_user_ids))
     meta = f',"meta":{_json({"skip_users": skipped})}' if skipped else ""
-    # By hand and not with pubcontrol's Item, for a publisher does little else than this.
+    # Without pubcontrol's Item, because a publisher spends most of its time here.
     return (
         f'{{"channel":{grip_channel},{ids}{meta},'
         f'"formats":{{"http-stream":{{"content":{_json(content)}}}}}}}'
@@ -76,7 +77,7 @@ def item(row: Row, prefix: str | None = None) -> bytes:
 
 @lru_cache(maxsize=1000)
 def _names(prefix: str, channel: str, reliable: bool) -> tuple[str, str]:
-    """The GRIP channel of a channel, as JSON, and how the ids of its events begin."""
+    """The GRIP channel of a channel as JSON, and the beginning of its events' ids."""
     return (
         _json(prefix + names.events_channel(channel, reliable)),
         names.escape(sse.quote_channel(channel)),
@@ -84,22 +85,23 @@ def _names(prefix: str, channel: str, reliable: bool) -> tuple[str, str]:
 
 
 def hint(channel: str, reliable: bool = True) -> bytes:
-    """Tells the proxy that there is news on the channel, which its streams then fetch.
+    """The item that makes the streams of a channel fetch new events from the endpoint.
 
-    Without id and prev-id: with them, the proxy would take the event as delivered.
+    It has no id and prev-id, because with them the proxy would count the event as delivered.
     """
     grip_channel, _ = _names(conf.grip_prefix, channel, reliable)
     return f'{{"channel":{grip_channel},"formats":'.encode() + HINT
 
 
-def _ask_again(change: PermissionChange) -> bytes:
-    """Makes the user's streams of the channel ask the origin how to go on, which ends them.
+def _hint_to_user(change: PermissionChange) -> bytes:
+    """The item that makes the user's streams of the channel request their next link.
 
-    Unlike an item that closes them it does no harm if it is published late, or twice: the
-    origin answers by what the user may read by then. The proxy sends a stream nothing while it
-    waits for that answer, so no later event gets through.
+    The response ends them if the user may no longer read. Unlike an item that closes streams, this
+    one is harmless if it is published late or twice, because the response depends on the user's
+    permissions at that time. The proxy sends nothing to a stream while it waits for the response,
+    so no later event gets through.
     """
-    # Its filter looks for the channel among the names that the session holds.
+    # Its filter looks for the channel among the channels of the stream.
     sub = conf.grip_prefix + names.events_channel(change.channel, is_reliable(change.channel))
     return _json(
         {
@@ -111,13 +113,13 @@ def _ask_again(change: PermissionChange) -> bytes:
 
 
 def batches(rows: Iterable[Row], limits: Limits = LIMITS) -> Iterator[Batch]:
-    """The rows in order, cut so that each batch stays below the proxy's limits."""
+    """Yield the rows in order, in batches within the proxy's limits."""
     prefix = conf.grip_prefix
     batch, size = Batch([], []), 0
     for row in rows:
         encoded = item(row, prefix)
         if len(encoded) > limits.batch_bytes and isinstance(row, StreamEvent):
-            encoded = hint(row.channel, row.reliable)  # control characters grow six-fold in JSON
+            encoded = hint(row.channel, row.reliable)  # a control character takes 6 bytes in JSON
         if batch.items and (
             len(batch.items) == limits.batch_items or size + len(encoded) + 1 > limits.batch_bytes
         ):

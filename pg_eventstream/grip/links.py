@@ -1,9 +1,9 @@
-"""Next links: what the proxy asks when a stream has a gap, or has been quiet for a while.
+"""Next links, which the proxy requests if a stream has a gap or has been quiet for a while.
 
-Sessions on the same path with the same Grip-Last share one fetch, whatever the query says
-(Pushpin: src/handler/handlerengine.cpp, "Auto share"). So everything that the response
-depends on - channels, user, cursor - stands in the path, signed; and links are equal for
-equal sessions, because the proxy fetches distinct ones at 10 a second only.
+Sessions with the same path and the same Grip-Last share one request, even if their queries differ
+(Pushpin: src/handler/handlerengine.cpp, "Auto share"). So everything that the response depends on
+(channels, user, cursor) is in the path, signed. Equal sessions have equal links, because the proxy
+requests only 10 different links per second.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ..conf import conf
 from ..errors import InvalidRequest
 from .names import EVENTS
 
-#: What a next link adds to the path of its stream, before the token. No segment of its own: a
-#: mount that ends in a path converter would swallow it.
+#: The text between the path of a stream and the token of its next link. It is not a separate path
+#: segment, which a mount that ends in a path converter would match.
 NEXT = "next-"
 
 _SIGNER_SALT = "pg_eventstream.next-link"
-#: How long a link works. Of a stream that is held it is worth nothing without Grip-Last, which
-#: only the proxy says. Between two pages it is worth the next one to whoever finds it in a log; but
-#: the proxy asks at once, and a client whose link has expired comes back.
+#: The validity of links. The link of a stream that is held needs Grip-Last, which only the proxy
+#: can set. A link between two pages gives the next page to anyone who finds it in a log, so it
+#: expires earlier: the proxy requests it at once, and a client whose link has expired reconnects.
 _LINK_HOURS, _PAGE_LINK_HOURS = 24, 1
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a next link says of the stream that it belongs to.
+    """The stream of a next link.
 
-    ``cursor`` is there between two pages of a recovery; otherwise the proxy knows the ids
-    and sends them in Grip-Last.
+    ``cursor`` is set between two pages of missed events. Otherwise the proxy knows the ids and
+    sends them in Grip-Last.
     """
 
     channels: tuple[str, ...]
@@ -46,7 +46,7 @@ class Session:
 
 
 def sign(session: Session) -> str:
-    """The session as a token for a path. Equal sessions get equal tokens, for an hour."""
+    """Sign a session as a token for a path. Equal sessions get equal tokens within an hour."""
     hour = int(time.time() // 3600)
     hours = _LINK_HOURS if session.cursor is None else _PAGE_LINK_HOURS
     content: dict[str, Any] = {
@@ -60,7 +60,7 @@ def sign(session: Session) -> str:
 
 
 def unsign(token: str) -> Session:
-    """The session of a token. Raises `InvalidRequest` if we did not sign it, or long ago."""
+    """The session of a token. Raises `InvalidRequest` if it was not signed here or has expired."""
     try:
         content = signing.Signer(salt=_SIGNER_SALT).unsign_object(token)
     except signing.BadSignature as e:
@@ -76,14 +76,14 @@ def unsign(token: str) -> Session:
 
 
 def last_ids(grip_last: Mapping[str, str], channels: Collection[str]) -> dict[str, int]:
-    """The eids that the proxy sent last on these channels, from the Grip-Last header.
+    """The last eids that the proxy has sent on these channels, from the Grip-Last header.
 
-    Raises `InvalidRequest` if an id is missing, or not one of ours: to go on from now
-    would lose events silently, while a client that comes back loses none.
+    Raises `InvalidRequest` if an id is missing or invalid. Continuing from now would silently lose
+    events, but a client that reconnects loses none.
     """
     last: dict[str, int] = {}
     prefix = conf.grip_prefix + EVENTS
-    # The streams of an older version are held by long names in full.
+    # Streams of an older version are held by long names without a digest.
     names = {quote(c): c for c in channels} | {sse.quote_channel(c): c for c in channels}
     for name, eid in grip_last.items():
         channel = names.get(name.removeprefix(prefix))

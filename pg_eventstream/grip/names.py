@@ -1,34 +1,34 @@
-"""The GRIP channels of our channels and users, and text that passes the proxy's filters."""
+"""The GRIP channels of channels and users, and text that passes the proxy's filters."""
 
 from __future__ import annotations
 
 from .. import sse
 
-#: How the GRIP channel of a channel begins whose events have ids.
+#: The prefix of GRIP channels for channels whose events have ids.
 EVENTS = "events-"
 _UNRELIABLE = "unreliable-"
 _USER = "user-"
 
 
 def events_channel(channel: str, reliable: bool = True) -> str:
-    """The GRIP channel that carries the events of a channel.
+    """The GRIP channel for the events of a channel.
 
-    Another one if they have no ids: an item without would end the search for gaps on a channel
-    that is held with prev-id.
+    Events without ids have another one, because an item without an id ends the detection of gaps on
+    a channel that is held with prev-id.
     """
     return (EVENTS if reliable else _UNRELIABLE) + sse.quote_channel(channel)
 
 
 def user_channel(user_id: str) -> str:
-    """The GRIP channel that reaches all streams of one user. Held without prev-id."""
+    """The GRIP channel of all streams of one user, which is held without prev-id."""
     return _USER + quote_user(user_id)
 
 
 def quote_user(user_id: str) -> str:
-    """A user id inside a header, or between the commas of a list of them."""
+    """A user id for a header or for a comma-separated list."""
     return sse.quote_name(user_id, 128)
 
 
 def escape(text: str) -> str:
-    """Text that passes the proxy's build-id filter unchanged."""
+    """Escape text so that the proxy's build-id filter restores it."""
     return text.replace("%", "%%")

@@ -1,11 +1,11 @@
-"""What happens to a next link on its way to our view, before Django has found the view.
+"""Handles requests for next links before Django has found their view.
 
-A next link has the script name in front, as `django.urls.reverse` makes addresses: a proxy that
-takes this prefix off gets a link that it can take it off. Where the prefix was taken off before the
-proxy, it comes back here with the prefix. Django removes it under ASGI, but not under WSGI.
+A next link begins with the script name, as all URLs of `django.urls.reverse` do: a proxy that
+removes this prefix gets a link from which it can remove it. If the prefix was removed before the
+proxy, its request arrives here with the prefix. Django removes it under ASGI, but not under WSGI.
 
-And if something else answers in place of our view (a redirect to a login page, a 404), the proxy
-tries again for half a minute and gives the stream up; here it is noticed and logged.
+If another component answers instead of the view (by a redirect to a login page, or a 404), the
+proxy retries for half a minute and then drops the stream. That is detected and logged here.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from .signature import is_verified
 logger = logging.getLogger("pg_eventstream.next_links")
 
 _rarely = Rarely()
-_LONG = re.compile(r"[\w.:-]{40,}")  # a token, or what is left of it: not for the log
+_LONG = re.compile(r"[\w.:-]{40,}")  # a token or a part of it, which must not be logged
 
 
 @dataclass(slots=True)
-class _Question:
+class _LinkRequest:
     """A request of the proxy for a next link."""
 
     path: str
     signature: str
-    #: Whether the path ends in a token of ours; if not, it may be another application's link.
+    #: Whether the path ends in a valid token. If not, it could be another application's link.
     has_token: bool
     arrived: bool = False
 
 
-class _Present(threading.local):
-    """The question of this thread's request.
+class _Current(threading.local):
+    """The link request of this thread.
 
-    Django sends both signals of a request on one thread, under ASGI too.
+    Django sends both signals of a request on one thread, also under ASGI.
     """
 
-    question: _Question | None = None
+    request: _LinkRequest | None = None
 
 
-_present = _Present()
+_current = _Current()
 _KEY = "pg_eventstream.next_link"
 
 
 def expect(environ: Any = None, scope: Any = None, **kwargs: Any) -> None:
-    """A request begins (`django.core.signals.request_started`)."""
-    _present.question = None
+    """Note a request for a next link. A receiver of `django.core.signals.request_started`."""
+    _current.request = None
     if environ is None and scope is None:
         return
     if scope is None:
@@ -78,48 +78,48 @@ def expect(environ: Any = None, scope: Any = None, **kwargs: Any) -> None:
             environ["PATH_INFO"] = path.encode().decode("latin-1")
         else:
             scope["path"] = f"{script_name}{path}"
-    _present.question = question = _Question(path, _header("Grip-Sig", environ, scope), has_token)
-    (environ if scope is None else scope)[_KEY] = question
+    _current.request = _LinkRequest(path, _header("Grip-Sig", environ, scope), has_token)
+    (environ if scope is None else scope)[_KEY] = _current.request
 
 
 def arrived(request: HttpRequest) -> None:
-    """Our view has the request, so the answer is ours."""
-    question = getattr(request, "scope", request.META).get(_KEY)
-    if question is not None:
-        question.arrived = True
+    """Note that the request has reached the view."""
+    link_request = getattr(request, "scope", request.META).get(_KEY)
+    if link_request is not None:
+        link_request.arrived = True
 
 
 def report(**kwargs: Any) -> None:
-    """A request is over (`django.core.signals.request_finished`)."""
-    question, _present.question = _present.question, None
-    if question is None or question.arrived or not is_verified(question.signature):
+    """Log a request that did not reach the view. A receiver of request_finished."""
+    request, _current.request = _current.request, None
+    if request is None or request.arrived or not is_verified(request.signature):
         return
     try:
-        view = resolve(question.path).view_name
+        view = resolve(request.path).view_name
     except Resolver404:
         if _rarely("no view"):
             logger.error(
-                "The proxy asks how its streams go on, but no URL pattern matches %r, so they"
-                " end within a minute. Something on the way changes the path that clients ask for."
-                " If it takes a prefix off, name the prefix in FORCE_SCRIPT_NAME. It must not"
-                " replace one by another.",
-                _LONG.sub("…", question.path),
+                "The proxy asks how to continue its streams, but no URL pattern matches %r, so they"
+                " end within a minute. A component between them changes the path that clients"
+                " request. If it removes a prefix, set FORCE_SCRIPT_NAME to the prefix. It must not"
+                " replace one prefix by another.",
+                _LONG.sub("…", request.path),
             )
         return
-    if question.has_token and _rarely("another answer"):
+    if request.has_token and _rarely("another answer"):
         logger.error(
-            "The proxy asks how its streams go on, but something else answers than the view %r, so"
-            " they end within a minute. A middleware or a decorator redirects or refuses what has"
-            " no cookies, or has come over HTTP. It must let these requests through: their"
-            " resolver_match.url_name is %r, and their token authenticates them. If it is"
-            " SECURE_SSL_REDIRECT, set SECURE_REDIRECT_EXEMPT = [r%r].",
+            "The proxy asks how to continue its streams, but the view %r does not get its request,"
+            " so they end within a minute. A middleware or a decorator redirects or refuses"
+            " requests that have no cookies, or that arrive over HTTP. It must let these requests"
+            " through: their resolver_match.url_name is %r, and their token authenticates them. If"
+            " it is SECURE_SSL_REDIRECT, set SECURE_REDIRECT_EXEMPT = [r%r].",
             view,
             view.rpartition(":")[2],
             EXEMPT,
         )
 
 
-#: For SECURE_REDIRECT_EXEMPT: the paths of next links, those of view sets too.
+#: For SECURE_REDIRECT_EXEMPT: the paths of next links, including those of view sets.
 EXEMPT = r"(^|/)next[-/]"
 
 

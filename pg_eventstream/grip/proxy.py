@@ -1,7 +1,7 @@
 """A GRIP proxy's control endpoint: the POST that publishes a batch.
 
-pubcontrol's own client is not used for the POST: it has no timeout, repeats POSTs
-blindly, and goes on after a batch that failed.
+pubcontrol's client is not used for the POST, because it has no timeout, repeats POSTs in any case,
+and continues after a failed batch.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _BEARER = re.compile("[!-~]+")
 
 
 class Refused(Exception):
-    """The proxy refused the request, and will refuse it again."""
+    """The proxy refused the request and would refuse it again."""
 
 
 class Unavailable(Exception):
-    """The proxy could not be reached, or not take the request now."""
+    """The proxy could not be reached or cannot accept the request now."""
 
 
 class Proxy:
-    """One proxy's control endpoint. Used by one thread."""
+    """The control endpoint of one proxy. It is used by one thread."""
 
     def __init__(self, config: dict[str, Any], limits: Limits = LIMITS) -> None:
         uri = urlsplit(str(config.get("control_uri", "")))
         if uri.scheme not in ("http", "https"):
             raise ImproperlyConfigured(
-                f"The address of a proxy (GRIP_URL, control_uri in GRIP_PROXIES) must begin with"
+                "The address of a proxy (GRIP_URL, control_uri in GRIP_PROXIES) must begin with"
                 f" http:// or https://; it is {uri.geturl()!r}."
             )
         self.name = proxy_name(config)
@@ -58,10 +58,10 @@ class Proxy:
         self._token: tuple[float, str] = (0.0, "")
 
     def post(self, body: bytes, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Publish a batch: all of it or nothing. While the proxy works, ``meanwhile`` is called.
+        """Publish a batch completely or not at all. Calls ``meanwhile`` while the proxy works.
 
-        Raises `Refused` if the proxy finds fault with the batch itself, `Unavailable` if
-        the same batch may succeed later. Waits for 13 seconds at most.
+        Raises `Refused` if the proxy does not accept this batch, and `Unavailable` if the same
+        batch can succeed later. Waits at most 13 seconds.
         """
         headers = {"Content-Type": "application/json", **self.authorization()}
         try:
@@ -74,7 +74,7 @@ class Proxy:
             self._connection.close()
             raise Unavailable(f"cannot be reached: {e or type(e).__name__}") from e
         except BaseException:
-            self._connection.close()  # the answer to this is not the answer to the next
+            self._connection.close()  # the next request must not get the response to this one
             raise
         if 200 <= response.status < 300:
             return
@@ -89,28 +89,28 @@ class Proxy:
         raise Unavailable(message)
 
     def _connect(self) -> None:
-        """Pushpin closes the connection behind each answer; others keep it, for a while."""
+        """Pushpin closes the connection after each response; other proxies keep it for a while."""
         if self._connection.sock is not None:
-            readable = select.poll()  # not select(), which takes no number above 1023
+            readable = select.poll()  # not select(), which accepts no number above 1023
             readable.register(self._connection.sock, select.POLLIN)
             if not readable.poll(0):
                 return
-            self._connection.close()  # what there is to read now is its end
+            self._connection.close()  # it is readable because the proxy has closed it
         self._connection.timeout = self._limits.proxy_connect
         self._connection.connect()
         self._connection.sock.settimeout(self._limits.proxy_answer)
 
     def close(self) -> None:
-        """Let go of the connection; the next batch makes another."""
+        """Close the connection. The next batch opens another one."""
         self._connection.close()
 
     def authorization(self) -> dict[str, str]:
-        """As gripcontrol does: a signed token if there is an issuer, else the key itself."""
+        """The header as in gripcontrol: a signed token if there is an issuer, else the key."""
         if not self._key:
             return {}
         if not self._issuer:
             key = self._key if isinstance(self._key, str) else self._key.decode("latin-1")
-            # Other bytes make no token. They are what Pushpin signs with; it asks for none.
+            # Other bytes are not a token. They are a key of Pushpin, which requires no token.
             return {"Authorization": f"Bearer {key}"} if _BEARER.fullmatch(key) else {}
         renew_at, token = self._token
         now = time.time()

@@ -1,8 +1,8 @@
-"""The signature of a GRIP proxy, Grip-Sig: says in the log why one does not verify.
+"""Logs why the signature of a GRIP proxy, Grip-Sig, cannot be verified.
 
-`django_grip.GripMiddleware` decides whether a request came through a proxy. One whose signature
-does not verify counts as any client's. That is safe, since a signature only adds to what a client
-may do; but under ASGI it makes a plain reverse proxy of the GRIP proxy, which nobody would notice.
+`django_grip.GripMiddleware` decides whether a request came through a proxy. A request whose
+signature cannot be verified is treated like that of any client. That is safe, because a signature
+only adds permissions. But under ASGI the GRIP proxy would silently become a plain reverse proxy.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _rarely = Rarely()
 
 
 def is_verified(signature: str) -> bool:
-    """Whether a proxy of ours signed it, as `django_grip.GripMiddleware` decides."""
+    """Whether a configured proxy made the signature, as `django_grip.GripMiddleware` decides."""
     return any(not key or validate_sig(signature, key, iss=issuer) for _, key, issuer in _proxies())
 
 
 def warn_if_unverified(request: HttpRequest) -> None:
-    """Log, at most once in ten minutes for each reason, why this request counts as direct.
+    """Log why this request counts as direct, at most once in ten minutes for each reason.
 
-    The log has no part of a key and nothing that a client might have written.
+    The message contains no part of a key and nothing that a client could have written.
     """
     signature = request.META.get("HTTP_GRIP_SIG")
     if not signature:
         return
-    reason, what_to_do = _explain(request, signature)
+    reason, remedy = _explain(request, signature)
     if _rarely(reason):
         logger.warning(
-            "A request has the signature of a GRIP proxy (Grip-Sig), and %s. It is treated as one"
-            " without a proxy: ASGI streams it directly, WSGI answers 501. %s",
+            "A request has the signature of a GRIP proxy (Grip-Sig), but %s. It is treated as a"
+            " request without a proxy: ASGI streams directly, WSGI answers 501. %s",
             reason,
-            what_to_do,
+            remedy,
         )
 
 
@@ -58,36 +58,36 @@ def _explain(request: HttpRequest, signature: str) -> tuple[str, str]:
     if not hasattr(request, "grip"):
         return (
             "nothing verifies it",
-            'Add "django_grip.GripMiddleware" to MIDDLEWARE, as its first entry.',
+            'Add "django_grip.GripMiddleware" as the first entry of MIDDLEWARE.',
         )
     for name, key, issuer in proxies:
         try:
             claims = jwt.decode(
                 signature, key, algorithms=_ALGORITHMS, options={"verify_exp": False}
             )
-        except Exception:  # noqa: BLE001, S112  (as gripcontrol does: not the key, or no token)
+        except Exception:  # noqa: BLE001, S112  (as in gripcontrol: another key, or no token)
             continue
-        # From here on the proxy itself has written the token.
+        # From here on it is certain that the proxy wrote the token.
         if issuer is not None and claims.get("iss") != issuer:
             return (
-                f"the key of {name} verifies it, but its issuer is not the configured one",
+                f"its issuer is not the one that is configured for {name}, whose key verifies it",
                 f"Compare verify-iss in GRIP_URL ({issuer!r}) with sig_iss in pushpin.conf"
                 f" ({claims.get('iss')!r}).",
             )
         return (
-            f"it was made with the key of {name}, but has expired",
+            f"it has expired; it was made with the key of {name}",
             "Compare the clocks of the proxy's machine and of this one.",
         )
     names = ", ".join(name for name, _, _ in proxies)
     return (
-        f"it was made with no key of the configured proxies ({names})",
+        f"it was not made with a key of the configured proxies ({names})",
         "Compare the key in GRIP_URL (or GRIP_PROXIES, GRIP_VERIFY_KEY) with sig_key in"
-        " pushpin.conf: they must be equal. If they are, somebody sends forged signatures.",
+        " pushpin.conf: they must be equal. If they are, someone sends forged signatures.",
     )
 
 
 def _proxies() -> Iterator[tuple[str, Any, str | None]]:
-    """Name, key to verify with, and issuer if it matters, of each proxy."""
+    """Yield the name, the verify key and the issuer (None for any) of each proxy."""
     for entry in conf.grip_proxies:
         key = entry.get("verify_key", entry.get("key"))
         yield proxy_name(entry), key, entry.get("verify_iss")

@@ -1,14 +1,14 @@
-"""Sessions of our own in PostgreSQL, beside those that Django opens for requests.
+"""Private database sessions, in addition to those that Django opens for requests.
 
-The publisher and the hub hold locks and LISTEN, so their sessions may not be shared, pooled or
-closed by anyone else.
+The publisher and the hub hold locks and LISTEN, so no other code may share, pool or close their
+sessions.
 
-    connector    opens such a session, and prepares it
-    watchdog     gives up a statement whose answer was lost
+    connector    opens and prepares such a session
+    watchdog     gives up a statement whose response was lost
     listener     LISTEN, on a session that also runs statements
     threads      a few threads that read the database for the event loop
     locks        the advisory locks
-    sequence     puts committed events in order, and tells how far the order is
+    sequence     puts committed events in order
 
-Imports nothing of the package but `limits`.
+Imports only `limits` from the package.
 """

@@ -1,7 +1,7 @@
-"""The publisher's own connections to PostgreSQL, besides Django's.
+"""Opens private connections to PostgreSQL, in addition to Django's.
 
-They live as long as the daemon, hold session locks and LISTEN, so they may not be
-shared, pooled or closed by anyone else.
+They live as long as the process and hold session locks and LISTEN, so no other code may share, pool
+or close them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from django.db import connections
 from ..limits import LIMITS, Limits
 from .watchdog import OnStandby, WatchedConnection
 
-# A server that vanishes without a word (power, network) is noticed within some 15
-# seconds, on either side, so that a lock is not held by a leader that is gone. And text is
-# Unicode, also where the encoding of the database says nothing (SQL_ASCII).
+# Both sides notice within about 15 seconds that the other one has vanished (power, network), so
+# that a dead leader does not keep its lock. Text is Unicode, even if the database has no encoding
+# (SQL_ASCII).
 _PARAMETERS: dict[str, Any] = {
     "client_encoding": "UTF8",
     "keepalives": 1,
@@ -33,10 +33,10 @@ _PARAMETERS: dict[str, Any] = {
     "connect_timeout": 4,
 }
 _PROBE = "pg_eventstream_probe"
-# What a role or a database may be set up with for web requests or for people must not hit a
-# daemon that sleeps for hours, and whose one statement may sequence a million events. Names as in
-# pg_settings: what a version does not have is left out there. What limits memory, disk or access,
-# or says where the tables are, is the role's own business.
+# Settings of a role or a database that suit web requests or people must not affect a daemon that
+# sleeps for hours and can sequence a million events in one statement. The names are looked up in
+# pg_settings, so a server without a setting is no problem. Settings that limit memory, disk or
+# access, or that determine where the tables are, remain those of the role.
 _SESSION = {
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "3",
@@ -46,26 +46,26 @@ _SESSION = {
     "idle_session_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
     "exit_on_error": "off",
-    # To write, and to see in each statement what was committed before it.
+    # Allows writing, and lets each statement see everything committed before it.
     "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "off",
     "default_transaction_deferrable": "off",
-    # What psycopg reads, and how it is read.
+    # The formats of the values that psycopg reads and writes.
     "DateStyle": "ISO",
     "IntervalStyle": "postgres",
     "TimeZone": "UTC",
     "array_nulls": "on",
     "standard_conforming_strings": "on",
     "transform_null_equals": "off",
-    # Short statements, by their keys.
+    # Statements are short and use keys.
     "jit": "off",
     "plan_cache_mode": "auto",
 }
-# First, and by themselves: they would end what sets the others.
+# Set first and separately, because they could end the statement that sets the others.
 _STATEMENT_TIMEOUTS = {"statement_timeout": 0, "transaction_timeout": 170000}
-# Not every role may, and not every platform can.
+# Not allowed for every role, or not possible on every platform.
 _IF_POSSIBLE = [
-    # A statement that runs or waits ends soon after we do, and gives back its locks.
+    # A statement that runs or waits ends soon after this process, and releases its locks.
     "SET client_connection_check_interval = '1s'",
     "SET track_activities = on",
 ]
@@ -80,27 +80,27 @@ class Connector:
     limits: Limits = LIMITS
 
     def connect(self, role: str, *, patience: float = math.inf) -> WatchedConnection:
-        """A new autocommit connection, shown as ``pg_eventstream ROLE`` in pg_stat_activity.
+        """Open an autocommit connection, shown as ``pg_eventstream ROLE`` in pg_stat_activity.
 
-        It waits for a lock, and for a server that is silent and cannot be asked why, for
-        ``patience`` seconds. Raises `psycopg.OperationalError` if the server cannot be reached.
+        It waits at most ``patience`` seconds for a lock, or for a server that is silent and cannot
+        be asked why. Raises `psycopg.OperationalError` if the server cannot be reached.
         """
         connection = self._open(role)
         connection.patience = patience
         try:
             with connection.within(self.limits.set_up):
                 pooled = connection.pooled()
-                connection.shared = pooled and not self._hears(connection)
+                connection.shared = pooled and not self._can_listen(connection)
                 if connection.shared:
-                    # Statements go to sessions that have prepared nothing, and whose settings
-                    # are those of the application's transactions as well.
+                    # Statements run in sessions that have prepared nothing and that the
+                    # application uses as well, so no settings are changed.
                     connection.prepare_threshold = None
                 else:
                     self._set_up(connection)
                 if not pooled:
                     connection.watch(lambda: self._open("watch"))
                 elif patience < math.inf:
-                    connection.watch_blindly()
+                    connection.watch_patience()
         except BaseException:
             connection.close()
             raise
@@ -120,21 +120,22 @@ class Connector:
         connection.limits = self.limits
         return connection
 
-    def _hears(self, connection: WatchedConnection) -> bool:
-        """Whether the connection has a session of its own, at a pooler: if LISTEN works.
+    def _can_listen(self, connection: WatchedConnection) -> bool:
+        """Whether LISTEN works, which means that the pooler keeps one session for the connection.
 
-        One's own notification proves nothing, since it arrives within the transaction. Nor does
-        that of another connection which looks for the same, and in whose session we may be.
+        A notification from this connection proves nothing, because it arrives within the
+        transaction. Nor does one from another connection that runs the same test, because the
+        pooler could lend its session to this one.
         """
         connection.execute(f"LISTEN {_PROBE}")
-        ours = uuid.uuid4().hex
+        payload = uuid.uuid4().hex
         with self._open("probe") as other:
-            other.execute("SELECT pg_notify(%s, %s)", [_PROBE, ours], prepare=False)
+            other.execute("SELECT pg_notify(%s, %s)", [_PROBE, payload], prepare=False)
         notifies = connection.notifies(timeout=self.limits.probe)
-        heard = any(notify.payload == ours for notify in notifies)
+        received = any(notify.payload == payload for notify in notifies)
         notifies.close()
         connection.execute(f"UNLISTEN {_PROBE}")
-        return heard
+        return received
 
     def _set_up(self, connection: WatchedConnection) -> None:
         for name, since in _STATEMENT_TIMEOUTS.items():
@@ -144,8 +145,8 @@ class Connector:
         if connection.patience < math.inf:
             session["lock_timeout"] = str(round(connection.patience * 1000))
         connection.execute(
-            "SELECT set_config(name, ours, false) FROM pg_settings"
-            " JOIN unnest(%s::text[], %s::text[]) AS setting (name, ours) USING (name)",
+            "SELECT set_config(name, value, false) FROM pg_settings"
+            " JOIN unnest(%s::text[], %s::text[]) AS wanted (name, value) USING (name)",
             [list(session), list(session.values())],
         )
         for statement in _IF_POSSIBLE:
@@ -181,7 +182,7 @@ def refuse_if_not_postgresql(alias: str) -> None:
 def fetch_one(
     connection: psycopg.Connection[Any], query: str, params: Any = None
 ) -> tuple[Any, ...]:
-    """The row of a query that always has one."""
+    """The row of a query that always returns one."""
     row = connection.execute(query, params).fetchone()
     assert row is not None, query  # noqa: S101
     return tuple(row)
@@ -195,7 +196,7 @@ def plain_sql() -> Path:
 
 
 def explain(error: psycopg.Error) -> str:
-    """The database's message, with what to do about it where we know."""
+    """The database's message, with a remedy if there is a known one."""
     message = str(error).strip()
     match error:
         case psycopg.errors.UndefinedTable() | psycopg.errors.UndefinedFunction():
@@ -205,19 +206,19 @@ def explain(error: psycopg.Error) -> str:
             )
         case psycopg.errors.LockNotAvailable():
             message += (
-                " - another session holds a lock; while a command waits, pg_blocking_pids() says"
-                " which: SELECT pid, pg_blocking_pids(pid), query FROM pg_stat_activity"
+                " - another session holds a lock; to find it, run while the command waits:"
+                " SELECT pid, pg_blocking_pids(pid), query FROM pg_stat_activity"
             )
         case psycopg.errors.InsufficientPrivilege():
             message += f" - the GRANTs that each role needs are in {plain_sql()}/README.md"
         case OnStandby():
             message += (
-                " - this is a standby; to find the primary among several hosts, name them all"
-                " and say target_session_attrs=read-write"
+                " - this is a standby; to find the primary among several hosts, list them all"
+                " and set target_session_attrs=read-write"
             )
         case psycopg.errors.ReadOnlySqlTransaction():
             message += (
                 " - default_transaction_read_only is on for this role or database; a direct"
-                " connection turns it off for itself, one through a pooler cannot"
+                " connection can turn it off, one through a pooler cannot"
             )
     return message

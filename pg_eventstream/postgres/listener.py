@@ -14,17 +14,17 @@ import psycopg
 
 logger = logging.getLogger(__name__)
 
-#: What the trigger rings after a commit, when no publisher is awake.
+#: The channel that the trigger notifies after a commit, if no publisher is awake.
 BELL = "pg_eventstream"
-#: What sequence() rings when there are new rows in the stream.
+#: The channel that sequence() notifies when there are new rows in the stream.
 NEWS = "pg_eventstream_news"
 
-#: Without a working LISTEN there is nothing but polling.
+#: The seconds between two polls if LISTEN does not work.
 DEAF_POLL = 0.1
 
 
 class Listener:
-    """Waits for notifications on channels. ``deaf`` if none arrive on this connection.
+    """Waits for notifications on channels. ``deaf`` is true if none arrive on this connection.
 
     Raises `psycopg.OperationalError` if the connection is lost.
     """
@@ -32,11 +32,11 @@ class Listener:
     def __init__(self, connection: psycopg.Connection[Any], *channels: str) -> None:
         self._connection = connection
         self._rung: set[str] = set()
-        # A signal handler may take it where its own thread holds it.
+        # Reentrant, because a signal handler can take it while its own thread holds it.
         self._closing = threading.RLock()
         self._closed = False
         connection.add_notify_handler(self._on_notify)
-        #: Its session is anybody's: see `WatchedConnection.shared`.
+        #: A pooler shares this session with other clients: see `WatchedConnection.shared`.
         self.shared = getattr(connection, "shared", False)
         if not self.shared:
             for channel in channels:
@@ -45,9 +45,9 @@ class Listener:
         if self.deaf:
             logger.warning(
                 "LISTEN does not work on this connection, so it polls every %d ms. Most likely"
-                " there is a pooler in transaction mode in between (PgBouncer), which breaks"
-                " session locks as well, so that two publishers may lead at once: give it a"
-                " direct connection (the publisher by --database or --dsn).",
+                " there is a pooler in transaction mode (PgBouncer), which also breaks session"
+                " locks, so that two publishers can lead at once. Use a direct connection (for the"
+                " publisher, by --database or --dsn).",
                 DEAF_POLL * 1000,
             )
         self._wake_reader, self._wake_writer = os.pipe()
@@ -62,15 +62,15 @@ class Listener:
 
     def wake(self) -> None:
         """End a wait from another thread or a signal handler."""
-        # Once closed, the number of the pipe may be that of another file, or of a connection.
-        with self._closing, contextlib.suppress(BlockingIOError):  # it is full of wakes already
+        # Once the pipe is closed, another file or connection can have its number.
+        with self._closing, contextlib.suppress(BlockingIOError):  # it is full already
             if not self._closed:
                 os.write(self._wake_writer, b"w")
 
     def wait(self, timeout: float | None) -> set[str]:
-        """The channels that rang since the last wait, at once if there are any.
+        """Wait for notifications. Returns their channels, at once if some arrived earlier.
 
-        None after so many seconds (without end if that is None), or when woken.
+        Returns an empty set after ``timeout`` seconds (None means no limit), or when woken.
         """
         if not self._rung:
             if self.deaf:
@@ -103,7 +103,7 @@ class Listener:
 
 
 def _wait_readable(timeout: float | None, *files: int) -> None:
-    # Not select(), which takes no number above 1023: a server of many streams has those.
+    # Not select(), which accepts no number above 1023. A server of many streams has higher ones.
     poll = select.poll()
     for file in files:
         poll.register(file, select.POLLIN)

@@ -1,8 +1,8 @@
-"""Puts committed events in order, and tells how far the order is.
+"""Puts committed events in order, and identifies the stream that positions belong to.
 
-A database may be emptied, restored or replaced while processes run. The positions that they
-remember mean nothing then, and a process would wait for a higher one until as many events were
-sent as before. So whoever remembers a position compares the `Cursor` as well.
+A database can be emptied, restored or replaced while processes run. The positions that they
+remember are then invalid, and a process would wait for a higher one until as many events were sent
+as before. So code that remembers a position also compares the `Cursor`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from .connector import fetch_one
 
 Connection = psycopg.Connection[Any]
 
-#: One row of `Cursor`, all NULL before the first call of sequence() after tables were emptied.
-#: For a LEFT JOIN, so that there is always a row.
+#: The row of `Cursor`. Until the first call of sequence() after the tables were emptied there is
+#: none, so queries use a LEFT JOIN.
 CURSOR = """
     (SELECT position, incarnation, began, place
        FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1)
 """
 
-#: Calls sequence(), and tells it what the caller knew (`Cursor.as_known`), so that it gives no id
-#: twice in a database that took the place of the one that the caller knew.
+#: Calls sequence() and passes the cursor that the caller knew (`Cursor.as_known`), so that no id is
+#: used twice in a database that has replaced the one that the caller knew.
 SEQUENCE = "set_config('pg_eventstream.known', %s, true), pg_eventstream_sequence()"
 
-#: With it, the cursor as it was before: another process that sequences wakes no feed.
+#: Also returns the cursor before the call, which shows events that another process has sequenced.
 SEQUENCE_AND_LOOK = f"""
     SELECT {SEQUENCE}, c.*
       FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
@@ -35,13 +35,13 @@ SEQUENCE_AND_LOOK = f"""
 
 #: For the log.
 ANOTHER_STREAM = (
-    "the stream is not the one that it was before (its database was emptied, restored or replaced,"
-    " or a standby was promoted)"
+    "the stream is not the same as before (its database was emptied, restored or replaced, or a"
+    " standby was promoted)"
 )
 
 
 class Cursor(NamedTuple):
-    """How far the stream is, and which it is: see `models.Cursor`."""
+    """The end of the stream, and its identity: see `models.Cursor`."""
 
     position: int
     incarnation: int
@@ -55,7 +55,7 @@ class Cursor(NamedTuple):
         return cls(position or 0, incarnation or 0, began or 0, place or "")
 
     def follows(self, known: Cursor) -> bool:
-        """Whether what was known is still true, and this the same stream a little later."""
+        """Whether this is the same stream as the known one, possibly at a later time."""
         return (
             self.incarnation == known.incarnation
             and self.position >= known.position
@@ -67,7 +67,7 @@ class Cursor(NamedTuple):
         return f"{self.incarnation} {self.position} {self.place}"
 
     def valid(self, position: int, incarnation: int) -> int:
-        """Up to where this stream is what it was at that position of an incarnation."""
+        """The position up to which this stream equals the given incarnation at ``position``."""
         if incarnation != self.incarnation:
             position = min(position, self.began)
         return min(position, self.position)
@@ -78,24 +78,24 @@ UNKNOWN = Cursor(0, 0, 0, "")
 
 
 def sequence(connection: Connection) -> int:
-    """Give the events committed since the last call their order; returns how many.
+    """Sequence the events committed since the last call. Returns their number.
 
-    A backlog takes several calls: until one returns 0. Durable when this returns: what a client may
-    have seen keeps its id across a crash.
+    A backlog takes several calls, until one returns 0. The result is durable when this returns: an
+    event that a client has seen keeps its id across a crash.
     """
     return sequence_and_look(connection, UNKNOWN)[0]
 
 
 def sequence_and_look(connection: Connection, known: Cursor) -> tuple[int, Cursor]:
-    """How many events were sequenced, and the cursor before."""
+    """Sequence events. Returns their number and the cursor before the call."""
     row = fetch_one(connection, SEQUENCE_AND_LOOK, [known.as_known])
     return int(row[1]), Cursor.of(*row[2:])
 
 
 def sequence_all(connection: Connection) -> Iterator[int]:
-    """Sequence what is committed by now, and some of what is committed meanwhile.
+    """Sequence all events committed by now, and some that are committed in the meantime.
 
-    Yields how many events each call has sequenced.
+    Yields the number of events that each call has sequenced.
     """
     (snapshot,) = fetch_one(connection, "SELECT pg_current_snapshot()::text")
     while True:
@@ -106,7 +106,7 @@ def sequence_all(connection: Connection) -> Iterator[int]:
 
 
 def _is_sequenced(connection: Connection, snapshot: str) -> bool:
-    """Whether all is sequenced that is visible in the snapshot."""
+    """Whether all events that are visible in the snapshot are sequenced."""
     row = connection.execute(
         """
         SELECT pg_snapshot_xmax(snapshot) >= pg_snapshot_xmax(%(snapshot)s::pg_snapshot)
@@ -120,6 +120,6 @@ def _is_sequenced(connection: Connection, snapshot: str) -> bool:
 
 
 def last_position(connection: Connection) -> int:
-    """The position of the newest event in the stream, 0 if there was none yet."""
+    """The position of the newest event in the stream; 0 if there was none yet."""
     (position,) = fetch_one(connection, f"SELECT max(position) FROM {CURSOR} AS c")  # noqa: S608
     return int(position or 0)

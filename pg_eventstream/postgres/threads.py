@@ -1,8 +1,8 @@
-"""Reads the database for streams, in a few threads with connections of their own.
+"""Reads the database for streams, in a few threads with separate connections.
 
-However many clients come at once, they share these connections: under ASGI Django would open
-one for each request that it works on, and PostgreSQL refuses more than max_connections. Where
-Django has a pool of them, they are its own, and go back after each read.
+Any number of clients share these connections: under ASGI Django would open one for each request in
+progress, and PostgreSQL refuses more than max_connections. If Django has a connection pool, they
+are taken from it and returned after each read.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 _T = TypeVar("_T")
 
-# To connect costs several times what the reading does, so a connection is kept for a moment.
+# Connecting costs several times as much as reading, so a connection is kept for a moment.
 _IDLE_SECONDS = 1.0
 
 
 async def arun(function: Callable[[], _T]) -> _T:
-    """Call a function that reads the database. It may be called twice: see `_Threads`."""
+    """Call a function that reads the database. It can be called twice: see `_Threads`."""
     return await asyncio.wrap_future(_threads.submit(function))
 
 
 def run(function: Callable[[], _T]) -> _T:
-    """The same, for synchronous code; waits for the result."""
+    """Like `arun`, for synchronous code. Waits for the result."""
     return _threads.submit(function).result()
 
 
 def run_later(function: Callable[[], object]) -> None:
-    """The same, without waiting; what it raises is lost."""
+    """Like `arun`, without waiting for the result. Exceptions are lost."""
     _threads.submit(function)
 
 
 class _Threads:
     """A few threads, whose database connections are open only while there is work.
 
-    One that was lost since its last use is replaced: the function is called once more.
+    If a connection was lost since its last use, it is replaced and the function is called again.
     """
 
     _MOST = 4
@@ -64,7 +64,7 @@ class _Threads:
 
         with self._lock:
             if self._idle:
-                self._idle -= 1  # one that waits takes this job, or one that is done before
+                self._idle -= 1  # a waiting thread takes this job, or one that finishes earlier
             elif self._started < self._MOST:
                 self._started += 1
                 threading.Thread(
@@ -107,7 +107,7 @@ def _call_again_if_lost(function: Callable[[], _T]) -> _T:
         if not was_open and not pools:
             raise
         for pool in pools:
-            pool.check()  # of the others in it, which may be lost as well
+            pool.check()  # its other connections could be lost as well
     except BaseException:
         connections.close_all()
         raise
@@ -115,9 +115,9 @@ def _call_again_if_lost(function: Callable[[], _T]) -> _T:
 
 
 def give_back() -> None:
-    """Let go of the connections that Django has lent this thread from its pools, if it has any.
+    """Return the connections that Django has lent this thread from its pools, if any.
 
-    For threads that live longer than a request: a pool is as large as the requests need it.
+    For threads that live longer than a request: pools are sized for requests.
     """
     for wrapper in _open_connections():
         if _pools([wrapper]) and not wrapper.in_atomic_block:
@@ -129,7 +129,7 @@ def _open_connections() -> list[BaseDatabaseWrapper]:
 
 
 def _pools(wrappers: list[BaseDatabaseWrapper]) -> list[Any]:
-    """Those of ``OPTIONS={"pool": …}``, which PostgreSQL's wrappers have."""
+    """The pools of ``OPTIONS={"pool": …}``, which PostgreSQL's wrappers have."""
     pools = [getattr(wrapper, "pool", None) for wrapper in wrappers]
     return [pool for pool in pools if pool is not None]
 
@@ -138,7 +138,7 @@ _threads = _Threads()
 
 
 def _forget_parent() -> None:
-    """In a process that was forked: it has none of the threads."""
+    """Begin with new threads in a process that was forked, which has none of the old ones."""
     global _threads
     _threads = _Threads()
 

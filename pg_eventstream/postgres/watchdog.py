@@ -1,11 +1,12 @@
-"""A statement whose answer was lost on the way does not wait for ever.
+"""Gives up a statement whose response was lost, so that it does not wait without end.
 
-Keepalives show that the next machine is there. That may be a proxy or a load balancer whose own
-way on has ended, or which has forgotten the connection; or the server itself is frozen. Nor does
-a clock tell: to sequence a million events takes long, and to wait for a lock takes longer. So
-PostgreSQL is asked, over a new connection, whether it still works on the statement. Only if it
-does not, and its answer still does not come, the connection is given up. As long as it cannot
-be asked, we wait: what is frozen may go on, and what is gone is noticed by its successor.
+Keepalives only show that the next machine is there. That can be a proxy or a load balancer that has
+lost its own connection or has forgotten this one, or the server itself can be frozen. A timeout
+does not help: sequencing a million events takes long, and waiting for a lock takes longer. So
+PostgreSQL is asked, over a new connection, whether it still works on the statement. Only if it does
+not, and the response still does not arrive, the connection is given up. While the server cannot be
+asked, the statement waits: a frozen server can continue, and the successor of a dead one notices
+that it is gone.
 """
 
 from __future__ import annotations
@@ -28,49 +29,49 @@ from ..limits import LIMITS, Limits
 
 logger = logging.getLogger(__name__)
 
-#: The longest time for anything that is no work at all.
+#: The maximum seconds for anything that is no real work.
 _SOON = 8.0
 
 _T = TypeVar("_T")
 
 
 class OnStandby(psycopg.errors.ReadOnlySqlTransaction):
-    """Nothing can be written, because the server follows another one."""
+    """Nothing can be written, because the server is a standby."""
 
 
 class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
-    """Raises `psycopg.OperationalError` instead of waiting for an answer that is lost.
+    """Raises `psycopg.OperationalError` instead of waiting for a response that was lost.
 
-    Once `watch` was called.
+    It does so after `watch` was called.
     """
 
-    #: Whether a pooler lends the server's session to others between our transactions. Then what
-    #: belongs to a session is lost, or somebody else's: locks, LISTEN, settings.
+    #: Whether a pooler shares the server's session with other clients between transactions. Then
+    #: everything that belongs to a session is lost or shared: locks, LISTEN, settings.
     shared = False
     limits: Limits = LIMITS
-    #: Seconds to wait for a server that neither answers nor can be asked why.
+    #: Seconds to wait for a server that neither responds nor can be asked why.
     patience = math.inf
     _ask: Callable[[], WatchedConnection]
     _session: tuple[int, datetime]
     _heard_at: float | None = None
     _done_at: float | None = None
-    _said = False
+    _warned = False
     _why_given_up = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # libpq may close its own at any time, and its number may be another file's then.
+        # libpq can close its own socket at any time, and another file can then have its number.
         self._handle: socket.socket | None = socket.socket(fileno=os.dup(self.fileno()))
         self._handle_lock = threading.Lock()
         _open.add(self)
 
     def watch(self, ask: Callable[[], WatchedConnection]) -> None:
-        """``ask`` makes a new connection to the same server.
+        """Watch the connection. ``ask`` opens another connection to the same server.
 
-        Not for connections through a pooler, which does not tell which of the server's sessions
-        works for us.
+        Not for connections through a pooler, which does not tell which session of the server runs
+        their statements.
         """
-        # As who has logged in: whatever role is assumed since may not be told about the session.
+        # As the role that logged in: a role that was assumed later may not see the session.
         found = self.execute(
             "SET LOCAL ROLE NONE;"
             "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
@@ -82,24 +83,24 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         self._ask = ask
         _watch.add(self)
 
-    def watch_blindly(self) -> None:
+    def watch_patience(self) -> None:
         """For a connection through a pooler: give up after `patience` seconds."""
 
         def ask() -> WatchedConnection:
-            raise psycopg.OperationalError("a pooler does not tell which session works for us")
+            raise psycopg.OperationalError("a pooler does not tell which session it uses")
 
         self._ask = ask
         _watch.add(self)
 
     def pooled(self) -> bool:
-        """Whether the number of our session, told at the start, was made up by a pooler."""
+        """Whether a pooler made up the session's number that was sent when connecting."""
         row = self.execute("SELECT pg_backend_pid()").fetchone()
         return row is None or row[0] != self.info.backend_pid
 
     def wait(self, gen: Generator[Any, Any, _T], *args: Any, **kwargs: Any) -> _T:
-        """What every statement goes through, in psycopg."""
+        """Run a statement. psycopg calls this for every statement."""
         try:
-            return super().wait(self._listening(gen), *args, **kwargs)
+            return super().wait(self._note_responses(gen), *args, **kwargs)
         except psycopg.errors.ReadOnlySqlTransaction as e:
             if self.info.parameter_status("in_hot_standby") == "on":
                 raise OnStandby(*e.args) from e
@@ -111,8 +112,8 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         finally:
             self._heard_at = None
 
-    def _listening(self, gen: Generator[Any, Any, _T]) -> Generator[Any, Any, _T]:
-        """The same, and notes when we heard from the server last."""
+    def _note_responses(self, gen: Generator[Any, Any, _T]) -> Generator[Any, Any, _T]:
+        """Run ``gen``, and note when the server last sent something."""
         try:
             wanted, ready = next(gen), True
             while True:
@@ -126,7 +127,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
 
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Give the connection up if this takes longer."""
+        """Give up the connection if the block takes longer."""
         timer = threading.Timer(seconds, self.give_up)
         timer.daemon = True
         timer.start()
@@ -136,7 +137,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
             timer.cancel()
 
     def give_up(self) -> None:
-        """Make whoever waits for an answer fail. From any thread."""
+        """Make a statement that waits for a response fail. Can be called from any thread."""
         with self._handle_lock:
             if self._handle is not None:
                 with contextlib.suppress(OSError):
@@ -146,7 +147,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         try:
             super().__exit__(*error)
         finally:
-            self.close()  # which psycopg leaves out if the server has ended it
+            self.close()  # psycopg does not do this if the server has ended the connection
 
     def close(self) -> None:
         super().close()
@@ -156,18 +157,18 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
                 self._handle = None
         _watch.discard(self)
 
-    def belong_to_parent(self) -> None:
+    def leave_to_parent(self) -> None:
         """Forget the session, in a process that was forked.
 
-        The parent goes on with it. It must not be told that we end, as libpq would; and it must
-        end with the parent, though we may live longer with a copy of its socket. So that copy is
-        closed, and libpq writes to nowhere.
+        The parent continues to use it. This process must not end the session, as libpq would; and
+        the session must end with the parent, even if this process lives longer with a copy of the
+        socket. So the copy is closed, and libpq writes to /dev/null.
         """
         self._handle_lock = threading.Lock()
         if not self.closed:
-            nothing = os.open(os.devnull, os.O_RDWR)
-            os.dup2(nothing, self.fileno(), inheritable=False)
-            os.close(nothing)
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, self.fileno(), inheritable=False)
+            os.close(null)
         if self._handle is not None:
             self._handle.close()
             self._handle = None
@@ -175,10 +176,10 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
     # Called by the watch
 
     def look(self) -> None:
-        """Give up, if the server is done and its answer does not come."""
+        """Give up if the server has finished and its response does not arrive."""
         heard_at = self._heard_at
         if heard_at is None or time.monotonic() < heard_at + self.limits.silence:
-            self._said = False
+            self._warned = False
             return
         try:
             with self._ask() as other, other.within(_SOON):
@@ -186,23 +187,23 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
                 if self._server_works(other):
                     self._done_at = None
                 elif self._done_at != heard_at:
-                    self._done_at = heard_at  # the answer may just be on its way
+                    self._done_at = heard_at  # the response could still be on its way
                 else:
-                    logger.warning("database: an answer was lost on the way; connecting again")
+                    logger.warning("database: a response was lost on the way; connecting again")
                     self._end_session(other)
                     self.give_up()
         except psycopg.Error as e:
             if time.monotonic() >= heard_at + self.patience:
                 self._why_given_up = f"silent, and cannot be asked why: {e}"
                 self.give_up()
-            elif not self._said:
+            elif not self._warned:
                 logger.warning("database: silent, and cannot be asked why: %s; waiting", e)
-            self._said = True
+            self._warned = True
 
     def _server_works(self, other: WatchedConnection) -> bool:
         row = other.execute(
-            # What we may not see, and what a standby does not know, counts as work; to wait for
-            # us does not, which is told where track_activities is off as well.
+            # A state that may not be seen, or that a standby does not know, counts as work.
+            # Waiting for the client does not, and is visible even if track_activities is off.
             """
             SELECT pg_is_in_recovery() OR EXISTS (
                    SELECT FROM pg_stat_activity
@@ -215,7 +216,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         return row is None or bool(row[0])
 
     def _end_session(self, other: WatchedConnection) -> None:
-        # Its end of the connection may stay open for ever, and keep our locks.
+        # The server's end of the connection could stay open without end and keep the locks.
         other.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE (pid, backend_start) = (%s, %s)",
@@ -224,7 +225,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
 
 
 class _Watch:
-    """Looks at all connections of the process, on a thread, for as long as there are any."""
+    """Watches all connections of the process, on a thread that runs while there are any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -256,7 +257,7 @@ class _Watch:
                 try:
                     connection.look()
                 except Exception:
-                    logger.exception("database: unexpected error; looking again")
+                    logger.exception("database: unexpected error; trying again")
             del connection, connections
             time.sleep(pause)
 
@@ -266,11 +267,11 @@ _open: WeakSet[WatchedConnection] = WeakSet()
 
 
 def _forget_parent() -> None:
-    """In a process that was forked."""
+    """Leave the connections to the parent, in a process that was forked."""
     global _watch
     _watch = _Watch()
     for connection in list(_open):
-        connection.belong_to_parent()
+        connection.leave_to_parent()
     _open.clear()
 
 

@@ -1,8 +1,8 @@
-"""The daemon: leads, sequences, and keeps one feed per proxy and the pruner running.
+"""The daemon: leads, sequences, and runs one feed per proxy and the pruner.
 
-Any number of publishers may run; one leads, the others stand by and take over within two
-seconds when its connection to PostgreSQL ends. The lead is a session lock on the very
-connection that sequences, so whoever lost it cannot sequence any more.
+Any number of publishers can run. One leads; the others stand by, and one of them takes over within
+two seconds when the leader's connection to PostgreSQL ends. The lead is a session lock on the
+connection that sequences, so a publisher that has lost it cannot sequence any more.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .pruner import Pruner
 logger = logging.getLogger(__name__)
 
 _ONCE_POLL = 0.02
-# SIGTERM must end the process within 5 seconds, whatever a proxy or the database does meanwhile.
+# SIGTERM must end the process within 5 seconds, even if a proxy or the database does not respond.
 _INTERRUPT_SECONDS, _EXIT_SECONDS = 1.0, 4.5
 _RELEASE_SECONDS = 1.0
 
@@ -58,8 +58,8 @@ Connection = psycopg.Connection[Any]
 class Publisher:
     """Sequences events and publishes them to every proxy.
 
-    `run` works until `stop` is called or the process is told to end; `run_once` publishes what
-    is there and returns, for ``--once`` and for tests.
+    `run` works until `stop` is called or the process gets a signal to end. `run_once` publishes
+    all committed events and returns, for ``--once`` and for tests.
     """
 
     def __init__(self, connector: Connector, limits: Limits = LIMITS) -> None:
@@ -89,14 +89,14 @@ class Publisher:
         interrupt.start()
 
     def _interrupt(self) -> None:
-        """End a statement that takes too long, or waits for a lock; it is rolled back."""
+        """Cancel a statement that takes too long or waits for a lock. It is rolled back."""
         connection = self._connection
         if connection is not None and not connection.closed:
             with suppress(psycopg.Error):
                 connection.cancel_safe(timeout=1)
 
     def run(self) -> None:
-        """Lead, or stand by to lead, until stopped. Never ends because of the database."""
+        """Lead, or stand by to lead, until stopped. Errors of the database do not end it."""
         logger.info(
             "publisher %s: database %s, proxies: %s",
             self.name,
@@ -120,11 +120,12 @@ class Publisher:
         logger.info("publisher %s: stopped", self.name)
 
     def run_once(self, say: Callable[[str], object] = lambda line: None) -> int:
-        """Sequence and publish what is committed by now, then sweep. Says what was done.
+        """Sequence and publish all events committed by now, then prune. ``say`` gets the results.
 
-        Returns the events published, counted for each proxy. Raises `NotLeading` if another
-        publisher leads, `psycopg.Error` if the database fails, and `NotPublished` if a proxy
-        has not taken everything, or `stop` was called. Waits for nothing that does not move.
+        Returns the number of published events, counted for each proxy. Raises `NotLeading` if
+        another publisher leads, `psycopg.Error` if the database fails, and `NotPublished` if a
+        proxy has not taken everything or `stop` was called. It does not wait for anything that
+        makes no progress.
         """
         patience = self._limits.command_patience
         try:
@@ -166,7 +167,7 @@ class Publisher:
         if drain.end() is None or drain.failed:
             if self._stopping.is_set():
                 lines.append("Stopped before everything was published.")
-            with suppress(psycopg.Error):  # this is worse, and the next time prunes as well
+            with suppress(psycopg.Error):  # the other error matters more; the next run prunes, too
                 Pruner(connection, self._stopping).run_once()
             raise NotPublished("\n".join(lines))
         for line in lines:
@@ -177,9 +178,9 @@ class Publisher:
     # Leading
 
     def _stand_by(self, connection: WatchedConnection) -> bool:
-        """Wait for the lead; False if stopped first."""
-        # Tries, rather than waits for the lock: a statement that waits holds a snapshot,
-        # and vacuum could clean nothing anywhere for as long as we stand by.
+        """Wait for the lead. Returns False if stopped before."""
+        # It polls instead of waiting for the lock: a statement that waits holds a snapshot, so
+        # vacuum could not remove dead rows in any table while this publisher stands by.
         if not lead(connection, self._limits.in_line):
             logger.info("publisher %s: standing by, %s leads", self.name, leader_name(connection))
             while not lead(connection, self._limits.in_line):
@@ -194,7 +195,7 @@ class Publisher:
             lock_connection = stack.enter_context(closing(self._connector.connect("bell")))
             self._doorbell = Doorbell(connection, lock_connection, conf.safety_poll)
             stack.callback(self._close_doorbell, lock_connection)
-            self._busy_at = time.monotonic()  # the last leader may have been, a moment ago
+            self._busy_at = time.monotonic()  # the last leader could just have been busy
             feeds = stack.enter_context(self._helpers())
             beat_at = 0.0
             while not self._stopping.is_set():
@@ -213,15 +214,15 @@ class Publisher:
                     for feed in feeds:
                         feed.wake()
                     self._busy_at = time.monotonic()
-                # The call itself may have begun a new incarnation; the next one tells.
+                # This call itself could have begun a new incarnation; the next call shows it.
                 self._known = before._replace(position=before.position + sequenced)
                 self._doorbell.wait(sequenced)
 
     def _sequence_and_beat(self, connection: Connection) -> tuple[int, Cursor]:
-        """`sequence_and_look`, and a sign of life.
+        """`sequence_and_look`, and update the heartbeat.
 
-        All in one statement, of which an idle publisher sends few. It also looks after the queue
-        that all notifications go through.
+        It takes one statement, because an idle publisher should send few. The statement also checks
+        the queue of all notifications.
         """
         usage, _, sequenced, *cursor = fetch_one(
             connection,
@@ -235,8 +236,8 @@ class Publisher:
         if usage > self._limits.queue_usage:
             logger.warning(
                 "PostgreSQL's notification queue is %.0f %% full; when it is full, transactions"
-                " that notify fail at COMMIT. Some session has used LISTEN and then stayed in a"
-                " transaction: look for the oldest xact_start in pg_stat_activity, and end it.",
+                " that notify fail at COMMIT. A session has used LISTEN and then stayed in a"
+                " transaction: find the oldest xact_start in pg_stat_activity, and end it.",
                 usage * 100,
             )
         return int(sequenced), Cursor.of(*cursor)
@@ -249,9 +250,9 @@ class Publisher:
 
     @contextmanager
     def _helpers(self) -> Iterator[list[Feed]]:
-        """The feeds and the pruner, each on a thread, for as long as we lead."""
+        """Run the feeds and the pruner, each on a thread, while this publisher leads."""
         over = threading.Event()
-        # Connections of their own: a feed of our last lead may still wait for an answer.
+        # New connections: a feed of the last lead can still be waiting for a response.
         proxies = self._connect_proxies()
         feeds = [Feed(proxy, self._connector, over, self._limits) for proxy in proxies]
         threads = [
@@ -274,9 +275,9 @@ class Publisher:
 
     @contextmanager
     def _signals(self, exit_code: int = 0) -> Iterator[None]:
-        """SIGTERM and SIGINT stop in good order; a second one ends the process at once.
+        """Stop in order on SIGTERM or SIGINT; end the process at once on a second signal.
 
-        With ``exit_code`` if the database holds that up.
+        If the database delays the end, the process exits with ``exit_code``.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -302,20 +303,20 @@ class Publisher:
                 signal.signal(number, handler)
 
     def _exit(self, code: int) -> None:
-        """What is left undone is no more than after a crash."""
+        """Exit without cleaning up, which is safe as a crash is."""
         logger.warning("publisher %s: stopped, without waiting for the database", self.name)
         os._exit(code)
 
 
 def register(connection: Connection, name: str, proxies: list[Proxy]) -> None:
-    """Write down who leads, and which proxies there are.
+    """Write the leader and the proxies to the tables.
 
-    A proxy that is new may be a known one under a new address, so it starts where the one
-    furthest behind is; to publish an event again does no harm. But no stream needs what is older
-    than ``EVENTSTREAM_NEXT_LINK_TIMEOUT``: it has asked the application since then, or its client
-    comes back with the id that it holds.
+    A new proxy can be a known one with a new address, so it starts at the position of the slowest
+    known proxy; publishing an event again is harmless. No stream needs events older than
+    ``EVENTSTREAM_NEXT_LINK_TIMEOUT``: it has asked the application since then, or its client
+    reconnects with the id that it holds.
 
-    With no proxy configured those that are known stay: they may be back with the next start.
+    If no proxy is configured, the known ones remain, because the next start can have them again.
     """
     names = [proxy.name for proxy in proxies]
     with connection.transaction():

@@ -1,4 +1,4 @@
-"""Publish what is in the stream to every proxy and end, or say what a proxy has not taken."""
+"""Publishes the stream to every proxy and ends, or reports what a proxy has not taken."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .feed import Feed
 
 
 class Drain:
-    """One feed per proxy, each on a thread, until nothing is left for it.
+    """Runs one feed per proxy, each on a thread, until everything is published.
 
-    A feed that gets nowhere for ``limits.command_patience`` is given up, and delays no other. A
-    context manager: at its end the feeds are stopped.
+    A feed without progress for ``limits.command_patience`` is given up and does not delay the
+    others. It is a context manager, at whose end the feeds are stopped.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Drain:
             work.join(max(0, deadline - time.monotonic()))
 
     def wake(self) -> None:
-        """There is news in the stream."""
+        """Tell the feeds that there are new rows in the stream."""
         for work in self._works:
             work.feed.wake()
 
     def end(self) -> int | None:
-        """The position up to which to publish, None while it is not known."""
+        """The position up to which to publish; None while it is not known."""
         return self._end
 
     def end_at(self, position: int) -> None:
@@ -64,12 +64,12 @@ class Drain:
         self.wake()
 
     def is_over(self) -> bool:
-        """Whether each feed has come to its end or was given up."""
+        """Whether each feed has ended or was given up."""
         return not any(work.moves(self._limits.command_patience) for work in self._works)
 
     @property
     def published(self) -> int:
-        """Events, counted for each proxy that has taken them."""
+        """The number of published events, counted for each proxy."""
         return sum(work.feed.published for work in self._works)
 
     @property
@@ -77,9 +77,9 @@ class Drain:
         return not all(work.is_done for work in self._works)
 
     def report(self, connection: psycopg.Connection[Any]) -> list[str]:
-        """What each proxy has taken, and what it has not.
+        """Lines that say what each proxy has taken, and what it has not.
 
-        Raises what a feed has raised, as `psycopg.Error` if it could not read the database.
+        Raises the exception of a feed, such as `psycopg.Error` if it could not read the database.
         """
         for work in self._works:
             if work.error is not None:
@@ -128,9 +128,9 @@ class _Work(threading.Thread):
             lines.append(f"{feed.published} events published{to}.")
         if feed.refused:
             lines.append(
-                f"{name} refused {feed.refused} events, and the hints in their place"
-                f" ({feed.refusal}). Clients get them when they reconnect, or with the next event"
-                " of their channel."
+                f"{name} refused {feed.refused} events, and the hints that replaced them"
+                f" ({feed.refusal}). Clients get these events when they reconnect, or with the next"
+                " event of their channel."
             )
         if not self._drained:
             row = connection.execute(

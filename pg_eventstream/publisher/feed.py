@@ -1,7 +1,7 @@
-"""One proxy's share of the work: read the stream in order, publish, acknowledge.
+"""Publishes to one proxy: reads the stream in order, publishes, acknowledges.
 
-Each proxy has its own feed, on its own thread and connection, so that a slow or dead one
-delays nobody else.
+Each proxy has its own feed with its own thread and connection, so that a slow or dead proxy does
+not delay the others.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from ..stream_event import PermissionChange, decode
 
 logger = logging.getLogger(__name__)
 
-# For these the next publisher gives the hints that it may not have given any more.
+# For at most this many events, the next publisher repeats hints that this one might not have given.
 _RECALLED_EVENTS = 100_000
-# No change of permission is as long: two names, each character escaped. Who forges longer ones
-# fills no memory with them.
+# Longer than any permission change: two names with every character escaped. The limit keeps forged
+# ones from filling the memory.
 _CHANGE_BYTES = 2 * 12 * NAME_LENGTH + 100
 
 
 class Feed:
     """Publishes the stream to one proxy, in order, one request at a time.
 
-    `publish_next` does one round. `run` repeats it until ``stopping`` is set, `drain` until nothing
-    is left, if that is earlier.
+    `publish_next` does one round. `run` repeats it until ``stopping`` is set, and `drain` until
+    ``stopping`` is set or everything is published.
     """
 
     def __init__(
@@ -61,34 +61,35 @@ class Feed:
         self._cursor = UNKNOWN
         self._acknowledged = 0
         self._acknowledged_at = 0.0
-        #: Read and encoded, not published yet.
+        #: Batches that are read and encoded, but not published yet.
         self._ready: deque[items.Batch] = deque()
         self._page_was_cut = False
         self._hints = Hints(limits)
-        #: Events that the proxy has taken, those included in whose place it took a hint.
+        #: The number of events that the proxy has taken, or has taken a hint for.
         self.published = 0
-        #: Events of which it has not even taken a hint, and what it said to the last of them.
+        #: The number of events for which it has refused even a hint, and the reason for the last
+        #: one.
         self.refused, self.refusal = 0, ""
-        #: Why nothing was taken when that was tried last.
+        #: Why the last attempt to publish failed.
         self.trouble: str | None = None
 
     @property
     def position(self) -> int:
-        """Up to here everything is published."""
+        """The position up to which everything is published."""
         return self._position
 
     def wake(self) -> None:
-        """There is news in the stream. From any thread."""
+        """Tell the feed that there are new rows in the stream. Can be called from any thread."""
         self._news.set()
 
     def run(self) -> None:
-        """Publish what comes, until ``stopping`` is set."""
+        """Publish new rows until ``stopping`` is set."""
         backoff = Backoff(*self._limits.retry)
         while not self._stopping.is_set():
             try:
                 self.publish_next()
             except Exception as e:
-                # The leader's own connection decides whether to end; this one just retries.
+                # The leader's own connection decides whether to end; this one only retries.
                 if isinstance(e, psycopg.Error):
                     logger.warning("%s: database: %s; trying again", self._proxy.name, explain(e))
                 else:
@@ -103,10 +104,10 @@ class Feed:
         self.finish()
 
     def drain(self, end: Callable[[], int | None]) -> bool:
-        """Publish what is in the stream up to ``end``, which is None until that is known.
+        """Publish the stream up to ``end``, which returns None until that position is known.
 
-        Returns whether everything was published before ``stopping`` was set, and all hints were
-        given. Raises `psycopg.Error`.
+        Returns whether everything was published, including all hints, before ``stopping`` was set.
+        Raises `psycopg.Error`.
         """
         last = None
         while not self._stopping.is_set():
@@ -122,10 +123,10 @@ class Feed:
         return drained
 
     def publish_next(self) -> int:
-        """Publish the next batch of the stream; returns the number of its rows.
+        """Publish the next batch of the stream. Returns the number of its rows.
 
-        It is repeated until the proxy has taken it; 0 if ``stopping`` is set before. Raises
-        `psycopg.Error` if the database cannot be read.
+        The batch is repeated until the proxy has taken it. Returns 0 if ``stopping`` is set before.
+        Raises `psycopg.Error` if the database cannot be read.
         """
         if not self._ready:
             self._read_page()
@@ -133,7 +134,7 @@ class Feed:
         published = 0
         if batch.rows and self._publish(batch):
             published = len(batch.rows)
-            # Not if what was read meanwhile is of another stream.
+            # Unless rows of another stream were read in the meantime.
             if self._ready and self._ready[0] is batch:
                 self._ready.popleft()
                 self._position = batch.rows[-1].position
@@ -142,11 +143,11 @@ class Feed:
         return published
 
     def settle(self) -> None:
-        """Give the hints now that `run` would give in the next seconds."""
+        """Publish the hints now that `run` would publish in the next seconds."""
         self._hint(self._hints.take_due(math.inf))
 
     def finish(self) -> None:
-        """Store the last acknowledgement, if that is possible, and disconnect."""
+        """Store the last acknowledgement if possible, and disconnect."""
         try:
             if self._connection is not None and self._position > self._acknowledged:
                 self._acknowledge()
@@ -163,11 +164,11 @@ class Feed:
 
     @property
     def _has_more(self) -> bool:
-        """Whether there is more to publish, for all that is known without a look."""
+        """Whether there is more to publish, as far as is known without a query."""
         return bool(self._ready) or self._page_was_cut
 
     def _idle_seconds(self) -> float | None:
-        """How long to wait for news: until there is something to do without any."""
+        """How long to wait for new rows, before there is something else to do."""
         if self._position > self._acknowledged:
             return self._limits.acknowledge
         due = self._hints.next_due()
@@ -176,9 +177,9 @@ class Feed:
     # Reading
 
     def _read_ahead(self) -> None:
-        """Prepare the next batch, if there is more for certain, so that it is ready in time."""
+        """Prepare the next batch in time, if there certainly is one."""
         if (self._page_was_cut or self._news.is_set()) and len(self._ready) < 2:
-            # If the database fails now it fails again after this batch, when it matters.
+            # If the database fails now, it fails again after this batch, when it matters.
             with suppress(psycopg.Error):
                 self._read_page()
 
@@ -186,7 +187,7 @@ class Feed:
         if self._connection is None:
             self._connect()
         assert self._connection is not None  # noqa: S101
-        self._news.clear()  # not later: what comes from here on may be missing from the page
+        self._news.clear()  # not later: rows added from here on can be missing from the page
         due = time.monotonic() - self._acknowledged_at >= self._limits.acknowledge
         if self._position > self._acknowledged and due:
             self._acknowledge()
@@ -218,38 +219,38 @@ class Feed:
         if not self._still_known(Cursor.of(*rows[0][:4])):
             return
         rows = [row[4:] for row in rows if row[4] is not None]
-        # One page's events are mostly of few channels.
+        # The events of a page are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
         decoded = (
             decode(position, channel, number, prev, kind, data, skip, reliable[channel])
             for position, channel, number, kind, data, skip, prev, _ in rows
         )
         self._ready.extend(items.batches(decoded, limits))
-        give_back()  # what the channel manager may have asked over
-        # What one request takes is a page: the next one is read and encoded while the proxy works.
+        give_back()  # a connection that the channel manager may have used
+        # One request takes a page; the next page is read and encoded while the proxy works.
         found = rows[0][-1] if rows else 0
         self._page_was_cut = found == limits.batch_items or found > len(rows)
 
     def _still_known(self, cursor: Cursor) -> bool:
-        """Whether positions mean what they did; else begin anew, where nothing is left out."""
+        """Whether positions are still valid. Otherwise go back so that no row is left out."""
         known, self._cursor = self._cursor, cursor
         if cursor.follows(known):
             return True
         if known.place:
-            logger.warning("%s: %s; publishing from there on", self._proxy.name, ANOTHER_STREAM)
+            logger.warning("%s: %s; publishing the new stream", self._proxy.name, ANOTHER_STREAM)
         self._position = self._acknowledged = cursor.valid(self._position, known.incarnation)
         self._ready.clear()
-        self._page_was_cut = True  # there may be more than this look was for
+        self._page_was_cut = True  # there can be more rows than this query looked for
         return False
 
     def _connect(self) -> None:
         connection = self._connector.connect(f"feed {self._proxy.name}")
         self._connection = connection  # from here on, `close` closes it
         if not connection.shared:
-            # To lose the last acknowledgement in a crash is harmless, to wait for the disk
-            # with each is not.
+            # Losing the last acknowledgement in a crash is harmless, but waiting for the disk with
+            # each one is not.
             connection.execute("SET synchronous_commit = off")
-            # A nested loop over two primary keys, whatever the statistics of the hour say.
+            # For a nested loop over two primary keys, with any statistics.
             connection.execute("SET enable_hashjoin = off")
             connection.execute("SET enable_mergejoin = off")
         row = fetch_one(
@@ -264,13 +265,13 @@ class Feed:
         cursor = Cursor.of(*row[:4])
         self._still_known(cursor)
         self._acknowledged = cursor.valid(row[4] or 0, row[5] or 0)
-        # What went out while the connection was lost is published already.
+        # Rows that were published while the connection was lost are not published again.
         if self._acknowledged > self._position:
             self._recall_hints(connection, self._acknowledged)
             self._position = self._acknowledged
 
     def _recall_hints(self, connection: psycopg.Connection[Any], position: int) -> None:
-        """Note the hints again that may be owed for what another publisher published last."""
+        """Schedule hints again that another publisher might not have published."""
         rows = connection.execute(
             """
             WITH last AS (
@@ -310,7 +311,7 @@ class Feed:
 
     def _acknowledge(self) -> None:
         assert self._connection is not None  # noqa: S101
-        # The row may be gone: somebody has emptied the tables.
+        # The row can be missing, if the tables were emptied.
         self._connection.execute(
             """
             INSERT INTO pg_eventstream_proxy AS proxy (name, position, incarnation)
@@ -328,7 +329,7 @@ class Feed:
     # Publishing
 
     def _publish(self, batch: items.Batch) -> bool:
-        """Repeat the batch, unchanged, until the proxy has taken it; False if stopped."""
+        """Repeat the unchanged batch until the proxy has taken it. Returns False if stopped."""
         backoff, failures = Backoff(*self._limits.retry), 0
         while True:
             try:
@@ -359,9 +360,9 @@ class Feed:
                 break
 
     def _publish_apart(self, batch: items.Batch, refusal: Refused) -> bool:
-        """The proxy refuses a batch as a whole: find what it refuses, and continue without it.
+        """Find the items that the proxy refuses in a batch, and publish the others.
 
-        A hint replaces an event that is refused, after which clients fetch it from the endpoint.
+        A hint replaces a refused event, so that clients fetch it from the endpoint.
         """
         if not batch.rows:
             logger.error("%s: refused hints (%s)", self._proxy.name, refusal)
@@ -373,8 +374,10 @@ class Feed:
             ) and self._publish(items.Batch(batch.rows[middle:], batch.items[middle:]))
         row = batch.rows[0]
         if isinstance(row, PermissionChange):
-            what = f"change of permission {row.position}"
-            return self._give_up(what, refusal, "it counts when the proxy next asks the endpoint")
+            what = f"permission change {row.position}"
+            return self._give_up(
+                what, refusal, "it takes effect when the proxy next asks the endpoint"
+            )
         what = f"event {row.number} of channel {row.channel!r}"
         hint = items.hint(row.channel, row.reliable)
         if batch.items[0] == hint:
@@ -393,7 +396,7 @@ class Feed:
         return self._publish(instead)
 
     def _give_up(self, what: str, refusal: Refused, instead: str) -> bool:
-        """Leave out what the proxy refuses in any form."""
+        """Leave out an item that the proxy refuses in any form."""
         logger.error("%s: refused %s (%s); %s", self._proxy.name, what, refusal, instead)
         self.refused += 1
         self.refusal = str(refusal)

@@ -1,10 +1,10 @@
-"""Who leads: one session lock, which the publisher that publishes holds exclusively.
+"""The lead: one session lock, which the publisher that publishes holds exclusively.
 
-Processes of the application that sequence by themselves hold it shared, for one statement each. So
-they stop when a publisher leads. When they are busy there is always one that holds it, and an
-attempt to take it fails. A request that waits for the lock lets no attempt succeed meanwhile
-(PostgreSQL: src/backend/storage/lmgr/lock.c, LockAcquireExtended), and so gets it as soon as
-their present statements end.
+Processes of the application that sequence events hold it in share mode, for one statement each. So
+they stop when a publisher leads. When they are busy, one of them always holds it, and an attempt to
+take it fails. While a request waits for the lock, none of their attempts succeeds (PostgreSQL:
+src/backend/storage/lmgr/lock.c, LockAcquireExtended), so it gets the lock as soon as their current
+statements end.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from ..errors import NotLeading
 from ..postgres.locks import LEADER_LOCK, LOCK_SPACE
 from ..postgres.watchdog import WatchedConnection
 
-#: A session that leads to publish once.
+#: The role of a session that leads in order to publish once.
 ONCE = "once"
 _KEY = f"{LOCK_SPACE}, {LEADER_LOCK}"
 
 
 def try_lead(connection: WatchedConnection) -> bool:
-    """Take the lead if nobody holds its lock at the moment."""
-    # A pooler would keep the lock when we are gone, so nobody else could lead. Without it, at
-    # least we give way to a leader that has a connection of its own.
+    """Take the lead if no other session holds its lock now."""
+    # A pooler would keep the session lock after this publisher has ended, and no other could lead.
+    # Without it, this publisher at least gives way to a leader that has a direct connection.
     lock = "pg_try_advisory_xact_lock" if connection.shared else "pg_try_advisory_lock"
     return _is_true(connection, f"SELECT {lock}({_KEY})")
 
 
 def lead(connection: WatchedConnection, seconds: float) -> bool:
-    """Take the lead unless somebody leads; wait at most so long for the application's processes."""
+    """Take the lead if no publisher leads. Waits ``seconds`` for the application's processes."""
     if try_lead(connection):
         return True
-    nobody_leads = _is_true(connection, f"SELECT pg_try_advisory_xact_lock_shared({_KEY})")
-    return nobody_leads and _wait_in_line(connection, seconds)
+    has_no_leader = _is_true(connection, f"SELECT pg_try_advisory_xact_lock_shared({_KEY})")
+    return has_no_leader and _wait_in_line(connection, seconds)
 
 
 def lead_once(connection: WatchedConnection, seconds: float) -> None:
-    """Take the lead, to publish once; wait at most so long for others that do, as well.
+    """Take the lead to publish once. Waits ``seconds`` for others that publish once, as well.
 
-    Raises `NotLeading`, with who leads.
+    Raises `NotLeading`, which names the leader.
     """
     if try_lead(connection):
         return
@@ -53,23 +53,23 @@ def lead_once(connection: WatchedConnection, seconds: float) -> None:
             return
         leader = _leader(connection)
     if leader is not None:
-        raise NotLeading(f"{leader} leads and publishes already; nothing to do here.")
+        raise NotLeading(f"{leader} leads and publishes already; there is nothing to do here.")
     holders = ", ".join(map(str, _holders(connection))) or "none any more"
     raise NotLeading(
-        f"Nobody leads, but for {seconds:g} seconds other sessions have held the lock that a"
-        f" leader needs: {holders}. Processes of the application hold it for a moment, while they"
-        " put events in order: look in pg_stat_activity for what these wait for."
+        f"No publisher leads, but for {seconds:g} seconds other sessions have held the lock that a"
+        f" leader needs: {holders}. Processes of the application hold it for a moment while they"
+        " put events in order. See pg_stat_activity for what these sessions wait for."
     )
 
 
 def leader_name(connection: psycopg.Connection[Any]) -> str:
-    """Who leads, for the log."""
+    """The name of the leader, for the log."""
     return str(_leader(connection) or "another publisher")
 
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """A session that holds the lock. ``name`` is the publisher's, if it has written it down."""
+    """A session that holds the lock. ``name`` is the publisher's name, if it has registered."""
 
     pid: int
     exclusive: bool
@@ -95,8 +95,8 @@ def _leader(connection: psycopg.Connection[Any]) -> _Holder | None:
 
 
 def _holders(connection: psycopg.Connection[Any]) -> list[_Holder]:
-    # The name that is written down is that of the last leader, until the present one writes its
-    # own; which it does after its session has begun. What we may not see of a session is null.
+    # The table has the name of the previous leader until the current one registers, which it does
+    # after its session has begun. Columns that may not be seen are null.
     rows = connection.execute(
         """
         SELECT pid, mode = 'ExclusiveLock', coalesce(application_name, ''), host(client_addr), name
@@ -115,7 +115,7 @@ def _holders(connection: psycopg.Connection[Any]) -> list[_Holder]:
 
 
 def _wait_in_line(connection: WatchedConnection, seconds: float) -> bool:
-    """For so long only: a statement that waits holds a snapshot, behind which vacuum stays."""
+    """Wait for the lock, briefly: a waiting statement holds a snapshot, which hinders vacuum."""
     lock = "pg_advisory_xact_lock" if connection.shared else "pg_advisory_lock"
     with suppress(psycopg.errors.LockNotAvailable), connection.transaction():
         connection.execute(

@@ -1,4 +1,4 @@
-"""Prune what is past the retention, in small batches, never on a sender's path."""
+"""Prunes events past the retention, in small batches, and never in a sender's transaction."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ logger = logging.getLogger(__name__)
 _BATCH_EVENTS = 1000
 _SCAN_EVENTS = 10_000
 
-# How long the sweep trusts what it knows of its place. No row appears behind it by any way that
-# we know of; whatever else puts one there has it pruned an hour later.
+# How long the pruner trusts its place. No row is known to appear before that place; one that does
+# in spite of this is pruned an hour later.
 _FORGET_SECONDS = 3600.0
 
-# A channel remembers at least every so many events how far it is pruned.
+# A channel records at least once per this many events how far it is pruned.
 _REMEMBER_EVENTS = 1000
 
-# Statistics that know nothing of a burst yet, or of what is pruned already, make the planner
-# read and sort all that there is, again for each batch. What is switched off here counts, before
-# PostgreSQL 18, as a cost of 1e10 where nothing else will do, for which JIT would compile a batch
-# for longer than it runs. And no batch is worth waiting for the disk: what a crash brings back is
-# pruned once more.
+# With statistics from before a burst, or from before pruning, the planner would read and sort all
+# rows for each batch. Before PostgreSQL 18, a node that is switched off here but is unavoidable
+# adds 1e10 to the cost, for which JIT would compile a batch for longer than it runs. No batch waits
+# for the disk, because rows that a crash restores are pruned again.
 _SET_UP = """
     SET LOCAL enable_seqscan = off;
     SET LOCAL enable_bitmapscan = off;
@@ -45,14 +44,14 @@ _SET_UP = """
     SET LOCAL synchronous_commit = off
 """
 
-# One statement, so that no reader sees the event without its place in the stream or the
-# other way round. Of the rows looked at, those that are old go. Returns how many, and up to
-# where no row is left.
+# One statement, so that no reader sees an event without its place in the stream, or a place without
+# its event. Of the rows looked at, the old ones are deleted. Returns their number, and the position
+# up to which no row is left.
 #
-# A channel remembers how far it is pruned only where its rows do not tell: when none is left
-# above, or one is left below. And every so often, so that nobody who looks for its oldest row
-# walks over many that are gone and not vacuumed. To write it down with each batch would cost
-# more than all the rest.
+# A channel records how far it is pruned only if its rows do not tell: if no row is left above, or
+# one is left below. It also does so regularly, so that a search for its oldest row does not read
+# many dead rows that are not vacuumed. Recording it with each batch would cost more than all the
+# rest.
 _PRUNE = """
     WITH looked_at AS MATERIALIZED ({looked_at}),
     old AS MATERIALIZED (SELECT * FROM looked_at WHERE old),
@@ -87,20 +86,20 @@ _PRUNE = """
 
 
 class Pruner:
-    """Prunes all that is due with each `run_once`, until ``stopping`` is set.
+    """Prunes all events that are due with each `run_once`, until ``stopping`` is set.
 
-    An event is due when it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at
-    least one of the configured proxies has acknowledged it; without proxies, the age decides
-    alone. What is not sequenced yet stays, however old. An event that the trigger did not see is
-    due as long after it was created as others after they were sequenced. If the retention is None,
-    none of these is ever due. An unreliable event is due after a minute: by then every proxy and
-    every process has passed it on, or will not.
+    An event is due if it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at least one
+    of the configured proxies has acknowledged it; without proxies, only its age counts. An event
+    that is not sequenced yet is kept at any age. For an event that the trigger did not see, the
+    time of its creation counts instead. If the retention is None, none of these is ever due. An
+    unreliable event is due after a minute: by then every proxy and every process has delivered it,
+    or never will.
 
-    It goes on where it stopped, and does not look for the oldest row from the lower end of an
-    index: while some session holds an old snapshot, vacuum can remove nothing, and all that
-    was pruned since would be walked over again with each batch.
+    It continues where it stopped instead of searching the oldest row from the lower end of an
+    index: while a session holds an old snapshot, vacuum cannot remove rows, and each batch would
+    read all rows that were pruned since then.
 
-    ``connection`` is in autocommit mode.
+    ``connection`` must be in autocommit mode.
     """
 
     def __init__(
@@ -108,17 +107,17 @@ class Pruner:
     ) -> None:
         self._connection = connection
         self._stopping = stopping or threading.Event()
-        # How far the unreliable events are pruned: nothing below is looked at again.
+        # The position up to which unreliable events are pruned; rows below are not read again.
         self._scanned: int | None = None
         self._unseen = UnseenEvents(connection)
         self._cursor = UNKNOWN
         self._forget()
 
     def _forget(self) -> None:
-        # No row of the stream is left up to here. None comes later either: positions are given
-        # under a lock that is held until they are committed, so they appear in their order.
+        # No row of the stream is left up to this position, and none can be added: positions are
+        # assigned under a lock that is held until COMMIT, so they appear in order.
         self._empty_to = -(2**63)
-        # Nor of the outbox up to here: see _prune_outbox.
+        # No row of the outbox is left up to this key: see _prune_outbox.
         self._outbox_empty_to = ("0", -(2**63))
         self._unseen.forget()
         self._forget_at = time.monotonic() + _FORGET_SECONDS
@@ -131,10 +130,10 @@ class Pruner:
         last_event_at: Callable[[], float],
         limits: Limits = LIMITS,
     ) -> None:
-        """Prune regularly, until ``stopping`` is set. Never ends because of the database.
+        """Prune regularly until ``stopping`` is set. Errors of the database do not end it.
 
-        Every 30 seconds; every 10 minutes, when there are no events and nothing was pruned.
-        ``last_event_at`` is when events were sequenced last, by `time.monotonic`.
+        It prunes every 30 seconds, or every 10 minutes if there are no events and nothing was
+        pruned. ``last_event_at`` returns when events were last sequenced, by `time.monotonic`.
         """
         while not stopping.is_set():
             try:
@@ -152,10 +151,10 @@ class Pruner:
             stopping.wait(limits.prune)
 
     def run_once(self) -> int:
-        """Returns how many events were pruned. Raises `psycopg.Error`."""
+        """Prune once. Returns the number of pruned events. Raises `psycopg.Error`."""
         if time.monotonic() >= self._forget_at:
             self._forget()
-        # What becomes due meanwhile is left to the next time: there would always be a little.
+        # Events that become due in the meantime are left to the next run, or this would not end.
         row = fetch_one(
             self._connection,
             f"""
@@ -179,11 +178,11 @@ class Pruner:
             pruned += page
         while not self._stopping.is_set() and (page := self._unseen.prune(now)) is not None:
             pruned += page
-        give_back()  # what the channel manager may have asked over
+        give_back()  # a connection that the channel manager may have used
         return pruned
 
     def _prune_old(self, now: datetime) -> int:
-        """Up to 1,000 events past the retention, oldest first; none if all are kept."""
+        """Prune up to 1,000 events past the retention, oldest first. Returns their number."""
         retention = conf.retention
         if retention is None:
             return 0
@@ -211,7 +210,7 @@ class Pruner:
         return pruned
 
     def _prune_unreliable_channels(self, now: datetime) -> int:
-        """Those that a sweep before this one has left, found by their channels.
+        """Prune unreliable events that an earlier pruner has left, by their channels.
 
         There are far fewer channels than events, and the index leads from one to the next.
         """
@@ -249,7 +248,7 @@ class Pruner:
         return pruned
 
     def _channels_after(self, name: str) -> list[str]:
-        """Up to 1,000 channels of the stream, by name: one index lookup each."""
+        """Up to 1,000 channels of the stream after ``name``, by one index lookup each."""
         rows = self._connection.execute(
             """
             WITH RECURSIVE next (channel) AS (
@@ -268,9 +267,9 @@ class Pruner:
         return [row[0] for row in rows]
 
     def _prune_unreliable(self, now: datetime) -> int | None:
-        """Those among the next 10,000 events; None if there are none to look at.
+        """Prune the unreliable ones of the next 10,000 events. Returns None if no event is left.
 
-        Only the channel manager knows which they are, so each event is looked at once.
+        Only the channel manager knows which events are unreliable, so each event is read once.
         """
         row = self._connection.execute(
             """
@@ -304,7 +303,7 @@ class Pruner:
         return pruned
 
     def _prune(self, looked_at: str, params: dict[str, Any]) -> tuple[int, int | None]:
-        # Keeps two sweeps apart, and nobody else.
+        # The lock prevents two pruners from running at once, and affects no other session.
         with self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.execute(_SET_UP)
             cursor.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
@@ -315,14 +314,14 @@ class Pruner:
         return row[0], row[1]
 
     def _prune_outbox(self) -> int:
-        """Up to 1,000 outbox rows that are sequenced for certain.
+        """Prune up to 1,000 outbox rows that are certainly sequenced. Returns their number.
 
-        Those are the rows of all transactions that were over when the cursor's snapshot was
-        taken. They are not kept for the retention: nothing reads them again.
+        These are the rows of all transactions that had ended when the cursor's snapshot was taken.
+        They are not kept for the retention, because they are not read again.
 
-        All of them are visible by now, and none can be added, so what this deletes in the
-        order of the key leaves nothing behind, though later transactions may have lower ids
-        than some that are in the outbox already.
+        All of them are visible now and none can be added, so deleting them in the order of the key
+        leaves none behind, even though later transactions can have lower ids than some rows in the
+        outbox.
         """
         with self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.execute(_SET_UP)
@@ -353,7 +352,7 @@ class Pruner:
 
 
 def _is_unreliable(channel: str) -> bool:
-    # Changes of permission are kept: whoever is late ends its streams then.
+    # Permission changes are kept, so that late proxies and processes end their streams as well.
     return channel != PERMISSION_CHANGES and not is_reliable(channel)
 
 
@@ -363,11 +362,11 @@ def _wait(
     pruned_at: float,
     limits: Limits,
 ) -> None:
-    """Until something may be due."""
+    """Wait until events could be due."""
     began = time.monotonic()
     while not stopping.wait(limits.prune):
         now = time.monotonic()
-        # Events that others sequence count as quiet; those are pruned a little later.
+        # Events that other processes sequence count as quiet, and are pruned a little later.
         quiet_prune = limits.quiet_prune
         if (retention := conf.retention) is not None:
             quiet_prune = min(quiet_prune, retention.total_seconds() / 10)

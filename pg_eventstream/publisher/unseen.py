@@ -1,8 +1,8 @@
-"""Events that the trigger did not see: they have no place in the order, and never get one.
+"""Prunes events that the trigger did not see, which have no place in the order and never get one.
 
-It fires in no session with ``session_replication_role = replica`` (restores, replication), and
-not while somebody has disabled it. Such an event is in neither the outbox nor the stream, while
-every other is in one of the two from its COMMIT until it is pruned, in any snapshot.
+The trigger does not fire in a session with ``session_replication_role = replica`` (restores,
+replication), or while it is disabled. Such an event is in neither the outbox nor the stream. In any
+snapshot, every other event is in one of the two from its COMMIT until it is pruned.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..postgres.connector import fetch_one
 
 logger = logging.getLogger(__name__)
 
-# How many events are looked at, looked for in a part of the stream, and then in all of it.
+# The numbers of events to read first, to look up in a part of the stream, and in all of it.
 _PEEK_EVENTS, _PAGE_EVENTS, _MOST_EVENTS = 100, 10_000, 100_000
 _PART_EVENTS = 2 * _PAGE_EVENTS
 
-# Nothing is indexed by event, so the tables are read once, whatever the statistics say.
+# No table is indexed by event, so the tables are read once, with any statistics.
 _SET_UP = """
     SET LOCAL enable_nestloop = off;
     SET LOCAL enable_mergejoin = off;
     SET LOCAL jit = off;
     SET LOCAL synchronous_commit = off
 """
-# Events stand in the stream nearly in the order of their keys, so most are found at once in the
-# part that follows what was found last. Null: not found.
+# Events are in the stream nearly in the order of their keys, so most are found in the part after
+# those that were found last. The position is null for events that are not found.
 _NEAR = """
     WITH near AS MATERIALIZED (
         SELECT position, event_id FROM pg_eventstream_stream
@@ -48,12 +48,11 @@ _DELETE = """
 
 
 class UnseenEvents:
-    """Prunes them when they were created longer ago than ``EVENTSTREAM_RETENTION``, unless that
-    is None.
+    """Prunes unseen events that were created longer ago than ``EVENTSTREAM_RETENTION``.
 
-    After a sweep hardly an event is as old, so it looks at the oldest few, by their key. Only
-    where one of them is, are events looked for in the stream: each once, however long they stay
-    because no proxy acknowledges them.
+    After other events were pruned, hardly any are that old, so it reads only the oldest few, by
+    their key. Only if one of them is old, events are looked up in the stream, each only once, even
+    if they are kept for long because no proxy acknowledges them.
     """
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
@@ -61,12 +60,12 @@ class UnseenEvents:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew with the first event: others may have appeared below."""
+        """Begin again with the first event, because others could have appeared before it."""
         self._first = self._near = -(2**63)
         self._not_found: list[int] = []
 
     def prune(self, now: datetime) -> int | None:
-        """A page of old events: how many of them were pruned. None if none was left to look at."""
+        """Prune one page of old events. Returns their number, or None if no event is left."""
         retention = conf.retention
         if retention is None:
             return None
@@ -86,7 +85,7 @@ class UnseenEvents:
         return self._delete(old)
 
     def _look(self, limit: int, params: dict[str, Any]) -> tuple[list[int], int | None]:
-        """The old ones among so many events from the first, and the first of all."""
+        """The old ones of the first ``limit`` events, and the first of all."""
         old, first = fetch_one(
             self._connection,
             """
@@ -111,14 +110,14 @@ class UnseenEvents:
             self._near = max(positions) - _PAGE_EVENTS
 
     def _delete(self, ids: list[int]) -> int:
-        """Those of the events that are in neither table."""
+        """Delete those of the events that are in neither table. Returns their number."""
         with self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.execute(_SET_UP)
             pruned = cursor.execute(_DELETE, [ids]).rowcount
         if pruned:
             logger.warning(
-                "%d events have been pruned that were never delivered: the trigger on"
-                " pg_eventstream_event did not see them; look at manage.py check --database %s",
+                "%d events have been pruned that were never delivered, because the trigger on"
+                " pg_eventstream_event did not see them. Run manage.py check --database %s",
                 pruned,
                 conf.database,
             )

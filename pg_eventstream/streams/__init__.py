@@ -1,11 +1,11 @@
-"""What a web process does for the streams that it serves.
+"""The part of a web process that serves streams.
 
-    replay       what a client has missed
-    hub          one per process: reads the stream once for all of its clients
-    subscription one client's events: first what it missed, then what comes
+    replay       reads the events that a client missed
+    hub          one per process: reads the stream once for all clients
+    subscription the events of one client: first the missed ones, then new ones
     direct       a response that streams from this process, without a proxy
-    shutdown     ends the streams when the server wants to end
-    sockets      what the sockets say about the server and its clients
+    shutdown     ends the streams when the server ends
+    sockets      what the process's sockets reveal about the server and its clients
     resumable    refuses a stream whose request or link would be too long to resume
 
 Imports neither `grip` nor `publisher`.

@@ -1,4 +1,4 @@
-"""Streams to clients from this very process (ASGI), without a proxy."""
+"""Streams from this process to clients (ASGI), without a proxy."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .subscription import Batch, Subscription
 
 _T = TypeVar("_T")
 
-# What one piece of a response holds, unless a single event is larger.
+# The maximum of one piece of a response, unless a single event is larger.
 _PIECE_CHARACTERS = 64_000
 
-# Some servers take all that they are given into memory, however little of it the client takes
-# (Daphne: server.py, handle_reply). So after so many bytes a stream goes on only if the client has
-# taken them; else it ends, and the client comes back with the last id that it has. More than fits
-# into the kernel's buffers, beyond which other servers wait.
-_UNTAKEN_BYTES = 16_000_000
-_TAKING_SECONDS, _TAKING_LOOKS = 5, 50
+# Some servers store in memory what the client has not read (Daphne: server.py, handle_reply). So
+# after this many bytes a stream continues only if the client has received them. Otherwise it ends,
+# and the client reconnects with its last id. It is more than the kernel's buffers hold, at which
+# other servers wait.
+_UNRECEIVED_BYTES = 16_000_000
+_RECEIVING_SECONDS, _RECEIVING_LOOKS = 5, 50
 
 
 def stream(
@@ -38,10 +38,10 @@ def stream(
     check: Callable[[], None],
     scope: Mapping[str, Any],
 ) -> StreamingHttpResponse:
-    """A response that streams the channels to a reader until the client leaves.
+    """A response that streams the channels to a reader until the client disconnects.
 
-    ``check`` raises `EventPermissionError` when the reader may not go on. ``scope`` is the
-    request's: the stream ends with the server to which it came.
+    ``check`` raises `EventPermissionError` if the reader may no longer read. ``scope`` is that of
+    the request: the stream ends with the server that received it.
     """
     subscription = Subscription(channels, after, reader, check, conf.replay_age)
     pieces = _pieces(subscription, scope)
@@ -49,8 +49,8 @@ def stream(
 
 
 async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> AsyncIterator[bytes]:
-    if not await _let_go_of_request():
-        subscription.run = _in_thread_of_request
+    if not await _release_request():
+        subscription.run = _run_in_request_thread
     server = server_of(scope)
     now = asyncio.get_running_loop().time
     ends_at = now() + (conf.max_age or math.inf)
@@ -63,7 +63,7 @@ async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> Async
             try:
                 while now() < ends_at:
                     if now() >= check_at:
-                        subscription.ask_again()
+                        subscription.check_again()
                         check_at = now() + conf.next_link_timeout
                     due = min(ends_at, check_at, keep_alive_at)
                     batch = await subscription.next_batch(due - now())
@@ -77,8 +77,8 @@ async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> Async
                     for piece in _encode(batch):
                         yield piece
                         given += len(piece)
-                        if given > _UNTAKEN_BYTES:
-                            if not await _takes(scope, server):
+                        if given > _UNRECEIVED_BYTES:
+                            if not await _has_received(scope, server):
                                 return
                             given = 0
                         keep_alive_at = now() + sse.KEEP_ALIVE_SECONDS
@@ -89,23 +89,23 @@ async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> Async
                 yield sse.encode_error("forbidden", str(e), {"channels": e.channels}).encode()
 
 
-async def _takes(scope: Mapping[str, Any], server: Server) -> bool:
-    """Whether the client takes what it was sent, within a while. False if nobody can say."""
+async def _has_received(scope: Mapping[str, Any], server: Server) -> bool:
+    """Whether the client receives all sent bytes within a few seconds. False if unknown."""
     fd = sockets.connected(scope.get("client"), scope.get("server"))
-    if fd is None:  # a Unix socket, or another proxy's word for who the client is
+    if fd is None:  # a Unix socket, or a client address that another proxy has set
         return False
-    for _ in range(_TAKING_LOOKS):
+    for _ in range(_RECEIVING_LOOKS):
         if server.ends:
             return False
         unsent = sockets.unsent(fd)
         if not unsent:
             return unsent == 0
-        await asyncio.sleep(_TAKING_SECONDS / _TAKING_LOOKS)
+        await asyncio.sleep(_RECEIVING_SECONDS / _RECEIVING_LOOKS)
     return False
 
 
 def _encode(batch: Batch) -> Iterator[bytes]:
-    """The events, in pieces of a bounded size: each is sent before the next is made."""
+    """Yield the events in pieces of bounded size. Each one is sent before the next is made."""
     parts: list[str] = []
     size = 0
     for event, event_id in batch.events:
@@ -119,12 +119,13 @@ def _encode(batch: Batch) -> Iterator[bytes]:
         yield "".join(parts).encode()
 
 
-async def _let_go_of_request() -> bool:
-    """Give back what a request holds until its response is over; False if it is not its own.
+async def _release_request() -> bool:
+    """Release the thread and the connections of the request. Returns False in a test.
 
-    Django runs a request's synchronous parts in a thread of its own, which keeps its database
-    connections until then; a stream would hold them for hours. But in a test that thread is the
-    test's, and the connection has what the test did and will roll back.
+    Django runs a request's synchronous code in a separate thread, which keeps its database
+    connections until the response ends; a stream would keep them for hours. But in a test that
+    thread and its connection belong to the test, and the connection has uncommitted data of the
+    test.
     """
     if await sync_to_async(_in_transaction)():
         return False
@@ -136,7 +137,7 @@ async def _let_go_of_request() -> bool:
     return True
 
 
-async def _in_thread_of_request(function: Callable[[], _T]) -> _T:
+async def _run_in_request_thread(function: Callable[[], _T]) -> _T:
     return await sync_to_async(function)()
 
 

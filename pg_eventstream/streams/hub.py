@@ -1,9 +1,9 @@
-"""One per process and database: reads what is sequenced, once, for all who follow it here.
+"""Reads the stream once for all subscribers of a process. There is one hub per database.
 
-A thread of its own reads the stream over one connection, upon notifications, and hands each
-page to the event loops in which somebody subscribed; a loop hands it on to its subscribers.
-It runs as long as there are any. If no publisher leads it sequences by itself, so that
-development needs no other process.
+A thread reads the stream over one connection when notified, and passes each page to the event loops
+that have subscribers; a loop passes it on to its subscribers. The thread runs as long as there are
+any. If no publisher leads, the hub also sequences events, so that development needs no other
+process.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ from ..stream_event import PermissionChange, Row, decode
 logger = logging.getLogger(__name__)
 
 _PAGE_EVENTS = 200
-#: A larger event is not handed around; each subscriber reads it from the database.
+#: A larger event is not passed on; each subscriber reads it from the database.
 _EVENT_BYTES = 64_000
-#: An event is read with its page, whoever follows it, if data and users to skip are no larger.
+#: An event of any channel is read with its page if its data and users to skip are no larger.
 _SMALL_BYTES = 1000
-# Pages that a loop has not taken yet; then the hub waits for it.
+# The number of pages that a loop may have pending; then the hub waits for it.
 _PAGES_AHEAD = 4
 _RETRY_SECONDS = (0.1, 5.0)
 # A publisher that leads holds this lock exclusively.
-_NOBODY_LEADS = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
+_HAS_NO_LEADER = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
 _look_is_due, _rarely = Rarely(30), Rarely()
 
 
 class Subscriber(Protocol):
-    """Who is offered the news of its channels, and changes of its reader's permission for them.
+    """Gets the rows of its channels, and permission changes of its reader for these channels.
 
-    Called in its event loop only.
+    Its methods are only called in its event loop.
     """
 
     @property
     def channels(self) -> tuple[str, ...]: ...
     def offer(self, row: Row) -> None:
-        """Take it, or remember that there was something to read."""
+        """Take the row, or remember to read it from the database."""
 
     def read_again(self) -> None:
-        """Something may be missing: read it from the database."""
+        """Read from the database, because rows could be missing."""
 
 
 class _Group:
-    """The subscribers of one event loop. All but `post` is called in that loop."""
+    """The subscribers of one event loop. All methods but `post` are called in that loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        #: With their readers.
+        #: The subscribers with their readers.
         self.subscribers: dict[Subscriber, str | None] = {}
-        #: By channel, and those with a reader by that and the channel.
+        #: The subscribers by channel, and by reader and channel.
         self._concerned: defaultdict[str | tuple[str, str], set[Subscriber]] = defaultdict(set)
         self._room = threading.Semaphore(_PAGES_AHEAD)
 
@@ -83,14 +83,14 @@ class _Group:
                 del self._concerned[concern]
 
     def post(self, page: list[Row], stopping: threading.Event) -> None:
-        """From the hub's thread. A loop that is busy holds the hub up, rather than memory."""
+        """Pass a page to the loop. Waits for a busy loop, so that memory stays bounded."""
         while not self._room.acquire(timeout=1):
             if stopping.is_set() or self.loop.is_closed():
                 return
         self.call(self._deliver, page)
 
     def call(self, function: Any, *arguments: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and with it all its streams
+        with suppress(RuntimeError):  # the loop and all its streams are closed
             self.loop.call_soon_threadsafe(function, *arguments)
 
     def _deliver(self, page: list[Row]) -> None:
@@ -119,24 +119,24 @@ def _concerns(subscriber: Subscriber, reader: str | None) -> Iterator[str | tupl
 
 
 class Hub:
-    """Offers everything in the stream, in order and without a gap, to its subscribers.
+    """Offers all rows of the stream to its subscribers, in order and without a gap.
 
-    What an event costs depends on those whom it concerns, and on no others; what it costs to come
-    and to leave, on one's own channels.
+    The cost of an event depends only on the subscribers that it concerns, and the cost of adding or
+    removing a subscriber only on its channels.
     """
 
     def __init__(self, alias: str) -> None:
         self._connector = Connector(alias)
-        self._lock = threading.Lock()  # of all that follows
+        self._lock = threading.Lock()  # guards all attributes below
         self._groups: dict[asyncio.AbstractEventLoop, _Group] = {}
-        #: How many subscribers each channel has, in all loops.
+        #: The number of subscribers of each channel, in all loops.
         self._followed: Counter[str] = Counter()
         self._reader: _Reader | None = None
 
     def add(self, subscriber: Subscriber, reader: str | None = None) -> None:
-        """From now on. What is in the stream already is the subscriber's to read, behind this.
+        """Offer rows to the subscriber from now on. After this, it reads the existing ones itself.
 
-        ``reader`` is the user id whose changes of permission it is offered.
+        ``reader`` is the user id whose permission changes it is offered.
         """
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -160,31 +160,31 @@ class Hub:
 
     @property
     def has_begun(self) -> bool:
-        """Whether all that comes from now on is offered. `Subscriber.read_again` says when."""
+        """Whether all new rows are offered. When that begins, `Subscriber.read_again` is called."""
         reader = self._reader
         return reader is not None and reader.position is not None
 
     def audience(self, reader: _Reader) -> list[_Group]:
-        """Whom the reader serves; nobody if it is not needed."""
+        """The groups that the reader serves; none if it is no longer needed."""
         with self._lock:
             self._forget_closed_loops()
             self._stop_unless_needed()
             return list(self._groups.values()) if reader is self._reader else []
 
     def read_again(self, reader: _Reader) -> None:
-        """Have all who are there by now read anew. Who comes later reads by itself, once."""
+        """Make all current subscribers read again. Later ones read when they are added."""
         for group in self.audience(reader):
             with self._lock:
                 subscribers = list(group.subscribers)
             group.call(group.read_again, subscribers)
 
     def followed(self, channels: Iterable[str]) -> set[str]:
-        """Those of the channels that somebody follows."""
+        """Those of the channels that have subscribers."""
         with self._lock:
             return {channel for channel in channels if channel in self._followed}
 
     def _unfollow(self, subscriber: Subscriber) -> None:
-        # Not by subtracting one Counter from another, which looks at all that both have.
+        # Not by subtracting one Counter from another, which reads all their entries.
         for channel in subscriber.channels:
             self._followed[channel] -= 1
             if not self._followed[channel]:
@@ -240,7 +240,7 @@ class _Reader(threading.Thread):
     def _follow(self, connection: psycopg.Connection[Any]) -> None:
         self._listener = listener = Listener(connection, NEWS, BELL)
         try:
-            # Rings of a time when nobody listened may have been lost.
+            # Notifications from before it listened can be lost.
             rung = {BELL}
             while not self._stopping.is_set():
                 if BELL in rung:
@@ -249,14 +249,14 @@ class _Reader(threading.Thread):
                     self._begin(connection)
                 while not self._stopping.is_set() and self._read_page(connection):
                     pass
-                # The safety poll: nobody may have been there when it rang.
+                # The safety poll, in case a notification was lost.
                 rung = listener.wait(conf.safety_poll) or {BELL}
         finally:
             self._listener = None
             listener.close()
 
     def _begin(self, connection: psycopg.Connection[Any]) -> None:
-        # Looked for above the cursor only: what is pruned may not be vacuumed.
+        # Reads only above the cursor, because pruned rows below might not be vacuumed.
         row = fetch_one(
             connection,
             f"""
@@ -267,21 +267,21 @@ class _Reader(threading.Thread):
         )
         self.position = int(row[0])
         self._cursor = Cursor.of(*row[1:])
-        # For those who waited for this, or who knew another stream.
+        # For subscribers that waited for this, or that knew another stream.
         self._hub.read_again(self)
 
     def _sequence(self, connection: psycopg.Connection[Any]) -> None:
-        """What the publisher does, if none leads."""
+        """Sequence events, as the publisher does, if none leads."""
         if self._may_sequence:
             try:
                 connection.execute(
-                    f"SELECT {SEQUENCE} WHERE {_NOBODY_LEADS}", [self._cursor.as_known]
+                    f"SELECT {SEQUENCE} WHERE {_HAS_NO_LEADER}", [self._cursor.as_known]
                 )
             except psycopg.errors.InsufficientPrivilege:
                 self._may_sequence = False
-                logger.info("hub: this role may not sequence events: the publisher does")
+                logger.info("hub: this role may not sequence events, so the publisher must")
         elif _look_is_due():
-            row = connection.execute(f"SELECT {_NOBODY_LEADS}").fetchone()
+            row = connection.execute(f"SELECT {_HAS_NO_LEADER}").fetchone()
             if row and row[0] and _rarely():
                 logger.warning(
                     "hub: no publisher leads, and this role may not sequence events, so none is"
@@ -290,10 +290,10 @@ class _Reader(threading.Thread):
                 )
 
     def _read_page(self, connection: psycopg.Connection[Any]) -> int:
-        # The rows of all channels, so that the position says what has been passed by. Which of them
-        # somebody follows is looked up here, and not sent along: it may be a list of many
-        # thousands. So small events come along with all, and the large ones of those channels
-        # afterwards. What has just become followed is read by its followers.
+        # Reads the rows of all channels, so that the position covers them. The followed channels
+        # are selected here and are not sent with the query, because there can be many thousands of
+        # them. So small events are read with all rows, and large ones of followed channels after
+        # that. New subscribers read the events of their channels themselves.
         rows = connection.execute(
             f"""
             SELECT c.*, news.position, news.channel, news.eid + coalesce(news.incarnation, 0),
@@ -314,7 +314,7 @@ class _Reader(threading.Thread):
         cursor = Cursor.of(*rows[0][:4])
         if not cursor.follows(self._cursor):
             if self._cursor.place:
-                logger.warning("hub: %s; every client is told what it lost", ANOTHER_STREAM)
+                logger.warning("hub: %s; clients are told what they lost", ANOTHER_STREAM)
             self._begin(connection)
             return 0
         self._cursor = cursor
@@ -326,13 +326,13 @@ class _Reader(threading.Thread):
         if page := _decode(wanted, large):
             for group in self._hub.audience(self):
                 group.post(page, self._stopping)
-        give_back()  # what the channel manager may have asked over
+        give_back()  # a connection that the channel manager may have used
         self.position = rows[-1][4]
         return len(rows)
 
 
 class _Row(NamedTuple):
-    """A row of the stream, with the content of its event if that is small."""
+    """A row of the stream, with the content of its event if it is small."""
 
     position: int
     channel: str
@@ -348,7 +348,7 @@ _Content = tuple[str, str | None, list[str]]
 
 
 def _read_large(connection: psycopg.Connection[Any], ids: list[int]) -> dict[int, _Content]:
-    """Type, data and whom to skip; of those that were not pruned meanwhile."""
+    """The type, data and users to skip of events that were not pruned in the meantime."""
     if not ids:
         return {}
     rows = connection.execute(
@@ -390,9 +390,9 @@ def hub_of(alias: str) -> Hub:
 
 
 def _forget_parent() -> None:
-    """In a process that was forked: it has neither the threads nor the event loops."""
+    """Forget the hubs in a process that was forked, which has no threads and event loops."""
     global _hubs_lock
-    _hubs_lock = threading.Lock()  # another thread may have held it
+    _hubs_lock = threading.Lock()  # another thread could have held the old one
     _hubs.clear()
 
 

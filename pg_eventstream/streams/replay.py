@@ -1,4 +1,4 @@
-"""What a client has missed, read from the stream. No lock, one index lookup per channel."""
+"""Reads the events that a client missed. It takes no lock and one index lookup per channel."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .. import sse
 from ..conf import conf
 from ..stream_event import StreamEvent
 
-# What one response holds, unless a single event is larger. Pages follow each other without
-# delay, so they need not be long; short ones keep every process's memory flat.
+# The maximum of a page, unless a single event is larger. Pages follow each other without delay, so
+# they can be short, which keeps the memory of processes low.
 PAGE_BYTES = 64_000
 PAGE_EVENTS = 500
 
-#: In place of a number: begin with the oldest event that is kept.
+#: Used instead of a number to begin with the oldest stored event.
 EARLIEST: Final = -1
-# From now on. Not NULL, which `array_nulls` may keep out of arrays.
+# Begin now. Not NULL, because the setting `array_nulls` can disable NULL in arrays.
 _NOW = -2
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page of what came after the ids asked for.
+    """A page of events after the requested ids.
 
-    ``start`` holds, per channel, the number in the id before the first event of the page;
-    ``end`` the one after the last, to continue from. ``reset`` names the channels of which events
-    are gone that the client should have had. ``more``: there is another page.
+    For each channel, ``start`` has the number in the id before the first event of the page, and
+    ``end`` the number after the last one, to continue from. ``reset`` names the channels whose next
+    events are gone. ``more`` means that there is another page.
     """
 
     events: list[StreamEvent]
@@ -40,7 +40,7 @@ class Page:
     more: bool
 
     def visible_to(self, reader: str | None) -> Iterator[tuple[StreamEvent, sse.Place]]:
-        """Each event that does not skip this user, with the place after it, which moves along."""
+        """Yield each event that does not skip this user, and the place after it, which moves."""
         place = sse.Place(self.start)
         for event in self.events:
             place.move(event.channel, event.number)
@@ -49,7 +49,7 @@ class Page:
 
 
 def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[str, int]:
-    """Where to begin in each channel; channels that are not there begin now.
+    """Where to begin in each channel. Channels that are not in the result begin now.
 
     Raises `ResumeNotAllowed` and `InvalidRequest` as `sse.parse_id` does.
     """
@@ -65,16 +65,15 @@ def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[s
 def replay(
     after: Mapping[str, int | None], limit: int = PAGE_EVENTS, max_age: timedelta | None = None
 ) -> Page:
-    """The events after the number given for each channel, in commit order over all of them.
+    """The events after the given number of each channel, in commit order across the channels.
 
-    None stands for "from now on": a client that has seen nothing yet. `EARLIEST` for
-    everything that is kept. Events that were sequenced longer ago than ``max_age`` count as
-    pruned.
+    The number None means to begin now, for a client that has received nothing yet, and `EARLIEST`
+    means all stored events. Events that were sequenced longer ago than ``max_age`` count as pruned.
     """
     channels, found, more = read_channels(after, limit, max_age)
     end = {c: channels[c].asked for c, number in after.items() if number is not None}
-    # An id of a stream that was lost (the database is back from a backup) is as gone as a pruned
-    # one, and so is all after an event that somebody has deleted.
+    # An id of a stream that was lost (the database was restored from a backup) is treated like a
+    # pruned one, and so are all events after one that was deleted by hand.
     reset = {c for c in end if not channels[c].complete}
     for event in found:
         if event.prev == end[event.channel]:
@@ -92,7 +91,7 @@ def replay(
 
 
 class ChannelPlace(NamedTuple):
-    """The number of its newest event, 0 for none; the one asked for; whether all after is kept."""
+    """The channel's newest number (0 for none), the requested one, and if all later are stored."""
 
     tip: int
     asked: int
@@ -102,22 +101,22 @@ class ChannelPlace(NamedTuple):
 def read_channels(
     after: Mapping[str, int | None], limit: int, max_age: timedelta | None = None
 ) -> tuple[dict[str, ChannelPlace], list[StreamEvent], bool]:
-    """How far the channels are, one page of their events, and whether there is another."""
+    """The state of the channels, one page of their events, and whether there is another page."""
     # Rows with nth = 0 are the channels, the others the events.
     with connections[conf.database].cursor() as cursor:
-        # One statement, hence one snapshot: what is pruned goes in the same statement of the
-        # sweep that says so in the channel, and no hole can tear open in between. Above what the
-        # channel remembers as pruned, its rows have no gap: if the first is there, all are.
+        # One statement and therefore one snapshot: the pruner deletes events and records that in
+        # the channel with one statement, so that no gap can appear in between. Above the eid up to
+        # which the channel is recorded as pruned, its rows have no gap: if the first one exists,
+        # all do.
         #
-        # Per channel one range of the index (channel, eid), as wide as a page since eids are
-        # dense; then all are merged in commit order, and only what is on the page is looked
-        # up by its key. LIMIT and OFFSET 0 keep the planner from turning these look-ups into
-        # joins that read the tables from end to end, as it would after a burst that the
-        # statistics do not know of yet. The running sum keeps the memory of a page bounded:
-        # only a first event may be larger than that.
+        # Each channel takes one range of the index (channel, eid), as wide as a page because eids
+        # are dense. The ranges are merged in commit order, and only events of the page are looked
+        # up by their keys. LIMIT and OFFSET 0 prevent the planner from turning these lookups into
+        # joins that read whole tables, as it would with statistics from before a burst. The running
+        # sum limits the size of a page: only a single first event can be larger.
         #
-        # Eids are in the order of time, so a search by halves finds the oldest event that is
-        # young enough: 20 look-ups in a channel of a million.
+        # Eids are in the order of time, so a binary search finds the oldest event that is young
+        # enough, with 20 lookups in a channel of a million events.
         cursor.execute(
             """
             WITH asked AS MATERIALIZED (

@@ -1,9 +1,9 @@
-"""Ends streams when the server that serves them wants to end.
+"""Ends streams when the server that serves them is about to end.
 
-Servers wait for open responses to end, and ASGI has no event that reaches these in time. But
-however a server is told - by a signal, by its supervisor, by its own limit of requests - it first
-closes the sockets at which it listens. So while streams are open the process looks at its sockets
-four times a second. Granian keeps them open; there the signal says it.
+Servers wait for open responses to end, and ASGI has no event that reaches these in time. But for
+any reason to end (a signal, its supervisor, its own limit of requests), a server first closes the
+sockets on which it listens. So while streams are open, the process looks at its sockets four times
+a second. Granian keeps them open, but there the signal is noticed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _INTERVAL = 0.25
 
 
 class Server:
-    """What listens in this process at one port, and the streams of one event loop from there.
+    """The sockets of this process that listen on one port, and their streams in one event loop.
 
-    Port None stands for Unix sockets, whatever their path: servers disagree on how to tell it.
+    Port None stands for Unix sockets with any path, because servers report paths differently.
     """
 
     def __init__(self, port: int | None) -> None:
@@ -39,16 +39,16 @@ class Server:
 
     @property
     def ends(self) -> bool:
-        """Whether the process was told to end, or one of the sockets that were found is closed."""
-        return _told or not all(sockets.listens(fd, self._port) for fd in self._sockets)
+        """Whether the process got a signal to end, or one of its listening sockets was closed."""
+        return _signalled or not all(sockets.listens(fd, self._port) for fd in self._sockets)
 
     def find_again(self) -> None:
-        """Another server may listen in place of the one that has ended."""
+        """Find the sockets again: another server can have replaced one that has ended."""
         self._sockets = sockets.listening(self._port) or self._sockets
 
     @contextmanager
     def serving(self, end: Callable[[], None]) -> Iterator[None]:
-        """Call ``end`` if the server ends meanwhile."""
+        """Call ``end`` if the server ends during the block."""
         self._streams.add(end)
         if self._timer is None:
             self._look()
@@ -73,7 +73,7 @@ _servers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int | None, Server]]
 
 
 def server_of(scope: Mapping[str, Any]) -> Server:
-    """The server to which a request came, of the running event loop."""
+    """The server that received a request, for the running event loop."""
     port = sockets.port_of(scope.get("server"))
     _listen_to_signals()
     servers = _servers.setdefault(asyncio.get_running_loop(), {})
@@ -85,30 +85,30 @@ def server_of(scope: Mapping[str, Any]) -> Server:
 
 
 _signals_lock = threading.Lock()
-_signals_are_ours = False
-_told = False
+_handlers_installed = False
+_signalled = False
 
 
 def _listen_to_signals() -> None:
-    """Note those that stop servers, before the handlers that these have installed."""
-    global _signals_are_ours, _told
+    """Note signals that stop servers, and then call the handlers that these have installed."""
+    global _handlers_installed, _signalled
     with _signals_lock:
-        if _signals_are_ours or threading.current_thread() is not threading.main_thread():
+        if _handlers_installed or threading.current_thread() is not threading.main_thread():
             return
-        _signals_are_ours = True
+        _handlers_installed = True
     for number in (signal.SIGTERM, signal.SIGINT):
         previous = signal.getsignal(number)
         signal.signal(number, partial(_on_signal, previous))
-        # The first stream of this process may come when the sockets are closed already: clients
-        # come here from others that end. Uvicorn would wait for it (server.py, shutdown).
+        # The first stream of this process can begin when the sockets are closed already, for a
+        # client of another server that has ended. Uvicorn would wait for it (server.py, shutdown).
         uvicorn = getattr(previous, "__self__", None)
         if not all(listener.is_serving() for listener in getattr(uvicorn, "servers", [])):
-            _told = True
+            _signalled = True
 
 
 def _on_signal(previous: Any, number: int, frame: FrameType | None) -> None:
-    global _told
-    _told = True
+    global _signalled
+    _signalled = True
     if callable(previous):
         previous(number, frame)
     elif previous == signal.SIG_DFL:
@@ -117,10 +117,10 @@ def _on_signal(previous: Any, number: int, frame: FrameType | None) -> None:
 
 
 def _forget_parent() -> None:
-    """In a process that was forked: whoever serves here has yet to say how it is stopped."""
-    global _signals_lock, _signals_are_ours, _told
-    _signals_lock = threading.Lock()  # another thread may have held it
-    _signals_are_ours = _told = False
+    """Begin again in a process that was forked, whose server can have other signal handlers."""
+    global _signals_lock, _handlers_installed, _signalled
+    _signals_lock = threading.Lock()  # another thread could have held the old one
+    _handlers_installed = _signalled = False
     _servers.clear()
 
 

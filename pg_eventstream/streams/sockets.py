@@ -1,4 +1,4 @@
-"""What the process's own sockets tell of a server and of its clients, and ASGI does not."""
+"""Finds out from the process's sockets what ASGI does not tell about a server and its clients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 def port_of(address: Any) -> int | None:
     """The port of a ``client`` or ``server`` in a request's scope; None for a Unix socket.
 
-    As servers write them: the port may be text, and a path may be cut to pieces.
+    Servers write addresses differently: a port can be text, and a path can be split.
     """
     try:
         return int(address[1])
@@ -24,12 +24,12 @@ def port_of(address: Any) -> int | None:
 
 
 def listening(port: int | None) -> list[int]:
-    """The process's files that are sockets listening at a port; None stands for Unix sockets."""
+    """The descriptors of sockets that listen on a port; None stands for Unix sockets."""
     return [fd for fd in _files() if listens(fd, port)]
 
 
 def listens(fd: int, port: int | None) -> bool:
-    """Whether the file is a socket that listens at this port."""
+    """Whether the descriptor is a socket that listens on this port."""
     with suppress(OSError), _as_socket(fd) as opened:
         if opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             name = opened.getsockname()
@@ -38,7 +38,7 @@ def listens(fd: int, port: int | None) -> bool:
 
 
 def connected(client: Any, server: Any) -> int | None:
-    """The process's connection from a scope's ``client`` to its ``server``, if there is one."""
+    """The descriptor of the connection from a scope's ``client`` to its ``server``, if any."""
     ports = port_of(client), port_of(server)
     if None in ports:
         return None
@@ -53,7 +53,7 @@ def connected(client: Any, server: Any) -> int | None:
 
 
 def unsent(fd: int) -> int | None:
-    """Bytes in a connection that the other side has not acknowledged; None if unknown."""
+    """The bytes in a connection that the other side has not acknowledged; None if unknown."""
     waiting = array.array("i", [0])
     try:
         fcntl.ioctl(fd, termios.TIOCOUTQ, waiting)  # Linux: SIOCOUTQ, see tcp(7)
@@ -65,13 +65,13 @@ def unsent(fd: int) -> int | None:
 def _files() -> list[int]:
     try:
         return [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # not everywhere
+    except OSError:  # not on all systems
         return []
 
 
 @contextmanager
 def _as_socket(fd: int) -> Iterator[socket.socket]:
-    """Raises `OSError` if it is none."""
+    """Open the descriptor as a socket. Raises `OSError` if it is not one."""
     opened = socket.socket(fileno=fd)
     try:
         yield opened

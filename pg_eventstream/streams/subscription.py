@@ -1,7 +1,8 @@
-"""Follows channels from a place in the stream on: what was missed, then what comes.
+"""Follows channels from a place in the stream: first the missed events, then new ones.
 
-Reading and live news join without a gap or a repeat, by the eids, which are dense. Whoever
-falls behind reads from the database again, so nothing is lost and memory stays bounded.
+Events that are read from the database and new ones join without a gap or a repeat, because eids are
+dense. A slow subscription reads from the database again, so that no event is lost and memory stays
+bounded.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# What waits in memory for a subscriber that is slow; beyond, it reads from the database again.
+# The queue in memory of a slow subscription. If it is full, events are read from the database.
 _QUEUE_EVENTS, _QUEUE_BYTES = 250, 500_000
 _RETRY_SECONDS = (0.1, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What came: events, each with the id after it. Nothing at all if the time was over.
+    """Events, each with the id after it. It is empty after a timeout.
 
-    ``reset`` names the channels of which events are gone that should come first, ``start`` is
-    set when this was read from the database: the id before the first event. ``ended``: after
+    ``reset`` names the channels whose next events are gone. ``start`` is set if the events were
+    read from the database, and is the id before the first one. ``ended`` is set after
     `Subscription.end`.
     """
 
@@ -57,17 +58,17 @@ class Run(Protocol):
 
 
 class Subscription:
-    """One reader of some channels: an async context manager.
+    """One reader of some channels. It is an async context manager.
 
-    `next_batch` waits for what comes next. It may be cancelled; nothing is lost then.
+    `next_batch` waits for the next events. It can be cancelled without losing any.
 
-    ``reader`` is the user id whose events these are: those that skip this user are left out,
-    and ``check`` is called, in a thread, before anything is passed on that may have been sent
-    after a change of this user's permissions. What it raises, `next_batch` raises.
+    ``reader`` is the user id of the reader: events that skip this user are left out, and ``check``
+    is called in a thread before the reader gets events that could have been sent after a change of
+    its permissions. `next_batch` raises the exceptions of ``check``.
 
-    ``max_age`` is that of the oldest event to begin with.
+    ``max_age`` is the maximum age of the first event.
 
-    Raises `ImproperlyConfigured` if a number among the settings makes no sense.
+    Raises `ImproperlyConfigured` if a setting has an invalid number.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Subscription:
         self._reader = reader
         self._check = check
         self._max_age = max_age
-        #: Calls what reads the database.
+        #: Calls functions that read the database.
         self.run: Run = arun
         self._hub = hub_of(conf.database)
         self._place: sse.Place | None = None  # in the reliable channels
@@ -96,7 +97,7 @@ class Subscription:
         self._waiter: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Subscription:
-        # First this, then what is in the stream already: so nothing falls in between.
+        # Before the existing rows are read, so that no row is missed in between.
         self._hub.add(self, self._reader)
         return self
 
@@ -109,7 +110,7 @@ class Subscription:
         self._hub.discard(self)
 
     async def next_batch(self, timeout: float | None = None) -> Batch:
-        """The next events, as soon as there are any; an empty batch after so many seconds."""
+        """The next events as soon as there are any, or an empty batch after ``timeout`` seconds."""
         deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
         backoff = Backoff(*_RETRY_SECONDS)
         while not self._ended:
@@ -131,7 +132,7 @@ class Subscription:
         return Batch(ended=True)
 
     async def _wait(self, deadline: float | None, delay: float | None = None) -> bool:
-        """Until something is offered, or so many seconds long; False at the deadline."""
+        """Wait for an offered row, at most ``delay`` seconds. Returns False at the deadline."""
         loop = asyncio.get_running_loop()
         self._waiter = waiter = loop.create_future()
         until = deadline
@@ -151,15 +152,15 @@ class Subscription:
             self._waiter.set_result(None)
 
     def end(self) -> None:
-        """From now on `next_batch` says that it has ended."""
+        """End the subscription: from now on `next_batch` returns a batch that says so."""
         self._ended = True
         self._wake()
 
-    def ask_again(self) -> None:
-        """As if the reader's permissions had changed."""
+    def check_again(self) -> None:
+        """Check the reader's permissions again, as if they had changed."""
         self.offer(PermissionChange(0, self._reader or "", ""))
 
-    # What the hub calls
+    # Called by the hub
 
     def offer(self, row: Row) -> None:
         if len(self._queue) >= _QUEUE_EVENTS or self._queued_bytes >= _QUEUE_BYTES:
@@ -176,11 +177,11 @@ class Subscription:
         self._behind = True
         self._wake()
 
-    # What comes next
+    # The next events
 
     async def _read(self) -> Batch:
-        """The next page from the database; then permission is asked for, in this order."""
-        # What is offered meanwhile is queued: it may or may not be on the page.
+        """Read the next page from the database, and check permissions after that."""
+        # Rows that are offered in the meantime are queued; they can also be on the page.
         self._behind = False
         try:
             missed = await self.run(self._replay)
@@ -203,7 +204,7 @@ class Subscription:
         return missed
 
     async def _take(self) -> list[tuple[StreamEvent, str]]:
-        """What is queued, up to a change of permission or a gap."""
+        """Take the queued events, up to a permission change or a gap."""
         events: list[tuple[StreamEvent, str]] = []
         place = self._place or sse.Place({})
         while self._queue:
@@ -212,7 +213,7 @@ class Subscription:
                 if events:
                     break
                 await self.run(self._check)
-                if self._behind:  # it was cleared meanwhile
+                if self._behind:  # the queue was cleared in the meantime
                     break
                 self._queue.popleft()
                 continue

@@ -164,7 +164,7 @@ def test_streams_are_told_what_is_lost_and_go_on(
             else:
                 check_told(client, sent)
         if way is not WAYS["events deleted"]:
-            publisher.wait_for_log("the stream is not the one that it was before")
+            publisher.wait_for_log("the stream is not the same as before")
 
         # A client that was away misses events that are gone, or has ids that are lost.
         for url in urls:

@@ -294,7 +294,7 @@ def test_forged_change_of_permission_stops_nothing(
     )
     database.send(f"public{channel}", "after")
     client.wait_count(1)
-    publisher.wait_for_log("no change of permission")
+    publisher.wait_for_log("not a valid permission change")
 
 
 def test_revocation_counts_at_every_proxy(

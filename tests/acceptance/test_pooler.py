@@ -87,7 +87,7 @@ def test_events_of_senders_behind_a_pooler_are_delivered_promptly(
     assert [event.data for event in client.events] == [str(n) for n in range(30)]
 
 
-WITHOUT_LISTEN = "so that two publishers may lead at once: give it a direct connection"
+WITHOUT_LISTEN = "so that two publishers can lead at once. Use a direct connection"
 
 
 def test_publisher_behind_a_pooler_says_what_is_wrong_and_delivers_by_polling(

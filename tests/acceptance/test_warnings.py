@@ -93,7 +93,7 @@ def test_next_link_that_a_middleware_answers_is_logged(
     )
     with SSEClient(f"{pushpin.url}/events/", [channel], headers={"Cookie": "a=b"}) as client:
         client.wait_open()
-        app.wait_for("something else answers than the view 'pg_eventstream-next'")
+        app.wait_for("the view 'pg_eventstream-next' does not get its request")
 
 
 def test_next_link_that_a_middleware_lets_through_goes_on(
@@ -107,7 +107,7 @@ def test_next_link_that_a_middleware_lets_through_goes_on(
         client.wait_open()
         send_event(channel, "message", "x" * 500_000)  # only the link delivers it
         client.wait_count(1)
-    assert "something else answers" not in app.log
+    assert "does not get its request" not in app.log
 
 
 @pytest.mark.parametrize("server", ["asgi", "wsgi"])
@@ -118,7 +118,7 @@ def test_path_that_was_changed_on_the_way_is_logged(
     app = serve(server)
     with SSEClient(f"{pushpin.url}/stripped/events/", [channel]) as client:
         client.wait_open()
-        app.wait_for("name the prefix in FORCE_SCRIPT_NAME")
+        app.wait_for("set FORCE_SCRIPT_NAME to the prefix")
 
 
 # A signature that cannot be verified

@@ -201,7 +201,7 @@ def test_id_that_was_never_sent_is_refused(database: Database) -> None:
 
 def test_string_in_place_of_a_list_of_names_is_refused(database: Database) -> None:
     for read in (get_events, get_current_event_id):
-        with pytest.raises(InvalidRequest, match=r"must be a list: \['room'\]"):
+        with pytest.raises(InvalidRequest, match=r"must be a list, such as \['room'\]"):
             read("room")
 
 

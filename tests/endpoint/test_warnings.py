@@ -190,7 +190,7 @@ def test_publisher_that_died_is_named(database: Database, caplog: Log) -> None:
     assert look(caplog) == []
     lead(database, "http://127.0.0.1:1", silent=3600)
     [message] = look(caplog)
-    assert "host:1 has not shown itself for 3600 seconds" in message
+    assert "host:1 has shown no sign of life for 3600 seconds" in message
     assert START in message
 
 

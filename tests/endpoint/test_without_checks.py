@@ -176,7 +176,7 @@ def test_endpoint_of_an_app_that_is_not_installed_says_so(database: Database) ->
     ("settings", "says", "logged"),
     [
         ({}, "pip install daphne", True),
-        ({"GRIP_PROXY_REQUIRED": True}, "GRIP_PROXY_REQUIRED lets no other in", True),
+        ({"GRIP_PROXY_REQUIRED": True}, "GRIP_PROXY_REQUIRED demands", True),
         ({"GRIP_PROXIES": [PROXY]}, "django_grip.GripMiddleware", False),
         ({"GRIP_PROXIES": [PROXY], "GRIP_PROXY_REQUIRED": True}, "GRIP_PROXY_REQUIRED", False),
     ],

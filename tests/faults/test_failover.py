@@ -181,7 +181,7 @@ def test_ids_that_were_lost_with_the_primary_are_told_from_those_given_since(
                 stayer.wait_for(lambda: any(e.type == "stream-reset" for e in stayer.control))
                 on_standby.send(channel, "last")
                 stayer.wait_for(lambda: stayer.events[-1].data == "last")
-                publisher.wait_for_log("the stream is not the one that it was before")
+                publisher.wait_for_log("the stream is not the same as before")
                 # A lost id is distinguished from that of the event in its place.
                 with SSEClient(url, [channel], last_event_id=stayer.events[4].id) as back:
                     back.wait_for(lambda: any(e.type == "stream-reset" for e in back.control))

@@ -421,7 +421,7 @@ def test_users_can_be_skipped_as_objects_too(database: Database) -> None:
 
 def test_tuple_that_is_no_event_is_refused_with_what_it_should_be(database: Database) -> None:
     for wrong in (("c", "t"), ("c", "t", 1, None, True, "more"), ()):
-        with pytest.raises(InvalidEvent, match=r"must be \(channel, event_type, data"):
+        with pytest.raises(InvalidEvent, match=r"must be a tuple \(channel, event_type, data"):
             send_events([wrong])
 
 
