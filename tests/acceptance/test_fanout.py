@@ -59,13 +59,13 @@ class Cloud(HttpService):
     def __init__(self) -> None:
         super().__init__()
         self.path = ""
-        """Where it takes events."""
+        """The path at which it accepts events."""
         self.keys: dict[str, bytes] = {}
-        """Of each issuer; if there are none, the bearer token counts."""
+        """The key of each issuer; without any, the bearer token counts."""
         self.token = TOKEN
         self.items: list[dict[str, Any]] = []
         self.refused: list[str] = []
-        """What was wrong with each request that was refused."""
+        """Why each refused request was refused."""
         self.authorizations: list[str] = []
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:

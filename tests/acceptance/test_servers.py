@@ -118,7 +118,7 @@ def texts(client: SSEClient) -> list[str]:
 # Servers
 
 AT_ONCE = 2.0
-"""Seconds. Idle servers take up to 0.8; one that waits for its streams to end, for ever."""
+"""Seconds. Idle servers take up to 0.8; one that waited for its streams would not end."""
 
 
 def tell(server: Server, number: signal.Signals) -> None:

@@ -253,7 +253,7 @@ def test_role_without_rights_learns_nothing_and_does_not_ask_again(
 
 
 def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process sequences by itself."""
+    """The process sequences events itself."""
     looks: list[object] = []
     monkeypatch.setattr(liveness, "run_later", looks.append)
     with override_settings(DEBUG=True):

@@ -90,7 +90,7 @@ class Tokens(DefaultChannelManager):
         if not token:
             return None
         if scheme != "Bearer" or not token.startswith("user-"):
-            raise PermissionDenied("This is no token of ours.")
+            raise PermissionDenied("This is not a valid token.")
         return User.objects.get(username=token.removeprefix("user-"))
 
     def can_read_channel(self, user: AbstractBaseUser | None, channel: str) -> bool:

@@ -144,12 +144,12 @@ class Follower(SSEClient):
         channel, sender, number, commits, sent_at = received.data.split()
         eid = received.eids[channel]
         if eid != self._eids[channel] + 1:
-            self._fault(f"{channel}:{eid} came behind {channel}:{self._eids[channel]}")
+            self._fault(f"{channel}:{eid} came after {channel}:{self._eids[channel]}")
         if commits == "no":
             self._fault(f"{channel}:{eid} was rolled back")
         tally = self.got[channel, sender]
         if int(number) <= tally.last:
-            self._fault(f"{channel}:{eid}: {sender}'s {number} came behind its {tally.last}")
+            self._fault(f"{channel}:{eid}: {sender}'s {number} came after its {tally.last}")
         tally.add(int(number))
         self._eids[channel] = eid
         self.digests[channel] = zlib.crc32(

@@ -75,9 +75,9 @@ class Page:
         self._context = context
         self._page = page
         self.console: list[str] = []
-        """What the page logged, and the errors that it did not catch."""
+        """The messages that the page logged, and its uncaught errors."""
         self.requests: list[str] = []
-        """The URLs that it asked for."""
+        """The URLs that it requested."""
         page.on("console", lambda message: self.console.append(message.text))
         page.on("pageerror", lambda error: self.console.append(str(error)))
         page.on("request", lambda request: self.requests.append(request.url))

@@ -20,13 +20,13 @@ class ControlPort(HttpService):
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
         self.answers: list[int] = []
-        """Status codes for the next requests; then 200."""
+        """The status codes for the next requests; after these, 200."""
         self.refused = "\0"
-        """Text for which a whole request is refused with 400, as Pushpin does."""
+        """A request with this text is refused with 400, as Pushpin does."""
         self.takes_all = False
-        """Whether it even takes what it says it does not."""
+        """Whether it accepts requests that it reports as refused."""
         self.silent = threading.Event()
-        """While set, requests get no answer."""
+        """While set, requests get no response."""
         self.answering = threading.Event()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:

@@ -31,7 +31,7 @@ class Load:
     pause: float = 0.004
     seed: int = 0
     length: int = 0
-    """The least length of an event's data."""
+    """The minimum length of an event's data."""
     committed: list[str] = field(default_factory=list)
     rolled_back: list[str] = field(default_factory=list)
     persistent: bool = False

@@ -42,7 +42,7 @@ class Network:
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://{HOST}:{self.port}"
         self.connections = 0
-        """So many were made, those that were reset at once included."""
+        """The number of connections, including those that were reset immediately."""
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._is_cut = False

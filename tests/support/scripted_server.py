@@ -38,7 +38,7 @@ class Request:
     target: str
     headers: Message
     at: float
-    """In seconds, of a monotonic clock."""
+    """In seconds, by a monotonic clock."""
 
 
 def answer(text: str, *, hold: bool = False, headers: Mapping[str, str] | None = None) -> Answer:

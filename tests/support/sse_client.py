@@ -27,7 +27,7 @@ class Received:
     data: str
     id: str
     at: float
-    """Wall clock, in seconds since the epoch."""
+    """By the wall clock, in seconds since the epoch."""
 
     @property
     def eids(self) -> dict[str, int]:
@@ -48,7 +48,7 @@ class SSEClient:
     reconnect: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
     patience: float = 60
-    """After so many seconds without a byte the stream has ended."""
+    """After this many seconds without a byte, the stream has ended."""
 
     def __post_init__(self) -> None:
         self.events: list[Received] = []

@@ -1,4 +1,4 @@
-"""Imports run one way: what each folder of the package may import."""
+"""Imports run one way: the modules that each folder of the package may import."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = "pg_eventstream"
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a module, without that of the package: ``grip.items``."""
+    """The dotted name of a module without the package: ``grip.items``."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -27,7 +27,7 @@ MODULES = {
 
 
 def imported_by(module: str, *, lazily: bool = True) -> set[str]:
-    """The modules of the package that it imports; ``lazily``: those in functions as well."""
+    """The modules of the package that it imports; with ``lazily``, also inside functions."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     nodes = ast.walk(tree) if lazily else iter(tree.body)
     found = {name for node in nodes for name in names_in(node, module)}
@@ -58,7 +58,7 @@ def is_in(module: str, folder: str) -> bool:
     return module == folder or module.startswith(f"{folder}.")
 
 
-#: What a folder may import of the package beside itself. Nothing else, if it is named here.
+#: The only modules of the package that these folders may import, besides their own.
 MAY_IMPORT = {
     "postgres": {"limits"},
     "servers": set(),
@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "backoff": set(),
     "errors": set(),
 }
-#: What a folder must not import.
+#: The modules that a folder must not import.
 MUST_NOT_IMPORT = {
     "grip": ["streams", "publisher", "endpoint", "views", "management"],
     "streams": ["grip", "publisher", "endpoint", "views", "management"],

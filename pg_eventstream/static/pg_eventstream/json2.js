@@ -1,1 +1,1 @@
-// Old pages load this file. It is empty: every browser has JSON of its own.
+// Old pages load this file. It is empty, because every browser supports JSON.

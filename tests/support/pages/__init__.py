@@ -1,4 +1,4 @@
-"""Pages for the browser, with the package's static files, beside the streams."""
+"""Pages for the browser with the package's static files, in addition to the streams."""
 
 from __future__ import annotations
 
