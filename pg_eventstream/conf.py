@@ -89,7 +89,7 @@ class Conf:
     @property
     def channel_limit(self) -> int:
         """Channels per stream. Default: 10. A setting above 19 counts as 19."""
-        return min(_whole("EVENTSTREAM_CHANNEL_LIMIT", 10), MOST_CHANNELS)
+        return min(_integer("EVENTSTREAM_CHANNEL_LIMIT", 10), MOST_CHANNELS)
 
     @property
     def next_link_timeout(self) -> int:
@@ -97,7 +97,7 @@ class Conf:
 
         Permissions are checked again at that time. Default: 600.
         """
-        return _whole("EVENTSTREAM_NEXT_LINK_TIMEOUT", 600, _DAY_SECONDS)
+        return _integer("EVENTSTREAM_NEXT_LINK_TIMEOUT", 600, _DAY_SECONDS)
 
     @property
     def max_age(self) -> float | None:
@@ -204,7 +204,7 @@ def _seconds(name: str, default: float | None, without: str, most: int) -> float
     )
 
 
-def _whole(name: str, default: int, most: float = math.inf) -> int:
+def _integer(name: str, default: int, most: float = math.inf) -> int:
     """Read a setting that is a whole number."""
     value = getattr(settings, name, default)
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:

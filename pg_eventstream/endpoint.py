@@ -87,8 +87,8 @@ def open_stream(
     conf.check_numbers()
     proxied = _came_through_proxy(request)
     if proxied:
-        liveness.look_after_publisher()
-    elif not _streams_directly(request):
+        liveness.check_publisher()
+    elif not _can_stream_directly(request):
         return _refuse(request)
     try:
         channels = _requested_channels(request, view_kwargs)
@@ -126,14 +126,14 @@ def _stream(
     def check() -> None:
         check_permission(_user_of_session(session), session.channels)
 
-    assert isinstance(request, ASGIRequest)  # noqa: S101  (see _streams_directly)
+    assert isinstance(request, ASGIRequest)  # noqa: S101  (see _can_stream_directly)
     return direct.stream(session.channels, after, session.user_id, check, request.scope)
 
 
 @_set_headers
 def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpResponseBase:
     """Tell the proxy how a stream continues. Ends it if the user may no longer read it."""
-    next_links.arrived(request)
+    next_links.mark_arrived(request)
     conf.check_numbers()
     if not _came_through_proxy(request):
         return _refuse(request)
@@ -183,9 +183,9 @@ def require_installed() -> None:
         )
 
 
-def streams(request: HttpRequest) -> bool:
+def can_stream(request: HttpRequest) -> bool:
     """Whether events arrive at this request's URL, through the proxy or from this process."""
-    return _came_through_proxy(request) or _streams_directly(request)
+    return _came_through_proxy(request) or _can_stream_directly(request)
 
 
 def _refuse(request: HttpRequest) -> HttpResponseBase:
@@ -205,7 +205,7 @@ def _came_through_proxy(request: HttpRequest) -> bool:
     return False
 
 
-def _streams_directly(request: HttpRequest) -> bool:
+def _can_stream_directly(request: HttpRequest) -> bool:
     """Whether this process can stream without a proxy, and is allowed to."""
     return isinstance(request, ASGIRequest) and not needs_proxy()
 

@@ -18,15 +18,15 @@ from .rarely import Rarely
 
 logger = logging.getLogger("pg_eventstream.liveness")
 
-_LOOK_SECONDS = 15.0
+_CHECK_SECONDS = 15.0
 #: A publisher updates its heartbeat every 10 seconds, and a proxy takes events at once.
 _LATE_SECONDS = 30.0
 _START = "Start it, and keep it running as a service: python manage.py eventstream_publisher"
-_look_is_due = Rarely(_LOOK_SECONDS)
+_check_is_due = Rarely(_CHECK_SECONDS)
 _rarely = Rarely()
 
 
-def look_after_publisher() -> None:
+def check_publisher() -> None:
     """Check whether events reach the proxies, and log a warning if they do not.
 
     It checks at most once in 15 seconds per process, and warns once in ten minutes. The check runs
@@ -34,22 +34,22 @@ def look_after_publisher() -> None:
     Roles that may not read the publisher's state do not check. Nor do tests of a project: no
     publisher runs there, and another connection would prevent the removal of the test database.
     """
-    if not _look_is_due() or hasattr(mail, "outbox"):  # in a test
+    if not _check_is_due() or hasattr(mail, "outbox"):  # in a test
         return
     if conf.grip_proxies:  # without a proxy, the process sequences events itself
-        run_later(_look)
+        run_later(_check)
 
 
-def _look() -> None:
+def _check() -> None:
     try:
-        _look_at_publisher()
+        _check_state()
     except DatabaseError as e:
         if not isinstance(e.__cause__, psycopg.errors.InsufficientPrivilege):
             raise
-        _look_is_due.never_again()  # because PostgreSQL would log each attempt
+        _check_is_due.never_again()  # because PostgreSQL would log each attempt
 
 
-def _look_at_publisher() -> None:
+def _check_state() -> None:
     with connections[conf.database].cursor() as cursor:
         cursor.execute(
             "SELECT name, extract(epoch FROM now() - heartbeat)::float8"

@@ -19,7 +19,7 @@ from django.db.models.functions import Now
 from pgtrigger import compiler
 
 from .sse import RESERVED_TYPES
-from .tables.fixtures import Loadable, forget_cursor, load_outbox_row, may_take_place
+from .tables.fixtures import Loadable, can_load_place, forget_cursor, load_outbox_row
 
 if not apps.is_installed("pgtrigger"):
     # Without it Django would refuse the attribute "triggers" below without giving the reason.
@@ -230,7 +230,7 @@ class Stream(Loadable):
 
     def load(self, connection: BaseDatabaseWrapper) -> bool:
         place = (self.position, self.channel, self.eid, self.event_id)
-        if not may_take_place(connection, *place):
+        if not can_load_place(connection, *place):
             return False
         forget_cursor(connection)
         return True

@@ -78,7 +78,7 @@ class BrowsableAPIEventStreamRenderer(BrowsableAPIRenderer):
             url = remove_query_param(address, api_settings.URL_FORMAT_OVERRIDE)
             context["stream"] = {
                 "url": url,
-                "arrives": endpoint.streams(renderer_context["request"]._request),
+                "arrives": endpoint.can_stream(renderer_context["request"]._request),
                 "has_proxy": bool(conf.grip_proxies) or endpoint.needs_proxy(),
                 **data,
             }

@@ -121,7 +121,7 @@ def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None 
             [list(channels), list(types), list(texts), [json.dumps(ids) for ids in skips]],
         )
     if settings.DEBUG:
-        liveness.look_after_publisher()
+        liveness.check_publisher()
 
 
 def _new_event(event: NewEvent | tuple[Any, ...]) -> NewEvent:
@@ -141,7 +141,7 @@ def insert(row: tuple[str, str, str, list[str]], using: str | None) -> None:
     with connections[alias].cursor() as cursor, _ExplainErrors(alias):
         cursor.execute(statement, values)
     if settings.DEBUG:
-        liveness.look_after_publisher()
+        liveness.check_publisher()
 
 
 class _ExplainErrors:

@@ -82,7 +82,7 @@ def expect(environ: Any = None, scope: Any = None, **kwargs: Any) -> None:
     (environ if scope is None else scope)[_KEY] = _current.request
 
 
-def arrived(request: HttpRequest) -> None:
+def mark_arrived(request: HttpRequest) -> None:
     """Note that the request has reached the view."""
     link_request = getattr(request, "scope", request.META).get(_KEY)
     if link_request is not None:

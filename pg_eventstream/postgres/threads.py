@@ -94,7 +94,7 @@ def _call(function: Callable[[], _T]) -> _T:
     try:
         return _call_again_if_lost(function)
     finally:
-        give_back()
+        return_connections()
 
 
 def _call_again_if_lost(function: Callable[[], _T]) -> _T:
@@ -114,7 +114,7 @@ def _call_again_if_lost(function: Callable[[], _T]) -> _T:
     return function()
 
 
-def give_back() -> None:
+def return_connections() -> None:
     """Return the connections that Django has lent this thread from its pools, if any.
 
     For threads that live longer than a request: pools are sized for requests.

@@ -184,7 +184,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
         try:
             with self._ask() as other, other.within(_SOON):
                 other.execute("SET ROLE NONE")  # as in `watch`
-                if self._server_works(other):
+                if self._server_is_busy(other):
                     self._done_at = None
                 elif self._done_at != heard_at:
                     self._done_at = heard_at  # the response could still be on its way
@@ -200,7 +200,7 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
                 logger.warning("database: silent, and cannot be asked why: %s; waiting", e)
             self._warned = True
 
-    def _server_works(self, other: WatchedConnection) -> bool:
+    def _server_is_busy(self, other: WatchedConnection) -> bool:
         row = other.execute(
             # A state that may not be seen, or that a standby does not know, counts as work.
             # Waiting for the client does not, and is visible even if track_activities is off.

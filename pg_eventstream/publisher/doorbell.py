@@ -104,7 +104,7 @@ class Doorbell:
     def _wait(self, now: float, sequenced: int) -> None:
         busy = self._busy(now)
         if self.state is State.AWAKE:
-            if busy < CALM and self._bell_was_ours():
+            if busy < CALM and self._has_held_bell():
                 self._doze(now)
             elif busy:
                 # No writer rings. Not poll(), which is limited to whole milliseconds.
@@ -119,7 +119,7 @@ class Doorbell:
             self._awake()
         elif self.state is State.ASLEEP:
             self._listener.wait(self._safety_poll)
-        elif self._all_over():
+        elif self._have_all_ended():
             # One more round before the sleep, for events that the last of them committed.
             self._enter(State.ASLEEP)
         else:
@@ -152,7 +152,7 @@ class Doorbell:
         )
         self._lock_connection.pgconn.flush()
 
-    def _bell_was_ours(self) -> bool:
+    def _has_held_bell(self) -> bool:
         if not self._held_once:
             self._lock_connection.pgconn.consume_input()
             self._held_once = not self._lock_connection.pgconn.is_busy()
@@ -169,7 +169,7 @@ class Doorbell:
         self._drowsy_since = now
         self._enter(State.DROWSY)
 
-    def _all_over(self) -> bool:
+    def _have_all_ended(self) -> bool:
         row = self._connection.execute(
             "SELECT pg_snapshot_xmin(pg_current_snapshot()) >= %s::text::xid8",
             [str(self._doze_horizon)],

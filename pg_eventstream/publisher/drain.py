@@ -65,7 +65,7 @@ class Drain:
 
     def is_over(self) -> bool:
         """Whether each feed has ended or was given up."""
-        return not any(work.moves(self._limits.command_patience) for work in self._works)
+        return not any(work.makes_progress(self._limits.command_patience) for work in self._works)
 
     @property
     def published(self) -> int:
@@ -109,7 +109,7 @@ class _Work(threading.Thread):
             self.error = e
             self.feed.close()
 
-    def moves(self, patience: float) -> bool:
+    def makes_progress(self, patience: float) -> bool:
         now = time.monotonic()
         done = self.feed.published + self.feed.refused
         if done != self._seen:

@@ -25,7 +25,7 @@ from ..grip.proxy import Proxy, Refused, Unavailable
 from ..limits import LIMITS, Limits
 from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
-from ..postgres.threads import give_back
+from ..postgres.threads import return_connections
 from ..stream_event import PermissionChange, decode
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ class Feed:
             for position, channel, number, kind, data, skip, prev, _ in rows
         )
         self._ready.extend(items.batches(decoded, limits))
-        give_back()  # a connection that the channel manager may have used
+        return_connections()  # a connection that the channel manager may have used
         # One request takes a page; the next page is read and encoded while the proxy works.
         found = rows[0][-1] if rows else 0
         self._page_was_cut = found == limits.batch_items or found > len(rows)

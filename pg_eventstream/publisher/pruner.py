@@ -17,7 +17,7 @@ from ..limits import LIMITS, Limits
 from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
 from ..postgres.sequence import CURSOR, UNKNOWN, Cursor
-from ..postgres.threads import give_back
+from ..postgres.threads import return_connections
 from .unseen import UnseenEvents
 
 logger = logging.getLogger(__name__)
@@ -71,11 +71,11 @@ _PRUNE = """
            SET pruned = excluded.pruned, incarnation = excluded.incarnation
          WHERE known.pruned < excluded.pruned
     ),
-    unsaid AS (
+    deleted_events AS (
         DELETE FROM pg_eventstream_event
          WHERE id = ANY(ARRAY(SELECT event_id FROM old))
     ),
-    gone AS (
+    deleted_places AS (
         DELETE FROM pg_eventstream_stream
          WHERE position = ANY(ARRAY(SELECT position FROM old))
     )
@@ -178,7 +178,7 @@ class Pruner:
             pruned += page
         while not self._stopping.is_set() and (page := self._unseen.prune(now)) is not None:
             pruned += page
-        give_back()  # a connection that the channel manager may have used
+        return_connections()  # a connection that the channel manager may have used
         return pruned
 
     def _prune_old(self, now: datetime) -> int:

@@ -21,7 +21,7 @@ from pg_eventstream.servers.processes import (
     children,
     free_port,
 )
-from pg_eventstream.servers.reach import reachable, runnable
+from pg_eventstream.servers.reach import find_reachable, find_runnable
 
 StopMode = Literal["fast", "immediate", "smart"]
 
@@ -139,8 +139,8 @@ class Postgres(Server):
         account = None if user is None else pwd.getpwnam(user)
         self.program("postgres")  # it is there, or the error says so
         if account is not None:
-            self._place = reachable(account, self.directory)
-            self._server_bin_dir = runnable(account, self.bin_dir, self._place)
+            self._place = find_reachable(account, self.directory)
+            self._server_bin_dir = find_runnable(account, self.bin_dir, self._place)
         if self.data.exists():
             return
         # Under another name until it is complete, in case this process is interrupted.

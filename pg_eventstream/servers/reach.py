@@ -23,7 +23,7 @@ _PREFIX = "pg_eventstream-"
 _NAME = "stands-in-for"
 
 
-def may(account: pwd.struct_passwd, what: str, path: Path) -> bool:
+def is_allowed(account: pwd.struct_passwd, what: str, path: Path) -> bool:
     """Whether the user may read (``-r``), or search and execute (``-x``), this path."""
     asked = subprocess.run(
         ["/bin/sh", "-c", f'test {what} "$1"', "sh", path],
@@ -36,12 +36,12 @@ def may(account: pwd.struct_passwd, what: str, path: Path) -> bool:
     return asked.returncode == 0
 
 
-def reachable(account: pwd.struct_passwd, directory: Path) -> Path:
+def find_reachable(account: pwd.struct_passwd, directory: Path) -> Path:
     """The directory if the user can reach it, or else its substitute in /var/tmp.
 
     The substitute is always the same: ``directory / "elsewhere"`` is a link to it.
     """
-    if may(account, "-x", directory):
+    if is_allowed(account, "-x", directory):
         return directory
     link = directory / "elsewhere"
     if not link.is_dir():
@@ -52,7 +52,7 @@ def reachable(account: pwd.struct_passwd, directory: Path) -> Path:
         link.symlink_to(place)
         (place / _NAME).write_text(str(directory))
     place = link.resolve()
-    if not may(account, "-x", place):
+    if not is_allowed(account, "-x", place):
         raise ServerError(
             f"PostgreSQL must run as the user {account.pw_name}, which can reach neither"
             f" {directory} nor {place}. Use another directory, or do not start it as root."
@@ -79,10 +79,10 @@ def _runs_in(place: Path) -> bool:
     return True
 
 
-def runnable(account: pwd.struct_passwd, programs: Path, place: Path) -> Path:
+def find_runnable(account: pwd.struct_passwd, programs: Path, place: Path) -> Path:
     """The wheel's programs if the user can run them, or else a copy of them in ``place``."""
     postgres = programs / "postgres"
-    if may(account, "-r", postgres) and may(account, "-x", postgres):
+    if is_allowed(account, "-r", postgres) and is_allowed(account, "-x", postgres):
         return programs
     package = programs.parents[1]
     if programs.parent.name != "pginstall":

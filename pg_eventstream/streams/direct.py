@@ -91,13 +91,13 @@ async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> Async
 
 async def _has_received(scope: Mapping[str, Any], server: Server) -> bool:
     """Whether the client receives all sent bytes within a few seconds. False if unknown."""
-    fd = sockets.connected(scope.get("client"), scope.get("server"))
+    fd = sockets.find_connection(scope.get("client"), scope.get("server"))
     if fd is None:  # a Unix socket, or a client address that another proxy has set
         return False
     for _ in range(_RECEIVING_LOOKS):
         if server.ends:
             return False
-        unsent = sockets.unsent(fd)
+        unsent = sockets.count_unsent(fd)
         if not unsent:
             return unsent == 0
         await asyncio.sleep(_RECEIVING_SECONDS / _RECEIVING_LOOKS)

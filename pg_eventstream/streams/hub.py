@@ -26,7 +26,7 @@ from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.listener import BELL, NEWS, Listener
 from ..postgres.locks import LEADER_LOCK, LOCK_SPACE
 from ..postgres.sequence import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
-from ..postgres.threads import give_back
+from ..postgres.threads import return_connections
 from ..rarely import Rarely
 from ..stream_event import PermissionChange, Row, decode
 
@@ -326,7 +326,7 @@ class _Reader(threading.Thread):
         if page := _decode(wanted, large):
             for group in self._hub.audience(self):
                 group.post(page, self._stopping)
-        give_back()  # a connection that the channel manager may have used
+        return_connections()  # a connection that the channel manager may have used
         self.position = rows[-1][4]
         return len(rows)
 

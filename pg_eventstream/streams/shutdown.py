@@ -33,18 +33,18 @@ class Server:
 
     def __init__(self, port: int | None) -> None:
         self._port = port
-        self._sockets = sockets.listening(self._port)
+        self._sockets = sockets.find_listening(self._port)
         self._streams: set[Callable[[], None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def ends(self) -> bool:
         """Whether the process got a signal to end, or one of its listening sockets was closed."""
-        return _signalled or not all(sockets.listens(fd, self._port) for fd in self._sockets)
+        return _signalled or not all(sockets.is_listening(fd, self._port) for fd in self._sockets)
 
     def find_again(self) -> None:
         """Find the sockets again: another server can have replaced one that has ended."""
-        self._sockets = sockets.listening(self._port) or self._sockets
+        self._sockets = sockets.find_listening(self._port) or self._sockets
 
     @contextmanager
     def serving(self, end: Callable[[], None]) -> Iterator[None]:

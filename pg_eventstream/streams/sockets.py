@@ -23,12 +23,12 @@ def port_of(address: Any) -> int | None:
         return None
 
 
-def listening(port: int | None) -> list[int]:
+def find_listening(port: int | None) -> list[int]:
     """The descriptors of sockets that listen on a port; None stands for Unix sockets."""
-    return [fd for fd in _files() if listens(fd, port)]
+    return [fd for fd in _files() if is_listening(fd, port)]
 
 
-def listens(fd: int, port: int | None) -> bool:
+def is_listening(fd: int, port: int | None) -> bool:
     """Whether the descriptor is a socket that listens on this port."""
     with suppress(OSError), _as_socket(fd) as opened:
         if opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -37,7 +37,7 @@ def listens(fd: int, port: int | None) -> bool:
     return False
 
 
-def connected(client: Any, server: Any) -> int | None:
+def find_connection(client: Any, server: Any) -> int | None:
     """The descriptor of the connection from a scope's ``client`` to its ``server``, if any."""
     ports = port_of(client), port_of(server)
     if None in ports:
@@ -52,7 +52,7 @@ def connected(client: Any, server: Any) -> int | None:
     return None
 
 
-def unsent(fd: int) -> int | None:
+def count_unsent(fd: int) -> int | None:
     """The bytes in a connection that the other side has not acknowledged; None if unknown."""
     waiting = array.array("i", [0])
     try:

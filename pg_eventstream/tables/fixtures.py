@@ -85,7 +85,7 @@ def load_outbox_row(connection: BaseDatabaseWrapper, event_id: int, seq: int, tr
     forget_cursor(connection)
 
 
-def may_take_place(
+def can_load_place(
     connection: BaseDatabaseWrapper, position: int, channel: str, eid: int, event_id: int
 ) -> bool:
     """Whether a loaded row of the stream is new here, and its event has no place yet.

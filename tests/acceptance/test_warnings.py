@@ -32,7 +32,7 @@ def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """Reset the warnings that are logged once."""
     for module in (next_links, signatures, liveness):
         monkeypatch.setattr(module, "_rarely", Rarely())
-    monkeypatch.setattr(liveness, "_look_is_due", Rarely())
+    monkeypatch.setattr(liveness, "_check_is_due", Rarely())
     with behind_a_proxy:
         yield
 

@@ -36,7 +36,7 @@ def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """Reset the warnings that are logged once."""
     for module in (next_links, signatures, liveness):
         monkeypatch.setattr(module, "_rarely", Rarely())
-    monkeypatch.setattr(liveness, "_look_is_due", Rarely())
+    monkeypatch.setattr(liveness, "_check_is_due", Rarely())
     with behind_a_proxy:
         yield
 
@@ -240,7 +240,7 @@ def test_role_without_rights_learns_nothing_and_does_not_ask_again(
     role = granted(database, kind)
     database.execute(f"REVOKE ALL ON pg_eventstream_publisher, pg_eventstream_proxy FROM {role}")
     monkeypatch.setitem(connection.settings_dict, "USER", role)
-    monkeypatch.setattr(liveness, "_look_is_due", due := Rarely(0))
+    monkeypatch.setattr(liveness, "_check_is_due", due := Rarely(0))
     connection.close()
     with override_settings(DEBUG=True), transaction.atomic():
         for _ in range(2):
@@ -259,7 +259,7 @@ def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     with override_settings(DEBUG=True):
         with override_settings(GRIP_URL=None):
             send_event("c", "message", 1)
-        monkeypatch.setattr(liveness, "_look_is_due", Rarely())
+        monkeypatch.setattr(liveness, "_check_is_due", Rarely())
         send_event("c", "message", 2)
     assert len(looks) == 1
 

@@ -14,7 +14,7 @@ from django.test import override_settings
 
 from pg_eventstream import get_current_event_id
 from pg_eventstream.grip.proxy import Proxy
-from pg_eventstream.liveness import _look_at_publisher
+from pg_eventstream.liveness import _check_state
 from pg_eventstream.postgres import connector
 from pg_eventstream.publisher import daemon, feed
 from pg_eventstream.publisher.pruner import Pruner
@@ -114,7 +114,7 @@ def register(database: Database) -> int:
 
 def look_whether_a_publisher_runs(database: Database) -> int:
     with override_settings(GRIP_URL="http://127.0.0.1:1"):
-        return in_django(_look_at_publisher)
+        return in_django(_check_state)
 
 
 WORK = [

@@ -23,5 +23,5 @@ START = "python manage.py eventstream_publisher"
 
 
 def look(log: Log) -> list[str]:
-    liveness._look()
+    liveness._check()
     return said(log, liveness)

@@ -32,7 +32,7 @@ def serve(dsn: str) -> None:
         connections.close_all()
         wrapper.settings_dict["USER"] = psycopg.conninfo.conninfo_to_dict(dsn)["user"]
         replay({"old": 0, "new": 0})
-        liveness._look_at_publisher()
+        liveness._check_state()
         with psycopg.connect(dsn, autocommit=True) as connection:
             reader = _Reader(Hub("default"))
             reader.position = 0
