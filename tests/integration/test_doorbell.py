@@ -66,7 +66,7 @@ def test_where_listen_does_not_work_the_publisher_says_so_and_polls(
         closing(Doorbell(listener, locker, safety_poll=None)) as doorbell,
     ):
         assert f"polls every {DEAF_POLL * 1000:.0f} ms" in caplog.text
-        assert "give it a direct connection" in caplog.text
+        assert "Use a direct connection" in caplog.text
         deadline = time.monotonic() + 10
         while doorbell.state is not State.ASLEEP:
             doorbell.wait(0)
