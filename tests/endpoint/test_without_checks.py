@@ -239,7 +239,7 @@ def test_own_view_streams_wherever_the_endpoint_is_mounted(database: Database, m
 @pytest.mark.parametrize(
     ("patterns", "says"),
     [
-        ([], 'add path("events/", include("pg_eventstream.urls")) to the URLconf'),
+        ([], 'Add path("events/", include("pg_eventstream.urls")) to the URLconf'),
         ([path("rooms/<room>/", include(OURS))], "only at paths with parameters"),
         ([path("rooms/<room>/", include((OURS, "es")))], "only at paths with parameters"),
     ],
