@@ -131,7 +131,7 @@ class Sender:
 
 
 @both_kinds
-def test_nothing_is_missing_and_nothing_comes_twice_whatever_breaks_on_the_way(
+def test_no_event_is_missing_or_repeated_whichever_connection_breaks(
     application: Process,
     app_port: int,
     pushpin: Pushpin,
@@ -265,7 +265,7 @@ def _others_go_on_asking(page: Page) -> None:
     page.wait_for("tries === 8")
 
 
-def test_page_that_comes_back_from_the_history_goes_on(
+def test_page_that_is_restored_from_the_history_continues(
     application: Process,
     pushpin: Pushpin,
     publisher: PublisherProcess,
@@ -294,7 +294,7 @@ def test_page_that_comes_back_from_the_history_goes_on(
 # Resuming
 
 
-def test_ids_of_events_that_nobody_listens_to_are_resumed_from(page: Page, serve: Serve) -> None:
+def test_ids_of_events_without_a_listener_are_resumed_from(page: Page, serve: Serve) -> None:
     server = serve(
         answer(OPEN + "id: a:1\ndata: 1\n\nevent: unlisted\nid: a:2\ndata: 2\n\n"),
         answer("id: a:3\n\n"),  # not an event, but its id counts
@@ -670,7 +670,7 @@ def test_page_that_is_looked_at_again_does_not_wait(page: Page, serve: Serve) ->
     assert len(server.requests) == 3
 
 
-def test_page_that_comes_back_in_the_background_goes_on_too(page: Page, serve: Serve) -> None:
+def test_page_that_is_restored_in_the_background_continues_too(page: Page, serve: Serve) -> None:
     server = serve(
         answer("id: a:1\ndata: 1\n\n", hold=True), answer("id: a:2\ndata: 2\n\n", hold=True)
     )
@@ -892,7 +892,7 @@ def test_headers_of_the_page_are_sent_with_each_request(page: Page, serve: Serve
 # htmx
 
 
-def test_events_of_htmx_go_on_after_an_error_of_a_proxy(
+def test_events_of_htmx_continue_after_an_error_of_a_proxy(
     page: Page, serve: Serve, node_directory: Path
 ) -> None:
     """The extension of htmx then starts again, without an id."""

@@ -149,7 +149,7 @@ def press(page: Page, how: str, message: str) -> None:
     )
 
 
-def test_page_shows_what_is_committed_and_goes_on_after_a_restart(
+def test_page_shows_committed_events_and_continues_after_a_restart(
     mode: str, demo: Callable[[], tuple[Process, str]], page: Page
 ) -> None:
     first, url = demo()
@@ -257,9 +257,7 @@ def test_root_is_told_which_programs_its_server_cannot_run(private: Path) -> Non
 @pytest.mark.parametrize(
     ("variables", "needs_pushpin"), [([], False), (["PROXY=pushpin", "ARGS=--check"], True)]
 )
-def test_make_asks_for_pushpin_only_if_it_is_to_be_used(
-    variables: list[str], needs_pushpin: bool
-) -> None:
+def test_make_needs_pushpin_only_if_it_is_used(variables: list[str], needs_pushpin: bool) -> None:
     # As a user calls it; the tests themselves could have been started by make.
     ours = ("MAKEFLAGS", "MAKELEVEL", "ARGS", "PROXY")
     environment = {k: v for k, v in os.environ.items() if k not in ours}

@@ -81,7 +81,7 @@ def test_both_a_publisher_and_servers_at_once_are_safe(
         assert client.connections == 1
 
 
-def test_four_servers_serve_every_client_everything_once_in_order_whatever_the_database_does(
+def test_four_servers_serve_every_client_everything_once_in_order_despite_database_faults(
     database: Database, serve: Serve, channel: str
 ) -> None:
     """Other processes send, while backends are terminated and PostgreSQL is restarted."""
@@ -109,7 +109,7 @@ def test_four_servers_serve_every_client_everything_once_in_order_whatever_the_d
             client.close()
 
 
-def test_client_that_comes_back_resumes_at_any_server(
+def test_client_that_reconnects_resumes_at_any_server(
     database: Database, serve: Serve, channel: str
 ) -> None:
     urls = [serve(), serve()]
@@ -162,7 +162,7 @@ def test_client_begins_no_further_back_than_the_replay_age(
         assert old.events == []
 
 
-def test_stream_reset_carries_the_id_to_go_on_from(
+def test_stream_reset_carries_the_id_to_continue_from(
     database: Database, serve: Serve, channel: str
 ) -> None:
     send_events([(channel, "message", n) for n in range(3)])
@@ -400,7 +400,7 @@ def test_a_thousand_streams_hold_no_connections_and_get_everything(
     asyncio.run(follow())
 
 
-def test_client_that_stops_reading_delays_nobody_and_gets_everything_when_it_reads_on(
+def test_client_that_stops_reading_delays_no_other_and_gets_everything_when_it_reads_again(
     database: Database, serve: Serve, channel: str
 ) -> None:
     url = serve()
@@ -455,7 +455,7 @@ def test_waking_a_listener_that_is_closed_writes_into_no_other_file(database: Da
                 end.close()
 
 
-def test_client_that_comes_back_on_its_connection_does_not_hold_up_the_end_of_the_server(
+def test_client_that_reuses_its_connection_does_not_delay_the_end_of_the_server(
     database: Database, serve: Serve, channel: str
 ) -> None:
     """Reconnect at once, as browsers do, before the server closes the connection."""

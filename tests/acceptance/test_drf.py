@@ -126,7 +126,7 @@ def test_page_says_that_its_stream_was_refused(
         ("/throttled/?channels=public-a", "too-many-requests", True),
     ],
 )
-def test_page_that_is_refused_stops_asking_unless_it_may_come_back(
+def test_page_that_is_refused_stops_reconnecting_unless_the_refusal_is_temporary(
     app: Process, pushpin: Pushpin, page: Page, path: str, condition: str, goes_on: bool
 ) -> None:
     page.goto(f"{pushpin.url}/class/")

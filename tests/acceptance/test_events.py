@@ -11,7 +11,7 @@ from tests.support.publisher import PublisherProcess
 from tests.support.sse_client import OpenStream
 
 
-def test_stream_from_the_earliest_goes_on_live(
+def test_stream_from_the_earliest_continues_live(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     texts = [f"{n} {'x' * 500}" for n in range(300)]  # several pages

@@ -417,7 +417,7 @@ FORGERIES: dict[str, Callable[[], str | None]] = {
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_request_that_a_proxy_of_ours_did_not_sign_gets_nothing(
+def test_request_that_no_configured_proxy_signed_gets_nothing(
     database: Database, forgery: str
 ) -> None:
     pushpin = {"control_uri": "http://localhost:5561", "key": KEY}

@@ -35,7 +35,7 @@ def all_is_well(channel: str, use: str) -> None:
 
 
 @pytest.mark.parametrize("use", ["subscribe", "stream", "read", "asend", "publish"])
-def test_forked_children_use_everything_while_their_parent_goes_on(
+def test_forked_children_use_everything_while_their_parent_continues(
     database: Database, channel: str, use: str
 ) -> None:
     all_is_well(channel, use)

@@ -116,7 +116,7 @@ def send(database: Database, channel: str, first: int, last: int) -> list[str]:
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_streams_are_told_what_is_lost_and_go_on(
+def test_streams_are_told_what_is_lost_and_continue(
     way: Way,
     database: Database,
     app: Process,

@@ -109,7 +109,7 @@ TOO_LONG = {"letters", "Japanese", "emoji"}
 
 @pytest.mark.parametrize("shapes", [some, every])
 @pytest.mark.parametrize("server", ORIGINS)
-def test_behind_the_proxy_what_opens_resumes_and_goes_on(
+def test_stream_that_opens_behind_the_proxy_resumes_and_continues(
     database: Database,
     serve: Callable[..., int],
     pushpin: Pushpin,

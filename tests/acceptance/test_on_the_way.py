@@ -140,7 +140,7 @@ def way(
     ],
     indirect=True,
 )
-def test_stream_goes_on_by_its_next_link(
+def test_stream_continues_by_its_next_link(
     way: Way, publisher: PublisherProcess, pushpin: Pushpin, channel: str
 ) -> None:
     _, cookie = log_in("ann")

@@ -125,7 +125,7 @@ def send_and_stay_open(connection: psycopg.Connection[object], channel: str) -> 
 @pytest.mark.parametrize(
     ("begin", "late"), [(send_and_stay_open, ["late"]), (only_hold_a_snapshot, [])]
 )
-def test_open_transaction_delays_nobody(
+def test_open_transaction_delays_no_other_event(
     database: Database,
     new_publisher: NewPublisher,
     stream: OpenStream,

@@ -98,7 +98,7 @@ def test_wheel_holds_the_whole_package(files: list[str]) -> None:
         assert f"pg_eventstream/{needed}" in files
 
 
-def test_wheel_holds_nothing_but_the_package(files: list[str]) -> None:
+def test_wheel_contains_only_the_package(files: list[str]) -> None:
     assert {name.split("/")[0] for name in files} == {
         "pg_eventstream",
         next(name.split("/")[0] for name in files if ".dist-info/" in name),

@@ -324,7 +324,7 @@ def test_revocation_counts_at_every_proxy(
 
 
 @pytest.mark.parametrize("manager", ["Tokens"], indirect=True)
-def test_stream_of_a_token_goes_on_behind_the_proxy(
+def test_stream_of_a_token_continues_behind_the_proxy(
     publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     ann = User.objects.create_user(channel)

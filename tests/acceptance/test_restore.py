@@ -23,7 +23,7 @@ def other_cluster() -> Iterator[Postgres]:
         yield server
 
 
-def test_clients_and_publisher_go_on_in_the_new_cluster(
+def test_clients_and_publisher_continue_in_the_new_cluster(
     database: Database,
     other_cluster: Postgres,
     new_publisher: NewPublisher,

@@ -130,7 +130,7 @@ def tell(server: Server, number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("kind", [name for name in SERVERS if name != "runserver"])
-def test_server_that_is_told_to_stop_ends_at_once_and_its_clients_go_on_at_the_next(
+def test_server_that_is_stopped_ends_at_once_and_its_clients_continue_at_the_next(
     database: Database, serve: Serve, kind: str, channel: str
 ) -> None:
     server = serve(kind)
@@ -211,7 +211,7 @@ SELDOM = (pytest.mark.faults, pytest.mark.thorough)
         by_hanging_up("granian"),
     ],
 )
-def test_server_that_ends_by_itself_or_changes_its_workers_ends_their_streams(
+def test_server_that_ends_or_replaces_its_workers_ends_their_streams(
     database: Database,
     serve: Serve,
     kind: str,

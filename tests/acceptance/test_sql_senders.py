@@ -143,7 +143,7 @@ def test_what_node_inserts_arrives(
 
 
 @pytest.mark.parametrize("skip", ["ARRAY[NULL]::text[]", "ARRAY[['1', '2'], ['3', '4']]"])
-def test_no_event_of_a_sender_holds_up_those_behind_it(
+def test_no_event_of_a_sender_delays_those_after_it(
     database: Database, sender: str, publisher: PublisherProcess, channel: str, skip: str
 ) -> None:
     with psycopg.connect(sender, autocommit=True) as connection:

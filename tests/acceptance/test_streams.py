@@ -99,7 +99,7 @@ def as_browsers_see_it(text: str) -> str:
     indirect=True,
     ids=["asgi", "wsgi", "prefix"],
 )
-def test_resumed_streams_have_no_gap_and_no_repeat_whatever_the_channels_are_called(
+def test_resumed_streams_have_no_gap_and_no_repeat_with_any_channel_names(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     names = [f"{channel}{name}" for name in ODD_NAMES]
@@ -187,7 +187,7 @@ def test_client_that_is_megabytes_behind_gets_all_of_it(
     indirect=True,
 )
 @pytest.mark.parametrize("pages", [1, 2])
-def test_event_between_the_last_page_and_the_hold_is_not_left_behind(
+def test_event_between_the_last_page_and_the_hold_is_not_missed(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str, pages: int
 ) -> None:
     """No later event reveals the gap, and the proxy would ask only after ten minutes."""
@@ -216,7 +216,7 @@ def test_event_between_the_last_page_and_the_hold_is_not_left_behind(
     assert texts(client.wait_count(pages + 1, timeout=10))[-1] == "late"
 
 
-def test_100_clients_that_come_back_at_once_are_up_to_date_within_seconds(
+def test_100_clients_that_reconnect_at_once_are_up_to_date_within_seconds(
     database: Database,
     publisher: PublisherProcess,
     pushpin: Pushpin,
@@ -243,7 +243,7 @@ def test_100_clients_that_come_back_at_once_are_up_to_date_within_seconds(
     assert time.monotonic() - began < 5
 
 
-def test_reset_stream_goes_on_with_live_events(
+def test_reset_stream_continues_with_live_events(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     send((channel, "1"), (channel, "2"))

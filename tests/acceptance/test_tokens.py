@@ -23,7 +23,7 @@ def proxied(database: Database) -> Iterator[None]:
         yield
 
 
-def test_client_cannot_go_on_with_the_link_of_a_stream_that_somebody_holds(
+def test_client_cannot_continue_with_the_link_of_another_clients_stream(
     database: Database, app: Process, pushpin: Pushpin, channel: str
 ) -> None:
     """The link is refused without Grip-Last, which only the proxy may set."""

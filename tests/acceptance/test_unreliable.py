@@ -92,7 +92,7 @@ def test_unreliable_and_reliable_channels_of_one_stream_do_not_disturb_each_othe
     assert texts(again)[4] == "live"
 
 
-def test_gap_in_a_reliable_channel_is_still_found_beside_an_unreliable_one(
+def test_gap_in_a_reliable_channel_is_still_found_together_with_an_unreliable_one(
     database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(channel, f"volatile{channel}").wait_open()
@@ -153,7 +153,7 @@ def kept(database: Database) -> list[str]:
     return [row[0] for row in database.fetch("SELECT data FROM pg_eventstream_event ORDER BY id")]
 
 
-def test_running_publisher_prunes_unreliable_events_by_itself(
+def test_running_publisher_prunes_unreliable_events(
     database: Database, pushpin: Pushpin, channel: str
 ) -> None:
     send(f"volatile{channel}", *(str(n) for n in range(300)))

@@ -96,7 +96,7 @@ def test_next_link_that_a_middleware_answers_is_logged(
         app.wait_for("the view 'pg_eventstream-next' does not get its request")
 
 
-def test_next_link_that_a_middleware_lets_through_goes_on(
+def test_stream_whose_next_link_a_middleware_lets_through_continues(
     serve: Callable[..., Server], publisher: PublisherProcess, pushpin: Pushpin, channel: str
 ) -> None:
     app = serve(

@@ -104,7 +104,7 @@ def test_setup_page_and_senders_work_together(
     ],
     ids=["the package", "with DRF", "with the demo"],
 )
-def test_what_is_to_be_installed_exists(project: Project, one: Example) -> None:
+def test_everything_to_install_exists(project: Project, one: Example) -> None:
     project.environment["PIP_DRY_RUN"] = "1"
     for line in one.code.splitlines():
         if line.startswith("pip "):
@@ -450,7 +450,7 @@ def test_two_phase_commit(database: Database) -> None:
     assert database.value("SELECT pg_eventstream_sequence()") == 1
 
 
-def test_grants_and_a_schema_of_its_own(database: Database, project: Project) -> None:
+def test_grants_and_a_separate_schema(database: Database, project: Project) -> None:
     roles = {"billing": "sender", "web": "endpoint", "events": "publisher"}
     names = {name: f"{name}_{database.name}" for name in roles}
     for name in names.values():

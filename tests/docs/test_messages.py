@@ -53,5 +53,5 @@ def test_every_message_is_one_of_the_code() -> None:
     assert {message: parts for message in messages if (parts := unsaid(message))} == {}
 
 
-def test_message_that_nobody_says_is_noticed() -> None:
+def test_message_that_is_not_in_the_code_is_noticed() -> None:
     assert unsaid("The publisher … has gone fishing.") == ["has gone fishing."]

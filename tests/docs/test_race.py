@@ -38,13 +38,13 @@ def test_script_prints_the_table_of_the_page(command: str, database: Database) -
     assert f"```text\n{done.stdout}```\n" in text_of("docs/concepts/why-ids-skip.md")
 
 
-def test_script_leaves_nothing_behind(database: Database) -> None:
+def test_script_leaves_nothing_in_the_database(database: Database) -> None:
     schemas = "SELECT nspname FROM pg_namespace ORDER BY nspname"
     before = database.fetch(schemas)
     assert run(ADDRESS.replace("postgresql://localhost/test", database.dsn)).returncode == 0
     assert database.fetch(schemas) == before
 
 
-def test_what_the_script_needs_is_what_is_to_be_installed() -> None:
+def test_script_needs_what_the_page_says_to_install() -> None:
     done = run(INSTALL, PIP_DRY_RUN="1")
     assert "Requirement already satisfied: pg-eventstream" in done.stdout

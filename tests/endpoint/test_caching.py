@@ -178,7 +178,7 @@ def test_no_cache_keeps_an_answer_of_this_process(
     assert _cache == {}
 
 
-def test_process_that_cannot_stream_says_so_to_everybody_who_asks() -> None:
+def test_process_that_cannot_stream_says_so_to_every_client() -> None:
     with override_settings(GRIP_URL=None):
         response = Client().get("/plain/?channel=c")
     assert (response.status_code, response["Cache-Control"]) == (501, WANTED)

@@ -38,7 +38,7 @@ def send(database: Database, channel: str, *data: str) -> None:
 # Opening
 
 
-def test_stream_opens_with_padding_and_headers_that_nobody_may_buffer_or_change(
+def test_stream_opens_with_padding_and_headers_against_buffering_and_changes(
     origin: Origin, channel: str
 ) -> None:
     answer = origin.open(channel)
@@ -224,7 +224,7 @@ def test_no_reset_when_only_what_the_client_has_is_pruned(
     assert (answer.data, list(answer.control)) == (["4"], ["stream-open"])
 
 
-def test_idle_channel_goes_on_counting_when_all_its_events_are_pruned(
+def test_idle_channel_continues_counting_when_all_its_events_are_pruned(
     database: Database, origin: Origin
 ) -> None:
     send(database, "c", "1", "2", "3")
@@ -286,7 +286,7 @@ def test_client_begins_no_further_back_than_the_replay_age(
 
 @pytest.mark.parametrize("analyzed", [True, False])
 @pytest.mark.parametrize("channels", [1, 10])
-def test_recovery_reads_by_index_whatever_the_statistics_say(
+def test_replay_reads_by_index_with_any_statistics(
     database: Database, analyzed: bool, channels: int
 ) -> None:
     with database.connect() as admin:

@@ -55,7 +55,9 @@ def test_current_id_is_where_the_next_event_is_the_first(database: Database) -> 
     assert answer.data == ["3"]
 
 
-def test_current_id_of_a_channel_that_is_pruned_empty_goes_on_counting(database: Database) -> None:
+def test_current_id_of_a_channel_that_is_pruned_empty_continues_counting(
+    database: Database,
+) -> None:
     send(database, "1", "2")
     prune()
     assert get_current_event_id(["c"]) == "c:2"
@@ -116,7 +118,7 @@ def test_page_is_read_in_one_snapshot(database: Database) -> None:
         assert len(captured) == 1
 
 
-def test_earliest_has_no_gap_while_the_sweep_goes_on(database: Database) -> None:
+def test_earliest_has_no_gap_while_events_are_pruned(database: Database) -> None:
     for n in range(20):
         send(database, *(str(n * 10 + i) for i in range(10)))
     pages = []
@@ -163,7 +165,7 @@ def test_pages_follow_each_other_without_a_gap(database: Database) -> None:
     assert get_events(["c", "d"], third.id).events[0].data == "3"
 
 
-def test_page_has_500_events_at_most_and_one_at_least_whatever_the_limit(
+def test_page_has_500_events_at_most_and_one_at_least_with_any_limit(
     database: Database,
 ) -> None:
     send(database, *(str(n) for n in range(502)))
@@ -172,7 +174,7 @@ def test_page_has_500_events_at_most_and_one_at_least_whatever_the_limit(
         assert (len(page.events), page.more) == (count, True)
 
 
-def test_without_an_id_there_is_only_the_id_to_go_on_from(database: Database) -> None:
+def test_without_an_id_there_is_only_the_id_to_continue_from(database: Database) -> None:
     send(database, "1")
     page = get_events(["c"])
     assert (page.events, page.last_event_id, page.more) == ([], "c:1", False)
@@ -252,7 +254,9 @@ urlpatterns = [
 
 @behind_a_proxy
 @override_settings(ROOT_URLCONF="tests.endpoint.test_events")
-def test_stream_of_ones_own_view_goes_on_at_the_address_of_the_endpoint(database: Database) -> None:
+def test_stream_of_a_projects_own_view_continues_at_the_url_of_the_endpoint(
+    database: Database,
+) -> None:
     send(database, "1", channel="room-7")
     origin = Origin()
     answer = origin.ask("/rooms/7/stream?lastEventId=earliest")

@@ -41,7 +41,7 @@ def test_ids_with_names_in_full_are_resumed_from_as_ever(database: Database, sha
 
 
 @behind_a_proxy
-def test_streams_that_were_held_by_names_in_full_go_on(database: Database) -> None:
+def test_streams_that_were_held_by_full_names_continue(database: Database) -> None:
     channels = names("letters", "run", 3)
     link = f"/events/{links.NEXT}{links.sign(links.Session(tuple(channels), 'anonymous'))}"
     last = ", ".join(f"events-{quote(channel)}; last-id=0" for channel in channels)

@@ -131,7 +131,7 @@ def test_last_id_of_another_channel_does_not_stand_in_for_one_that_is_missing(
     assert origin.ask(link, {"Grip-Last": "events-c; last-id=0, events-d; last-id=0"}).held
 
 
-def test_held_stream_goes_on_from_what_the_proxy_sent_and_not_from_where_it_opened(
+def test_held_stream_continues_from_what_the_proxy_sent_and_not_from_where_it_opened(
     database: Database, origin: Origin
 ) -> None:
     link = opened(origin, "c").next_link

@@ -85,7 +85,7 @@ def test_user_without_a_primary_key_is_no_one_whose_streams_could_end(database: 
 
 
 @behind_a_proxy
-def test_nobody_reads_or_sends_on_a_channel_of_our_own(database: Database) -> None:
+def test_no_client_reads_or_sends_on_a_reserved_channel(database: Database) -> None:
     channel_permission_changed(None, "secret room")
     sequence(database)
     answer = Origin().open(PERMISSION_CHANGES, last_event_id="earliest")

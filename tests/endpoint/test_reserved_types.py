@@ -23,7 +23,7 @@ OTHERS = ["Stream-Error", "stream-error ", " keep-alive", "stream-closed", "erro
 
 
 @pytest.mark.parametrize("event_type", TYPES)
-def test_nobody_sends_what_the_server_says(database: Database, event_type: str) -> None:
+def test_no_sender_may_use_the_types_of_the_server(database: Database, event_type: str) -> None:
     refused_by_name = f"'{event_type}' is reserved.*another"
     with pytest.raises(InvalidEvent, match=refused_by_name):
         send_event("c", event_type, 1)

@@ -66,7 +66,7 @@ def kept(database: Database) -> list[str]:
 
 
 @pytest.mark.parametrize("taken", [0, 4])
-def test_unreliable_events_are_pruned_after_a_minute_whoever_took_them(
+def test_unreliable_events_are_pruned_after_a_minute_even_if_not_taken(
     database: Database, channel: str, taken: int
 ) -> None:
     # Not sooner: a process that streams directly can be behind a proxy.
@@ -171,7 +171,7 @@ def test_no_id_is_used_again_when_a_channel_was_taken_for_reliable_for_a_while(
         assert [send_and_sweep() for _ in range(3)] == [[3, 4], [5, 6], [7, 8]]
 
 
-def test_sweep_that_goes_on_skips_no_event(database: Database) -> None:
+def test_pruner_that_continues_skips_no_event(database: Database) -> None:
     with database.connect() as connection:
         sweep = Pruner(connection)
         for _ in range(3):

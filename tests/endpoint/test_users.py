@@ -46,7 +46,7 @@ def headers(key: str | None) -> dict[str, str]:
 
 @pytest.mark.parametrize("how", ["users", "keys"])
 @pytest.mark.parametrize("key", KEYS)
-def test_who_is_skipped_misses_the_event_and_nobody_else_does(
+def test_only_a_user_who_is_skipped_misses_the_event(
     database: Database, key: str | None, how: str
 ) -> None:
     send_event("public", "message", 1, skip_user_ids=[user(key) if how == "users" else key])
@@ -73,7 +73,7 @@ def test_user_that_is_not_saved_yet_cannot_be_skipped(database: Database) -> Non
 
 @behind_a_proxy
 @pytest.mark.parametrize("key", KEYS)
-def test_stream_goes_on_as_the_user_that_opened_it(database: Database, key: str | None) -> None:
+def test_stream_continues_as_the_user_who_opened_it(database: Database, key: str | None) -> None:
     origin = Origin()
     mine = "visitors" if key is None else f"of {key}"
     opened = origin.ask(f"/events/?channel={mine}", headers(key))

@@ -252,7 +252,7 @@ def test_role_without_rights_learns_nothing_and_does_not_ask_again(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_proxy_there_is_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process sequences events itself."""
     looks: list[object] = []
     monkeypatch.setattr(liveness, "run_later", looks.append)
@@ -264,7 +264,7 @@ def test_without_a_proxy_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(looks) == 1
 
 
-def test_in_the_tests_of_a_project_nobody_looks(
+def test_in_the_tests_of_a_project_there_is_no_check(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another connection would prevent the removal of the test database."""

@@ -44,7 +44,7 @@ def test_postgresql_that_crashes_under_load_loses_and_repeats_nothing(
     assert all(publisher.running for publisher in publishers)
 
 
-def test_what_is_sequenced_survives_a_crash_whatever_the_database_is_set_to(
+def test_sequenced_events_survive_a_crash_with_any_settings_of_the_database(
     database: Database,
 ) -> None:
     """Clients can have seen it by then. The events themselves precede it in the WAL."""
@@ -82,7 +82,7 @@ def test_sessions_ended_at_random_all_the_time_lose_and_repeat_nothing(
 
 
 @pytest.mark.thorough
-def test_publisher_that_leads_anew_shares_no_connection_with_what_it_left_behind(
+def test_publisher_that_leads_again_shares_no_connection_with_its_last_lead(
     database: Database, new_publisher: NewPublisher, control: ControlPort
 ) -> None:
     """The response to one batch must not be taken for the response to another."""

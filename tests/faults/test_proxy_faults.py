@@ -47,7 +47,7 @@ def proxy(second_pushpin: Pushpin) -> Pushpin:
 # Pushpin itself
 
 
-def test_proxy_killed_at_any_moment_costs_clients_nothing_but_a_pause(
+def test_proxy_killed_at_any_moment_costs_clients_only_a_pause(
     database: Database, new_publisher: NewPublisher, proxy: Pushpin, channel: str
 ) -> None:
     chance = seeded()
@@ -100,7 +100,7 @@ def test_proxy_that_was_away_gets_what_has_been_waiting(
     assert publisher.lines_with("trying again") <= 8
 
 
-def test_proxy_that_hangs_and_goes_on_repeats_nothing(
+def test_proxy_that_hangs_and_continues_repeats_nothing(
     database: Database, new_publisher: NewPublisher, proxy: Pushpin, channel: str
 ) -> None:
     chance = seeded()

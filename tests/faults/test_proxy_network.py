@@ -100,7 +100,7 @@ def test_batch_whose_answer_is_lost_on_the_way_is_not_delivered_twice(
 
 
 @pytest.mark.thorough
-def test_answer_that_ends_behind_its_status_line_counts(
+def test_response_that_ends_after_its_status_line_counts(
     database: Database,
     new_publisher: NewPublisher,
     pushpin: Pushpin,

@@ -207,7 +207,7 @@ def test_connection_that_falls_silent_while_it_is_set_up_fails(
         Connector("default", through(network, database), Limits(set_up=0.5)).connect("test")
 
 
-def test_publisher_whose_connections_died_without_a_word_goes_on(
+def test_publisher_whose_connections_died_silently_continues(
     database: Database,
     network: Network,
     control: ControlPort,
@@ -311,7 +311,7 @@ def test_sigterm_ends_a_publisher_that_the_database_does_not_answer(
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("fault", ["forgotten", "deaf"])
-def test_streams_of_a_server_go_on_when_the_database_is_heard_again(
+def test_streams_of_a_server_continue_when_the_database_responds_again(
     database: Database, network: Network, serve: Serve, channel: str, fault: str
 ) -> None:
     way = {"HOST": "127.0.0.1", "PORT": network.port, "NAME": database.name, "USER": "postgres"}

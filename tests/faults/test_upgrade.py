@@ -227,7 +227,7 @@ def sending_by_old_django(upgrade: Upgrade, channel: str) -> Iterator[list[int]]
             process.kill()
 
 
-def test_processes_of_the_code_before_go_on_through_the_migrations(
+def test_processes_of_the_old_code_continue_through_the_migrations(
     upgrade: Upgrade, pushpin: Pushpin, app_port: int, channel: str
 ) -> None:
     database = upgrade.database

@@ -203,7 +203,7 @@ def test_any_path_is_answered_in_order(
 
 @fuzzed(120, 1500)
 @given(methods, values, headers)
-def test_nobody_guesses_a_next_link(method: str, token: bytes, headers: dict[str, str]) -> None:
+def test_next_link_cannot_be_guessed(method: str, token: bytes, headers: dict[str, str]) -> None:
     note(SEED)
     response = ask(
         method, f"/events/{links.NEXT}{quote_from_bytes(token)}", "", headers, signed=True
@@ -234,7 +234,7 @@ sent_last = st.one_of(st.sampled_from(["0", "1", "2"]), header_values)
 
 @fuzzed(80, 1500)
 @given(headers, sent_last, sent_last, st.lists(st.tuples(texts, sent_last), max_size=2))
-def test_whatever_the_proxy_claims_to_have_sent_a_link_gives_its_own_events_only(
+def test_link_gives_only_its_own_events_for_any_claim_of_the_proxy(
     headers: dict[str, str], c: str, d: str, more: list[tuple[str, str]]
 ) -> None:
     note(SEED)

@@ -244,7 +244,7 @@ def test_flush_loses_what_it_empties_and_nothing_else(database: Database) -> Non
 
 
 @pytest.mark.parametrize("sequenced", [False, True])
-def test_copy_by_template_goes_on_where_the_database_was(
+def test_copy_by_template_continues_where_the_database_was(
     database: Database, sequenced: bool
 ) -> None:
     """As the test runner does for its parallel processes."""

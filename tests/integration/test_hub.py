@@ -134,7 +134,7 @@ def test_page_costs_the_same_however_many_channels_are_followed(database: Databa
     assert work < 3 * few_work
 
 
-def test_what_nobody_follows_is_not_read(database: Database) -> None:
+def test_channels_without_followers_are_not_read(database: Database) -> None:
     send_events([("large", "message", "x" * 50_000)] * 30)
     send_events([("small", "message", "y")] * 30)
     sequence(database)
@@ -170,7 +170,7 @@ def test_events_of_every_size_are_offered_in_order(database: Database) -> None:
     assert {n.type for n in news} == {"t"}
 
 
-def test_pages_in_which_nothing_is_followed_wake_nobody(database: Database) -> None:
+def test_pages_without_followed_channels_wake_no_loop(database: Database) -> None:
     send_events([("other", "message", n) for n in range(500)])
     sequence(database)
     calls = []

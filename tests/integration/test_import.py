@@ -138,7 +138,7 @@ def test_data_is_what_django_eventstream_would_have_sent(
 
 
 @pytest.mark.parametrize("text", ["plain", "two\nlines", '{"a": 1}', '"quoted"', "", "é"])
-def test_text_sent_with_json_encode_off_stays_as_it_is(des: DjangoEventstream, text: str) -> None:
+def test_text_sent_with_json_encode_off_stays_unchanged(des: DjangoEventstream, text: str) -> None:
     des.send("room", text, json_encode=False)
     run()
     assert resume("room", 0) == [(1, text)]
@@ -190,7 +190,7 @@ def test_too_old_an_id_gets_a_stream_reset(des: DjangoEventstream) -> None:
     assert resume("room", 3) == []
 
 
-def test_channel_without_young_events_goes_on_counting(
+def test_channel_without_young_events_continues_counting(
     database: Database, des: DjangoEventstream
 ) -> None:
     des.send("room", 1, 2, ago=25 * HOUR)
@@ -206,7 +206,7 @@ def test_channel_without_young_events_goes_on_counting(
     assert resume("never", 0) == [(1, '"new"')]
 
 
-def test_only_what_is_behind_the_last_gap_can_be_resumed_from(des: DjangoEventstream) -> None:
+def test_only_events_after_the_last_gap_can_be_resumed_from(des: DjangoEventstream) -> None:
     des.send("room", *range(1, 8))
     des.execute("DELETE FROM django_eventstream_event WHERE eid IN (2, 5)")
     des.send("torn", 1, 2)
@@ -312,7 +312,9 @@ def test_imported_events_are_never_sequenced(
     assert everything(database)[2] == before[2]
 
 
-def test_nobody_is_woken_for_imported_events(database: Database, des: DjangoEventstream) -> None:
+def test_no_process_is_woken_for_imported_events(
+    database: Database, des: DjangoEventstream
+) -> None:
     des.send("room", 1, 2, 3)
     with database.connect() as listener, database.connect() as sender:
         rang: list[int] = []
@@ -329,7 +331,7 @@ def test_nobody_is_woken_for_imported_events(database: Database, des: DjangoEven
         assert rang == [sender.info.backend_pid]
 
 
-def test_events_that_wait_to_be_sequenced_come_behind(
+def test_events_that_wait_to_be_sequenced_come_after(
     database: Database, des: DjangoEventstream
 ) -> None:
     des.send("room", 1, 2)
@@ -351,7 +353,7 @@ def test_second_import_changes_nothing(database: Database, des: DjangoEventstrea
     assert everything(database) == before
 
 
-def test_channel_with_events_here_stays_as_it_is_and_the_others_come(
+def test_channel_with_events_here_stays_unchanged_and_the_others_are_imported(
     database: Database, des: DjangoEventstream
 ) -> None:
     des.send("both", 1, 2, 3)

@@ -255,7 +255,7 @@ def test_events_that_somebody_else_sequenced_are_published(
     assert once() == "5 events published.\n"
 
 
-def test_it_ends_though_events_go_on_arriving(database: Database, control: ControlPort) -> None:
+def test_it_ends_although_events_keep_arriving(database: Database, control: ControlPort) -> None:
     """It publishes those that existed when it began."""
     send(2000)
     over = threading.Event()
@@ -371,7 +371,7 @@ def test_application_processes_do_not_keep_a_publisher_from_leading(
     assert "standing by" not in caplog.text  # no publisher leads
 
 
-def test_publisher_takes_over_whatever_the_application_does(
+def test_publisher_takes_over_despite_any_work_of_the_application(
     database: Database, control: ControlPort, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "pg_eventstream")
@@ -477,7 +477,7 @@ LOCKS = {
         pytest.param("eventstream_prune", [], LOCKS["what is pruned"], id="prune"),
     ],
 )
-def test_transaction_that_holds_a_lock_is_no_reason_to_wait_for_ever(
+def test_transaction_that_holds_a_lock_is_not_waited_for_without_end(
     database: Database,
     control: ControlPort,
     name: str,
@@ -538,7 +538,7 @@ def through(database: Database) -> Iterator[Network]:
         pytest.param("eventstream_prune", [], marks=RARER),
     ],
 )
-def test_database_that_stops_answering_is_not_waited_for_for_ever(
+def test_database_that_stops_responding_is_not_waited_for_without_end(
     database: Database,
     control: ControlPort,
     monkeypatch: pytest.MonkeyPatch,

@@ -90,7 +90,7 @@ def test_connections_of_a_pool_that_were_lost_are_replaced(
         assert run(lambda: session_of(alias))
 
 
-def test_sessions_of_our_own_are_not_of_the_pool(
+def test_private_sessions_are_not_from_the_pool(
     database: Database, pooled: Callable[..., str]
 ) -> None:
     alias = pooled({"min_size": 1, "max_size": 1, "timeout": 5})
@@ -156,7 +156,7 @@ def test_feeds_of_many_proxies_share_a_pool_that_the_channel_manager_asks(
     ],
     ids=str,
 )
-def test_ordinary_requests_get_a_connection_beside_many_streams(
+def test_ordinary_requests_get_a_connection_despite_many_streams(
     database: Database, channel: str, kept: dict[str, Any]
 ) -> None:
     settings = {

@@ -40,7 +40,7 @@ from tests.support.rounds import publish_once
         ({"another": 1000}, [4, 5]),
     ],
 )
-def test_proxy_that_nobody_knows_begins_where_streams_have_not_asked_yet(
+def test_unknown_proxy_begins_where_streams_have_not_asked_yet(
     database: Database, control: ControlPort, known: dict[str, int], expected: list[int]
 ) -> None:
     """Not with all stored events, which could be millions before the first new one."""
@@ -167,7 +167,7 @@ def test_publishing_is_authenticated_as_gripcontrol_does(
     assert jwt.decode(token, key, algorithms=["HS256"])["iss"] == "realm"
 
 
-def test_new_proxy_starts_where_the_one_furthest_behind_is(
+def test_new_proxy_starts_where_the_slowest_one_is(
     database: Database, control: ControlPort
 ) -> None:
     send_events([("a", "message", n) for n in range(3)])
@@ -179,7 +179,7 @@ def test_new_proxy_starts_where_the_one_furthest_behind_is(
     assert database.fetch("SELECT name, position FROM pg_eventstream_proxy") == [(renamed.url, 4)]
 
 
-def test_grip_url_beside_grip_proxies_is_one_proxy_each(
+def test_grip_url_and_grip_proxies_are_one_proxy_each(
     database: Database, control: ControlPort
 ) -> None:
     """django-grip appends GRIP_URL to the GRIP_PROXIES list with every request."""

@@ -133,7 +133,7 @@ def test_nothing_is_lost_or_repeated_wherever_the_transaction_counter_stands(
     assert positions == list(range(1, 13))
 
 
-def test_copy_in_the_same_cluster_goes_on_by_itself(database: Database, tmp_path: Path) -> None:
+def test_copy_in_the_same_cluster_continues(database: Database, tmp_path: Path) -> None:
     """The transaction ids are still those of this cluster and keep their meaning."""
     database.send("a", "sequenced")
     database.execute("SELECT pg_eventstream_sequence()")

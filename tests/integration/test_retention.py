@@ -155,7 +155,7 @@ def test_without_proxies_age_alone_decides(database: Database) -> None:
     assert data(database) == ['"committed"']
 
 
-def test_idle_channel_goes_on_counting_after_all_its_events_are_pruned(
+def test_idle_channel_continues_counting_after_all_its_events_are_pruned(
     database: Database, control: ControlPort
 ) -> None:
     send_events([("a", "message", n) for n in range(3)])
@@ -168,7 +168,7 @@ def test_idle_channel_goes_on_counting_after_all_its_events_are_pruned(
     assert database.fetch("SELECT name, pruned FROM pg_eventstream_channel") == [("a", 3)]
 
 
-def test_sweep_ends_though_events_are_sequenced_meanwhile(database: Database) -> None:
+def test_pruning_ends_although_events_are_sequenced_in_the_meantime(database: Database) -> None:
     class Busy(Pruner):
         rounds = 0
 
@@ -303,7 +303,7 @@ def test_what_is_left_of_a_channel_is_known_exactly(database: Database, seed: in
     ]
 
 
-def test_busy_channel_costs_the_sweep_no_write_of_its_own(database: Database) -> None:
+def test_busy_channel_costs_the_pruner_no_separate_write(database: Database) -> None:
     send_events([("a", "message", n) for n in range(20)])
     database.execute("SELECT pg_eventstream_sequence()")
     age(database, events_of="a", by=2 * DAY)
@@ -316,7 +316,9 @@ def test_busy_channel_costs_the_sweep_no_write_of_its_own(database: Database) ->
     assert get_events(["a"], "a:20").events[0].json() == "stays"
 
 
-def test_sweep_leaves_what_becomes_due_meanwhile_to_the_next(database: Database) -> None:
+def test_pruner_leaves_events_that_become_due_in_the_meantime_to_the_next_run(
+    database: Database,
+) -> None:
     send_events([("a", "message", n) for n in range(20_000)])
     database.execute("SELECT pg_eventstream_sequence()")
     database.execute(

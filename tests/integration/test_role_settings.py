@@ -183,7 +183,7 @@ def everything_works(database: Database, proxy: Proxy, role: Role, channel: str)
     assert database.value("SELECT count(*) FROM pg_eventstream_stream") == 0
 
 
-def test_everything_works_whatever_the_role_is_set_up_with(
+def test_everything_works_with_any_settings_of_the_role(
     database: Database, role: Role, proxy: Proxy, old_tables: None, channel: str
 ) -> None:
     """With all settings at once. Of several values, the last one is used."""
@@ -284,7 +284,7 @@ def test_sender_that_may_only_read_is_told_so_and_its_own_choice_stands(
         assert cursor.fetchone() == ("12345ms",)
 
 
-def test_sending_works_whatever_else_the_role_is_set_up_with(
+def test_sending_works_with_any_other_settings_of_the_role(
     database: Database, role: Role, channel: str
 ) -> None:
     theirs = {"default_transaction_read_only", "session_replication_role"}

@@ -154,7 +154,7 @@ def _without_migrations(alias: str) -> None:
 
 
 @pytest.mark.parametrize("routers", [[], ["Allows", "Silent"]], ids=str)
-def test_what_is_not_postgresql_is_refused_and_left_as_it_is(
+def test_database_that_is_not_postgresql_is_refused_and_unchanged(
     aliases: None, routers: list[str]
 ) -> None:
     with routed(*routers):

@@ -281,7 +281,7 @@ def test_event_goes_to_the_database_that_is_asked_for(database: Database, other:
     assert events(database, "data") == [("7",)]
 
 
-def test_event_belongs_to_the_transaction_of_its_own_database(
+def test_event_belongs_to_the_transaction_of_its_database(
     database: Database, other: Database
 ) -> None:
     with pytest.raises(ZeroDivisionError), transaction.atomic(using="other"):
@@ -364,7 +364,7 @@ def outcome(how: Callable[..., None], event: tuple[Any, ...]) -> str:
 
 
 @pytest.mark.parametrize("how", [send, asend, send_among_others])
-def test_invalid_event_is_refused_and_the_transaction_goes_on(
+def test_invalid_event_is_refused_and_the_transaction_continues(
     database: Database, how: Callable[..., None]
 ) -> None:
     with transaction.atomic():
@@ -425,7 +425,7 @@ def test_tuple_that_is_no_event_is_refused_with_what_it_should_be(database: Data
             send_events([wrong])
 
 
-def test_callers_of_django_eventstream_may_go_on_naming_async_publish(database: Database) -> None:
+def test_callers_of_django_eventstream_may_still_pass_async_publish(database: Database) -> None:
     send_event("c", "t", "<b>", None, False, False)
     send_event("c", "t", 1, async_publish=False)
     async_to_sync(asend_event)("c", "t", "<i>", [], False, json_encode=False)

@@ -176,7 +176,7 @@ def test_slices_give_the_order_in_which_places_were_drawn(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_event_is_lost_or_doubled_whatever_number_was_open(
+def test_no_event_is_lost_or_doubled_with_any_number_of_open_transactions(
     database: Database, seed: int
 ) -> None:
     """As after a restart with far lower limits, which the database cannot know of."""
@@ -262,7 +262,7 @@ def lock(database: Database) -> None:
         migrate_back,
     ],
 )
-def test_backlog_is_finished_whatever_happens_between_two_slices(
+def test_backlog_is_finished_despite_anything_between_two_slices(
     database: Database, happens: Any
 ) -> None:
     cut_small(database)
@@ -310,7 +310,7 @@ def send_at_once(database: Database, events: int) -> None:
 
 
 @override_settings(EVENTSTREAM_SAFETY_POLL=None, GRIP_URL=None, GRIP_PROXIES=[])
-def test_publisher_goes_on_until_nothing_is_left(database: Database) -> None:
+def test_publisher_continues_until_nothing_is_left(database: Database) -> None:
     """It was asleep, and no poll wakes it."""
     cut_small(database)
     publisher = Publisher(Connector("default"))
@@ -331,7 +331,7 @@ def test_publisher_goes_on_until_nothing_is_left(database: Database) -> None:
 
 
 @override_settings(EVENTSTREAM_SAFETY_POLL=None)
-def test_process_that_streams_by_itself_goes_on_until_nothing_is_left(database: Database) -> None:
+def test_process_that_streams_directly_continues_until_nothing_is_left(database: Database) -> None:
     cut_small(database)
     database.send("c", "first")
     database.value(SEQUENCE)

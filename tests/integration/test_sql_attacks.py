@@ -111,7 +111,7 @@ def test_nothing_that_a_role_puts_in_the_way_is_used(
     assert database.value("SELECT count(*) FROM pg_eventstream_stream") == sent
 
 
-def test_each_function_of_ours_keeps_to_its_schema_and_is_nobodys_to_call(
+def test_each_function_keeps_to_its_schema_and_may_not_be_called(
     database: Database, sender: str
 ) -> None:
     functions = database.fetch(

@@ -137,7 +137,7 @@ GRANTS_FOR_ORMS = [
 ]
 
 
-def test_orm_that_asks_for_the_new_id_needs_the_grant_that_is_written_beside_the_other(
+def test_orm_that_reads_the_new_id_needs_the_additional_grant(
     database: Database, role: str, sender: str
 ) -> None:
     written = {
@@ -224,7 +224,7 @@ def forbidden_statements() -> list[str]:
     ]
 
 
-def test_sender_may_do_nothing_but_insert_events(database: Database, sender: str) -> None:
+def test_sender_may_only_insert_events(database: Database, sender: str) -> None:
     database.send("c", "somebody else's")
     database.execute("SELECT pg_eventstream_sequence()")
     outcomes = {}

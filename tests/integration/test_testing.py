@@ -126,7 +126,7 @@ class InTestCase(ReadStreams, TestCase):
             send_event("a", "message", 3)
         assert [e.json() for e in sent] == [1, 3]
 
-    def test_inside_the_block_it_is_live_and_behind_it_frozen(self) -> None:
+    def test_inside_the_block_it_is_live_and_after_it_frozen(self) -> None:
         with captured_events() as sent:
             assert sent == []
             send_event("a", "message", 1)

@@ -331,7 +331,7 @@ def test_events_that_stay_are_looked_for_once(database: Database, sweep: Pruner)
         assert rows_read() - before - first < 1000
 
 
-def test_event_that_is_sent_again_meanwhile_is_not_lost(database: Database) -> None:
+def test_event_that_is_sent_again_in_the_meantime_is_not_lost(database: Database) -> None:
     insert_unseen(database, 5, "2 days")
     with (
         database.connect(autocommit=False) as admin,

@@ -125,7 +125,7 @@ def test_vacuum_gets_into_every_table_while_a_transaction_is_at_work(
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_work_goes_on_while_vacuum_is_in_every_table(database: Database, work: Work) -> None:
+def test_work_continues_while_vacuum_is_in_every_table(database: Database, work: Work) -> None:
     vacuums = locked(database, f"LOCK TABLE {', '.join(tables())} IN SHARE UPDATE EXCLUSIVE MODE")
     with vacuums, work(database):
         pass

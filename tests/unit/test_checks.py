@@ -259,7 +259,7 @@ def test_number_that_makes_no_sense_is_refused_by_check_and_when_it_is_used(name
         ("EVENTSTREAM_MAX_AGE", 1e-3, 1e-3),
     ],
 )
-def test_number_at_the_edge_is_taken_as_it_is(name: str, value: Any, read: Any) -> None:
+def test_number_at_the_limit_is_accepted(name: str, value: Any, read: Any) -> None:
     assert check(**{name: value}) == []
     with override_settings(**{name: value}):
         assert getattr(conf, NUMBERS[name][0]) == read

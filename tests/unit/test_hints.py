@@ -44,7 +44,7 @@ def test_steady_stream_of_events_is_not_interrupted_by_hints() -> None:
         ]
 
 
-def test_event_behind_a_burst_takes_the_place_of_the_hint_that_was_due() -> None:
+def test_event_after_a_burst_replaces_the_hint_that_was_due() -> None:
     hints = Hints()
     hints.note(batch(*range(1, 51)), 0.0)
     assert times(hints, [0.5]) == [0.5]
