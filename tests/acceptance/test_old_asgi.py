@@ -267,4 +267,4 @@ def test_without_that_the_log_says_what_to_add(project: Project, app_port: int) 
         assert opened(f"{url}/mine/", Cookie=cookie) == f"stream-open _user-{user.pk}:0 "
         assert "forbidden" in opened(f"{url}/mine/")
     log = (project.directory / "daphne.log").read_text()
-    assert 'add path("events/", include("pg_eventstream.urls")) to the URLconf' in log
+    assert 'Add path("events/", include("pg_eventstream.urls")) to the URLconf' in log
