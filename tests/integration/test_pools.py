@@ -84,7 +84,7 @@ def test_connections_of_a_pool_that_were_lost_are_replaced(
     for _ in range(3):
         run(lambda: session_of(alias))
         database.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
         assert run(lambda: session_of(alias))
