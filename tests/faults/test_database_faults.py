@@ -77,7 +77,7 @@ def test_sessions_ended_at_random_all_the_time_lose_and_repeat_nothing(
     assert all(publisher.running for publisher in publishers)
     if THOROUGH:  # each kind of session was ended
         assert {name.split(" ")[1] for name in ended if " " in name} >= {
-            "leader", "bell", "feed", "sweep",
+            "leader", "bell", "feed", "prune",
         }  # fmt: skip
 
 

@@ -264,7 +264,7 @@ def while_it_sweeps(stage: Stage) -> Iterator[PublisherProcess]:
     with locked(stage.database, last):
         ordinary.kill()
         publisher = stage.lead()
-        wait_for_waiting(stage.database, "sweep")
+        wait_for_waiting(stage.database, "prune")
         yield publisher
 
 
