@@ -43,15 +43,16 @@ _UNSAFE = re.compile(r"[\r\n\0]")
 
 def encode_event(event_type: str, data: str, event_id: str | None = None) -> str:
     """Encode an event. Each line of the data becomes a ``data:`` line."""
-    text = f"event: {_safe(event_type)}\n"
+    text = f"event: {remove_line_breaks(event_type)}\n"
     if event_id is not None:
-        text += f"id: {_safe(event_id)}\n"
+        text += f"id: {remove_line_breaks(event_id)}\n"
     if "\n" in data or "\r" in data:
         data = "\ndata: ".join(_LINE_END.split(data))
     return f"{text}data: {data}\n\n"
 
 
-def _safe(text: str) -> str:
+def remove_line_breaks(text: str) -> str:
+    """Without CR, LF and NUL, which no name in an event stream can contain."""
     return text if text.isprintable() else _UNSAFE.sub("", text)
 
 

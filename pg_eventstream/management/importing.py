@@ -7,7 +7,6 @@ from them, and they expire, but they are never sequenced or published.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +20,9 @@ from ..conf import conf
 from ..errors import InvalidEvent
 from ..postgres.locks import LOCK_SPACE, SEQUENCE_LOCK
 from ..send import NewEvent, to_row
+from ..sse import remove_line_breaks
 
 _PAGE_EVENTS = 1000
-_LINE_BREAK_OR_NUL = re.compile(r"[\r\n\0]")
 _apps = Apps()  # a separate registry, so that it does not matter if django_eventstream is installed
 
 
@@ -152,7 +151,7 @@ def _copy_events(
             if channel in imported.refused:
                 continue
             # django-eventstream up to 5.3.3 sent the type without removing these characters.
-            event_type = _LINE_BREAK_OR_NUL.sub("", event_type) or "message"
+            event_type = remove_line_breaks(event_type) or "message"
             try:
                 text = _text_on_the_wire(data, before_4_4)
                 to_row(NewEvent(channel, event_type, text, json_encode=False))

@@ -26,7 +26,6 @@ from ..checks import first_use
 from ..conf import conf
 from ..errors import NotPublished
 from ..grip.proxy import Proxy
-from ..limits import LIMITS, Limits
 from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.sequence import (
     ANOTHER_STREAM,
@@ -62,12 +61,12 @@ class Publisher:
     all committed events and returns, for ``--once`` and for tests.
     """
 
-    def __init__(self, connector: Connector, limits: Limits = LIMITS) -> None:
+    def __init__(self, connector: Connector) -> None:
         first_use.report()
         conf.check_numbers()
         get_channelmanager()
         self._connector = connector
-        self._limits = limits
+        self._limits = connector.limits
         self._proxies = self._connect_proxies()
         self._stopping = threading.Event()
         self._doorbell: Doorbell | None = None
@@ -144,7 +143,7 @@ class Publisher:
     def _publish_once(self, connection: WatchedConnection, say: Callable[[str], object]) -> int:
         register(connection, self.name, self._proxies)
         count = 0
-        with Drain(self._proxies, self._connector, self._limits) as drain:
+        with Drain(self._proxies, self._connector) as drain:
             for sequenced in sequence_all(connection):
                 count += sequenced
                 drain.wake()
@@ -254,12 +253,12 @@ class Publisher:
         over = threading.Event()
         # New connections: a feed of the last lead can still be waiting for a response.
         proxies = self._connect_proxies()
-        feeds = [Feed(proxy, self._connector, over, self._limits) for proxy in proxies]
+        feeds = [Feed(proxy, self._connector, over) for proxy in proxies]
         threads = [
             threading.Thread(target=feed.run, name=f"feed {proxy.name}", daemon=True)
             for feed, proxy in zip(feeds, proxies, strict=True)
         ]
-        pruner = [self._connector, over, lambda: self._busy_at, self._limits]
+        pruner = [self._connector, over, lambda: self._busy_at]
         threads.append(threading.Thread(target=Pruner.run, args=pruner, name="pruner", daemon=True))
         for thread in threads:
             thread.start()

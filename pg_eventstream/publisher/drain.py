@@ -11,7 +11,6 @@ from typing import Any
 import psycopg
 
 from ..grip.proxy import Proxy
-from ..limits import LIMITS, Limits
 from ..postgres.connector import Connector
 from .feed import Feed
 
@@ -19,16 +18,14 @@ from .feed import Feed
 class Drain:
     """Runs one feed per proxy, each on a thread, until everything is published.
 
-    A feed without progress for ``limits.command_patience`` is given up and does not delay the
+    A feed without progress for ``command_patience`` seconds is given up and does not delay the
     others. It is a context manager, at whose end the feeds are stopped.
     """
 
-    def __init__(
-        self, proxies: Sequence[Proxy], connector: Connector, limits: Limits = LIMITS
-    ) -> None:
-        self._limits = limits
+    def __init__(self, proxies: Sequence[Proxy], connector: Connector) -> None:
+        self._limits = connector.limits
         self._end: int | None = None
-        self._works = [_Work(proxy, connector, self, limits) for proxy in proxies]
+        self._works = [_Work(proxy, connector, self) for proxy in proxies]
 
     def __enter__(self) -> Drain:
         for work in self._works:
@@ -91,12 +88,12 @@ class Drain:
 class _Work(threading.Thread):
     """One feed."""
 
-    def __init__(self, proxy: Proxy, connector: Connector, drain: Drain, limits: Limits) -> None:
+    def __init__(self, proxy: Proxy, connector: Connector, drain: Drain) -> None:
         super().__init__(name=f"feed {proxy.name}", daemon=True)
         self._proxy = proxy
         self._drain = drain
         self.stopping = threading.Event()
-        self.feed = Feed(proxy, connector, self.stopping, limits)
+        self.feed = Feed(proxy, connector, self.stopping)
         self._seen = 0
         self.moved_at = 0.0
         self._drained = False

@@ -22,7 +22,6 @@ from ..channels import NAME_LENGTH, PERMISSION_CHANGES, is_reliable
 from ..grip import items
 from ..grip.hints import Hints
 from ..grip.proxy import Proxy, Refused, Unavailable
-from ..limits import LIMITS, Limits
 from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
 from ..postgres.threads import return_connections
@@ -44,17 +43,11 @@ class Feed:
     ``stopping`` is set or everything is published.
     """
 
-    def __init__(
-        self,
-        proxy: Proxy,
-        connector: Connector,
-        stopping: threading.Event,
-        limits: Limits = LIMITS,
-    ) -> None:
+    def __init__(self, proxy: Proxy, connector: Connector, stopping: threading.Event) -> None:
         self._proxy = proxy
         self._connector = connector
         self._stopping = stopping
-        self._limits = limits
+        self._limits = connector.limits
         self._news = threading.Event()
         self._connection: psycopg.Connection[Any] | None = None
         self._position = 0
@@ -64,7 +57,7 @@ class Feed:
         #: Batches that are read and encoded, but not published yet.
         self._ready: deque[items.Batch] = deque()
         self._page_was_cut = False
-        self._hints = Hints(limits)
+        self._hints = Hints(self._limits)
         #: The number of events that the proxy has taken, or has taken a hint for.
         self.published = 0
         #: The number of events for which it has refused even a hint, and the reason for the last

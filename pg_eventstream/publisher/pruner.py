@@ -13,7 +13,7 @@ import psycopg
 
 from ..channels import PERMISSION_CHANGES, is_reliable
 from ..conf import conf
-from ..limits import LIMITS, Limits
+from ..limits import Limits
 from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
 from ..postgres.sequence import CURSOR, UNKNOWN, Cursor
@@ -128,7 +128,6 @@ class Pruner:
         connector: Connector,
         stopping: threading.Event,
         last_event_at: Callable[[], float],
-        limits: Limits = LIMITS,
     ) -> None:
         """Prune regularly until ``stopping`` is set. Errors of the database do not end it.
 
@@ -143,12 +142,12 @@ class Pruner:
                     while not stopping.is_set():
                         if pruner.run_once():
                             pruned_at = time.monotonic()
-                        _wait(stopping, last_event_at, pruned_at, limits)
+                        _wait(stopping, last_event_at, pruned_at, connector.limits)
             except psycopg.Error as e:
                 logger.warning("pruner: database: %s; trying again", explain(e))
             except Exception:
                 logger.exception("pruner: unexpected error; trying again")
-            stopping.wait(limits.prune)
+            stopping.wait(connector.limits.prune)
 
     def run_once(self) -> int:
         """Prune once. Returns the number of pruned events. Raises `psycopg.Error`."""

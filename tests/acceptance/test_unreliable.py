@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 
@@ -17,7 +16,7 @@ from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
-from tests.support.environment import KEY
+from tests.support.environment import KEY, settings_everywhere
 from tests.support.origin import log_in
 from tests.support.publisher import PublisherProcess
 from tests.support.rounds import sequence
@@ -27,9 +26,8 @@ from tests.support.sse_client import OpenStream, SSEClient
 @pytest.fixture(autouse=True)
 def volatile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make channels whose names begin with "volatile" unreliable, here and in the servers."""
-    settings = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.Volatile"}
-    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(settings))
-    with override_settings(**settings):
+    manager = "tests.project.channelmanagers.Volatile"
+    with settings_everywhere(monkeypatch, EVENTSTREAM_CHANNELMANAGER_CLASS=manager):
         yield
 
 
@@ -161,7 +159,7 @@ def test_running_publisher_prunes_unreliable_events(
     sequence(database)
     database.execute("UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 hour'")
     with override_settings(GRIP_URL=f"{pushpin.control_url}?key={KEY}"):
-        publisher = Publisher(Connector("default"), Limits(prune=0.2))
+        publisher = Publisher(Connector("default", limits=Limits(prune=0.2)))
         thread = threading.Thread(target=publisher.run)
         thread.start()
         try:

@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
-
-import pytest
-from django.contrib.auth.models import User
-from django.test import override_settings
 
 from pg_eventstream import (
     channel_permission_changed,
     send_event,
 )
 from pg_eventstream.servers.processes import wait_until
+from tests.support.alike_users import KEYS, headers, manager, user
 from tests.support.database import Database
 from tests.support.publisher import PublisherProcess
 from tests.support.rounds import sequence
 from tests.support.sse_client import OpenStream
 
-MANAGER = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.TextKeys"}
-#: Users whose names look alike; None is a visitor.
-KEYS = [None, "anonymous", r"\anonymous", r"\\anonymous", "Anonymous", "anonymous ", "None", "1"]
-
-
-@pytest.fixture(autouse=True)
-def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(MANAGER))
-    with override_settings(**MANAGER):
-        yield
-
-
-def user(key: str | None) -> Any:
-    return None if key is None else User(pk=key, username=key)
-
-
-def headers(key: str | None) -> dict[str, str]:
-    return {} if key is None else {"X-User": key}
+__all__ = ["manager"]  # a fixture
 
 
 def test_proxy_tells_them_apart(

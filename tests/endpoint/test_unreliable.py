@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from io import StringIO
@@ -15,6 +14,7 @@ from pg_eventstream import get_current_event_id, get_events, permission, send_ev
 from pg_eventstream.publisher.pruner import Pruner
 from tests.project.channelmanagers import Volatile
 from tests.support.database import Database
+from tests.support.environment import settings_everywhere
 from tests.support.origin import Origin, behind_a_proxy
 from tests.support.rounds import sequence
 from tests.support.sse_client import SSEClient
@@ -23,9 +23,8 @@ from tests.support.sse_client import SSEClient
 @pytest.fixture(autouse=True)
 def volatile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make channels whose names begin with "volatile" unreliable, here and in the servers."""
-    settings = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.Volatile"}
-    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(settings))
-    with override_settings(**settings):
+    manager = "tests.project.channelmanagers.Volatile"
+    with settings_everywhere(monkeypatch, EVENTSTREAM_CHANNELMANAGER_CLASS=manager):
         yield
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 from django.contrib.auth.models import AnonymousUser, User
 from django.core import signing
-from django.test import override_settings
 
 from pg_eventstream import (
     EventPermissionError,
@@ -20,28 +15,12 @@ from pg_eventstream import (
 )
 from pg_eventstream.grip import links
 from pg_eventstream.testing import captured_events
+from tests.support.alike_users import KEYS, headers, manager, user
 from tests.support.database import Database
 from tests.support.origin import Origin, behind_a_proxy
 from tests.support.rounds import sequence
 
-MANAGER = {"EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.TextKeys"}
-#: Users whose names look alike; None is a visitor.
-KEYS = [None, "anonymous", r"\anonymous", r"\\anonymous", "Anonymous", "anonymous ", "None", "1"]
-
-
-@pytest.fixture(autouse=True)
-def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(MANAGER))
-    with override_settings(**MANAGER):
-        yield
-
-
-def user(key: str | None) -> Any:
-    return None if key is None else User(pk=key, username=key)
-
-
-def headers(key: str | None) -> dict[str, str]:
-    return {} if key is None else {"X-User": key}
+__all__ = ["manager"]  # a fixture
 
 
 @pytest.mark.parametrize("how", ["users", "keys"])

@@ -131,7 +131,7 @@ def test_control_port_that_falls_silent_gets_everything_once(
     with (
         two_clients(pushpin.url, channel) as clients,
         override_settings(**_proxy(network)),
-        running(Publisher(Connector("default"), Limits(proxy_answer=0.3))),
+        running(Publisher(Connector("default", limits=Limits(proxy_answer=0.3)))),
     ):
         with load.running():
             for n, way in enumerate((None, "server", "client") * (10 if THOROUGH else 1)):

@@ -214,7 +214,7 @@ def test_publisher_whose_connections_died_silently_continues(
     impatient: Limits,
     arun: Callable[..., Future[Any]],
 ) -> None:
-    publisher = Publisher(Connector("default", through(network, database), impatient), impatient)
+    publisher = Publisher(Connector("default", through(network, database), impatient))
     with override_settings(EVENTSTREAM_SAFETY_POLL=0.5):
         running = arun(publisher.run)
         try:

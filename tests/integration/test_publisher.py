@@ -143,7 +143,9 @@ def test_page_that_is_cut_because_of_its_size_is_followed_by_the_next_at_once(
     with database.connect() as connection:
         sequence(connection)
         daemon.register(connection, "a test", [Proxy(config) for config in conf.grip_proxies])
-    feed = Feed(Proxy(conf.grip_proxies[0]), Connector("default"), over, Limits(acknowledge=60))
+    feed = Feed(
+        Proxy(conf.grip_proxies[0]), Connector("default", limits=Limits(acknowledge=60)), over
+    )
     thread = threading.Thread(target=feed.run)
     thread.start()
     try:
@@ -193,7 +195,7 @@ def test_grip_url_and_grip_proxies_are_one_proxy_each(
 def leading(connection: psycopg.Connection[Any], limits: Limits = LIMITS) -> Publisher:
     """What a publisher knows that leads on this connection."""
     daemon.register(connection, "test", [])
-    return Publisher(Connector("default"), limits)
+    return Publisher(Connector("default", limits=limits))
 
 
 def test_notification_queue_that_fills_up_is_reported(

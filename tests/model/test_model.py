@@ -98,7 +98,7 @@ class Run:
         self.world.prepare_faults(faults, between)
         self.model.sequence()
         try:
-            Publisher(Connector("default"), LIMITS).run_once()
+            Publisher(Connector("default", limits=LIMITS)).run_once()
         except Killed:
             self.world.pass_items_on()
             for session in self.world.sessions:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
+from django.test import override_settings
 
 from pg_eventstream.servers.pushpin import Pushpin
 
@@ -40,3 +47,11 @@ def child_environment(pushpin: Pushpin | None = None, **more: str) -> dict[str, 
 def publishes_to(*control_urls: str) -> dict[str, str]:
     """The environment of a publisher to the proxies with these control ports."""
     return {"PG_EVENTSTREAM_TEST_GRIP_URL": " ".join(f"{url}?key={KEY}" for url in control_urls)}
+
+
+@contextmanager
+def settings_everywhere(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[None]:
+    """Override settings in this process, and in the processes that it starts."""
+    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(settings))
+    with override_settings(**settings):
+        yield

@@ -30,7 +30,7 @@ class Command(DatabaseCommand):
 
     def run(self, alias: str, options: dict[str, Any]) -> None:
         log_to_stderr(options["verbosity"])
-        publisher = Publisher(Connector(alias, options["dsn"], self.limits), self.limits)
+        publisher = Publisher(Connector(alias, options["dsn"], self.limits))
         if options["once"]:
             publisher.run_once(say=self.stdout.write)
         else:
