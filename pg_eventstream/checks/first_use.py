@@ -1,7 +1,7 @@
 """Logs the results of the checks in processes where no command runs them.
 
 Application servers (uvicorn, gunicorn) run no checks. So the checks run with the first request of
-a process, whatever its URL, and when a publisher starts.
+a process, for any URL, and when a publisher starts.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _STOP_SIGNALS = {
     "fast": signal.SIGINT,
     "immediate": signal.SIGQUIT,
 }
-_SYSTEM_USER = "nobody"  # runs PostgreSQL when this process is root, as which it refuses to run
+_SYSTEM_USER = "nobody"  # runs PostgreSQL if this process is root, because PostgreSQL refuses to run as root
 
 
 class Postgres(Server):

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from django.test import override_settings
 
 from pg_eventstream import send_event
 from pg_eventstream.servers.processes import HOST, Process, accepts, free_port
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
-from tests.support.environment import DIRECTORY, child_environment
+from tests.support.environment import DIRECTORY, child_environment, settings_everywhere
 from tests.support.long_names import SETTINGS, SHAPES, names
 from tests.support.publisher import PublisherProcess
 from tests.support.sse_client import SSEClient
@@ -22,8 +21,7 @@ from tests.support.sse_client import SSEClient
 
 @pytest.fixture(autouse=True)
 def settings_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(SETTINGS))
-    with override_settings(**SETTINGS):
+    with settings_everywhere(monkeypatch, **SETTINGS):
         yield
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 import pytest
-from django.test import override_settings
 
 from pg_eventstream import get_current_event_id, get_events, send_event, sse
 from pg_eventstream.grip import links
 from tests.support.database import Database
+from tests.support.environment import settings_everywhere
 from tests.support.long_names import SETTINGS, SHAPES, names
 from tests.support.origin import Answer, Origin, behind_a_proxy
 from tests.support.rounds import sequence
@@ -20,8 +20,7 @@ from tests.support.rounds import sequence
 
 @pytest.fixture(autouse=True)
 def settings_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("PG_EVENTSTREAM_TEST_SETTINGS", json.dumps(SETTINGS))
-    with override_settings(**SETTINGS):
+    with settings_everywhere(monkeypatch, **SETTINGS):
         yield
 
 
