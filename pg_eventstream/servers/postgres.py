@@ -30,7 +30,8 @@ _STOP_SIGNALS = {
     "fast": signal.SIGINT,
     "immediate": signal.SIGQUIT,
 }
-_SYSTEM_USER = "nobody"  # runs PostgreSQL if this process is root, because PostgreSQL refuses to run as root
+# Runs PostgreSQL if this process is root, because PostgreSQL refuses to run as root.
+_SYSTEM_USER = "nobody"
 
 
 class Postgres(Server):
