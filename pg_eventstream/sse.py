@@ -99,22 +99,24 @@ def make_id(numbers: Mapping[str, int]) -> str:
 
 
 class Place:
-    """A place in several channels and its id. It moves with each event."""
+    """A place in several channels. It moves with each event.
+
+    ``numbers`` holds the number in the id of each channel. ``id`` is the same as `make_id` of them,
+    from parts that are encoded only once.
+    """
 
     def __init__(self, numbers: Mapping[str, int]) -> None:
         self.numbers = dict(numbers)
         self._names = {channel: quote_channel(channel) for channel in numbers}
         self._parts = {name: f"{self._names[name]}:{number}" for name, number in numbers.items()}
+        self.id = ",".join(self._parts.values())
 
     def move(self, channel: str, number: int) -> None:
-        """Move after the channel's event with this number in its id."""
+        """Move to an event of the channel with this number."""
         self.numbers[channel] = number
-        self._parts[channel] = f"{self._names[channel]}:{number}"
-
-    @property
-    def id(self) -> str:
-        """The id as `make_id` makes it, but from cached parts."""
-        return ",".join(self._parts.values())
+        self._parts[channel] = part = f"{self._names[channel]}:{number}"
+        # Most streams have one channel, and this runs for each event of each stream.
+        self.id = part if len(self._parts) == 1 else ",".join(self._parts.values())
 
 
 def parse_id(event_id: str, channels: Iterable[str] = ()) -> dict[str, int]:
