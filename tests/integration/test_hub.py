@@ -104,6 +104,8 @@ def operations(function: Callable[[], Any]) -> int:
         return trace
 
     previous = sys.gettrace()
+    # Python 3.12 reports operations only if a frame wanted them before the trace began.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         function()
