@@ -43,7 +43,7 @@ class Limits:
     #: server that neither responds nor can be asked why, for a proxy.
     command_patience: float = 15.0
     #: The wait for the batches in flight when the publisher stops.
-    join: float = 3.0
+    join: float = 2.0
 
     # One proxy's feed
 
