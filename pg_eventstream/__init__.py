@@ -26,6 +26,7 @@ Shared by these:
     backoff         the delay before the next try
     rarely          limits how often a warning is logged
     errors          the exceptions
+    operate/        shows whether events arrive, and why they do not
 
 For a project:
 

@@ -68,6 +68,13 @@ class TextArrayField(ArrayField):  # type: ignore[type-arg]
         return name, "django.contrib.postgres.fields.ArrayField", args, kwargs
 
 
+class ClockTimestamp(models.Func):
+    """The time at which this row is written, and not the time at which its transaction began."""
+
+    function = "clock_timestamp"
+    output_field = models.DateTimeField()
+
+
 class EnqueueSql(compiler.UpsertTriggerSql):
     """Creates the trigger and nothing else.
 
@@ -140,8 +147,17 @@ class Event(models.Model):
     data = models.TextField(help_text="What goes on the wire: JSON, or any other text.")
     skip_user_ids = TextArrayField(default=list, db_default=[])
     created = models.DateTimeField(db_default=Now())
+    meta = models.JSONField(
+        null=True,
+        blank=True,
+        help_text="About the event, and never sent to clients: trace, correlation, versions.",
+    )
 
     class Meta:
+        permissions = [
+            ("send_event", "Can send a test event"),
+            ("retry_event", "Can send events again that were never put in order"),
+        ]
         constraints = [
             # One per column: PostgreSQL parses each one again for every INSERT (ExecRelCheck).
             models.CheckConstraint(
@@ -192,6 +208,11 @@ class Outbox(Loadable):
         Event, on_delete=models.DO_NOTHING, db_constraint=False, db_index=False, related_name="+"
     )
     channel = models.CharField(max_length=255)
+    committed_at = models.DateTimeField(
+        null=True,
+        db_default=ClockTimestamp(),
+        help_text="When the trigger ran, at COMMIT. Null if it was an older one.",
+    )
 
     def __str__(self) -> str:
         return f"event {self.event_id}, committed by {self.xid}"
@@ -219,6 +240,7 @@ class Stream(Loadable):
         null=True,
         help_text="What the id of the event before it shows, if that is of another incarnation.",
     )
+    committed_at = models.DateTimeField(null=True, help_text="As in the outbox.")
 
     class Meta:
         constraints = [
@@ -302,6 +324,20 @@ class Proxy(Loadable):
     name = models.TextField(primary_key=True, help_text="The control URI, without credentials.")
     position = models.BigIntegerField()
     incarnation = models.BigIntegerField(db_default=0, help_text="In which this position counts.")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Report(Loadable):
+    """What a process last said about itself: the publisher, the pruner, the doctor.
+
+    It is for people and monitoring. Nothing that delivers events depends on it.
+    """
+
+    name = models.TextField(primary_key=True)
+    at = models.DateTimeField(db_default=Now())
+    content = models.JSONField()
 
     def __str__(self) -> str:
         return self.name
