@@ -21,7 +21,7 @@ BEGIN;
 --     GRANT SELECT (id) ON pg_eventstream_event TO billing;
 \if :{?sender}
 GRANT USAGE ON SCHEMA :"schema" TO :"sender";
-GRANT INSERT (channel, type, data, skip_user_ids) ON pg_eventstream_event TO :"sender";
+GRANT INSERT (channel, type, data, skip_user_ids, meta) ON pg_eventstream_event TO :"sender";
 \endif
 
 -- The endpoint: a web application that serves streams. It reads the events that clients missed,

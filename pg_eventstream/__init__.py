@@ -25,6 +25,7 @@ Shared by these:
     limits          limits and delays that are not settings
     backoff         the delay before the next try
     rarely          limits how often a warning is logged
+    tracing         the trace in which an event was sent (OpenTelemetry)
     errors          the exceptions
     operate/        shows whether events arrive, and why they do not
 

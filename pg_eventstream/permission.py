@@ -42,4 +42,4 @@ def channel_permission_changed(
     channel name is invalid.
     """
     change = encode_change(user_id(user), check_name("channel", channel))
-    insert((PERMISSION_CHANGES, "permission-changed", change, []), using)
+    insert((PERMISSION_CHANGES, "permission-changed", change, [], None), using)

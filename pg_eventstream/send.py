@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from django.conf import settings
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
-from . import liveness
+from . import liveness, tracing
 from .channels import NAME_LENGTH, RESERVED, problem_of_name
 from .conf import conf
 from .errors import InvalidEvent
@@ -28,12 +29,37 @@ from .postgres.connector import refuse_if_not_postgresql
 from .sse import RESERVED_TYPES
 from .users import skipped_ids
 
-# An empty list of users to skip is the column's default. Leaving it out saves a parameter that is
-# costly to write and to read.
+# A column that has its default is left out. This saves a parameter, and a role that sends no meta
+# needs no right to do so.
 _INSERT = "INSERT INTO pg_eventstream_event (channel, type, data) VALUES (%s, %s, %s)"
 _INSERT_SKIPPING = (
     "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids) VALUES (%s, %s, %s, %s)"
 )
+_INSERT_META = (
+    "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids, meta)"
+    " VALUES (%s, %s, %s, %s, %s)"
+)
+
+_INSERT_MANY = """
+    INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)
+    SELECT channel, type, data, ARRAY(SELECT jsonb_array_elements_text(skip::jsonb))
+      FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[])
+           WITH ORDINALITY AS new (channel, type, data, skip, nth)
+     ORDER BY nth
+"""
+_INSERT_MANY_META = """
+    INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids, meta)
+    SELECT channel, type, data, ARRAY(SELECT jsonb_array_elements_text(skip::jsonb)), meta::jsonb
+      FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+           WITH ORDINALITY AS new (channel, type, data, skip, meta, nth)
+     ORDER BY nth
+"""
+
+# As JSON contains it, and not after a backslash that is itself escaped.
+_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+#: The columns of an event: channel, type, data, ids of users to skip, and meta as JSON.
+Row = tuple[str, str, str, list[str], str | None]
 
 
 class NewEvent(NamedTuple):
@@ -44,6 +70,7 @@ class NewEvent(NamedTuple):
     data: Any
     skip_user_ids: Iterable[object] | None = None
     json_encode: bool = True
+    meta: Mapping[str, Any] | None = None
 
 
 def send_event(
@@ -54,6 +81,8 @@ def send_event(
     async_publish: bool = True,
     json_encode: bool = True,
     using: str | None = None,
+    *,
+    meta: Mapping[str, Any] | None = None,
 ) -> None:
     """Send an event on ``channel``, in the current transaction of the database.
 
@@ -67,11 +96,15 @@ def send_event(
     database alias, by default ``EVENTSTREAM_DATABASE``. ``async_publish`` has no effect, because
     nothing is published here; it exists for callers written for django-eventstream.
 
+    ``meta`` is a mapping about the event that is stored with it and never sent to clients, such as
+    correlation and causation ids. It is serialized like the data. Within a trace of OpenTelemetry,
+    ``traceparent`` and ``tracestate`` are added.
+
     Raises `InvalidEvent` (a ``ValueError``) if a name is empty, too long, contains a line break or
-    NUL, or is reserved (types such as ``stream-error``), if the data cannot be sent, or if a user
-    to skip has no primary key. Nothing is written then.
+    NUL, or is reserved (types such as ``stream-error``), if the data or the meta cannot be stored,
+    or if a user to skip has no primary key. Nothing is written then.
     """
-    insert(to_row(NewEvent(channel, event_type, data, skip_user_ids, json_encode)), using)
+    insert(to_row(NewEvent(channel, event_type, data, skip_user_ids, json_encode, meta)), using)
 
 
 async def asend_event(
@@ -82,10 +115,12 @@ async def asend_event(
     async_publish: bool = True,
     json_encode: bool = True,
     using: str | None = None,
+    *,
+    meta: Mapping[str, Any] | None = None,
 ) -> None:
     """`send_event` for asynchronous code, with the same guarantees, on Django's database thread."""
     await sync_to_async(send_event)(
-        channel, event_type, data, skip_user_ids, json_encode=json_encode, using=using
+        channel, event_type, data, skip_user_ids, json_encode=json_encode, using=using, meta=meta
     )
 
 
@@ -105,21 +140,15 @@ def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None 
     rows = [to_row(_new_event(event)) for event in events]
     if not rows:
         return
-    channels, types, texts, skips = zip(*rows, strict=True)
+    channels, types, texts, skips, metas = zip(*rows, strict=True)
+    values = [list(channels), list(types), list(texts), [json.dumps(ids) for ids in skips]]
+    if has_meta := any(meta is not None for meta in metas):
+        values.append(list(metas))
     alias = using or conf.database
     with connections[alias].cursor() as cursor, _ExplainErrors(alias):
-        # Four parameters for any number of events, because the protocol allows 65,535 in a
+        # Few parameters for any number of events, because the protocol allows 65,535 in a
         # statement. The user ids are sent as JSON, because unnest() would flatten a list of lists.
-        cursor.execute(
-            """
-            INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)
-            SELECT channel, type, data, ARRAY(SELECT jsonb_array_elements_text(skip::jsonb))
-              FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[])
-                   WITH ORDINALITY AS new (channel, type, data, skip, nth)
-             ORDER BY nth
-            """,
-            [list(channels), list(types), list(texts), [json.dumps(ids) for ids in skips]],
-        )
+        cursor.execute(_INSERT_MANY_META if has_meta else _INSERT_MANY, values)
     if settings.DEBUG:
         liveness.check_publisher()
 
@@ -129,17 +158,19 @@ def _new_event(event: NewEvent | tuple[Any, ...]) -> NewEvent:
         return NewEvent(*event)
     except TypeError as e:
         raise InvalidEvent(
-            "An event must be a tuple (channel, event_type, data, skip_user_ids, json_encode), of"
-            f" which the last two are optional; it is {event!r}."
+            "An event must be a tuple (channel, event_type, data, skip_user_ids, json_encode,"
+            f" meta), of which the last three are optional; it is {event!r}."
         ) from e
 
 
-def insert(row: tuple[str, str, str, list[str]], using: str | None) -> None:
-    """Write one event unchanged: channel, type, data, ids of users to skip."""
-    statement, values = (_INSERT_SKIPPING, row) if row[3] else (_INSERT, row[:3])
+def insert(row: Row, using: str | None) -> None:
+    """Write one event unchanged."""
+    statement, count = (_INSERT_SKIPPING, 4) if row[3] else (_INSERT, 3)
+    if row[4] is not None:
+        statement, count = _INSERT_META, 5
     alias = using or conf.database
     with connections[alias].cursor() as cursor, _ExplainErrors(alias):
-        cursor.execute(statement, values)
+        cursor.execute(statement, row[:count])
     if settings.DEBUG:
         liveness.check_publisher()
 
@@ -172,7 +203,7 @@ class _ExplainErrors:
             ) from error.__cause__
 
 
-def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:
+def to_row(event: NewEvent) -> Row:
     channel = check_name("channel", event.channel)
     if channel.startswith(RESERVED):
         raise InvalidEvent(f"Channel names that begin with {RESERVED!r} are reserved.")
@@ -187,6 +218,7 @@ def to_row(event: NewEvent) -> tuple[str, str, str, list[str]]:
         event_type,
         _text(event.data, event.json_encode),
         _user_ids(event.skip_user_ids),
+        _meta(tracing.add_trace(event.meta)),
     )
 
 
@@ -225,6 +257,22 @@ def _encodable(what: str, value: str) -> str:
     except UnicodeEncodeError as e:
         raise InvalidEvent(f"The {what} is not valid Unicode: {e}.") from e
     return value
+
+
+def _meta(meta: Mapping[str, Any] | None) -> str | None:
+    if meta is None:
+        return None
+    if not isinstance(meta, Mapping) or not all(isinstance(key, str) for key in meta):
+        raise InvalidEvent(
+            f"The meta of an event must be a mapping with strings as keys; it is {meta!r}."
+        )
+    try:
+        text = json.dumps(meta, cls=DjangoJSONEncoder, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as e:
+        raise InvalidEvent(f"The meta of an event cannot be serialized as JSON: {e}.") from e
+    if _ESCAPED_NUL.search(text):
+        raise InvalidEvent("The meta must not contain NUL; PostgreSQL cannot store it in jsonb.")
+    return _encodable("meta", text)
 
 
 def _user_ids(skip_user_ids: Iterable[object] | None) -> list[str]:

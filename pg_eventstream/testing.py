@@ -28,9 +28,19 @@ class SentEvent:
     type: str
     data: str
     skip_user_ids: tuple[str, ...] = ()
+    meta: Any = None
 
     def json(self) -> Any:
         return json.loads(self.data)
+
+    def __repr__(self) -> str:
+        # Without defaults, because unittest shortens what it shows of two sides that differ.
+        values = {name: getattr(self, name) for name in ("channel", "type", "data")}
+        if self.skip_user_ids:
+            values["skip_user_ids"] = self.skip_user_ids
+        if self.meta is not None:
+            values["meta"] = self.meta
+        return f"SentEvent({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 def captured_events(using: str | None = None) -> SentEvents:
@@ -127,12 +137,15 @@ class SentEvents(Sequence[SentEvent]):
             return self._final
         with connections[self._using].cursor() as cursor:
             cursor.execute(
-                "SELECT channel, type, data, skip_user_ids FROM pg_eventstream_event"
+                "SELECT channel, type, data, skip_user_ids, meta::text FROM pg_eventstream_event"
                 " WHERE id > %s ORDER BY id",
                 [self._begin],
             )
             rows = cursor.fetchall()
-        return [SentEvent(channel, type_, data, tuple(skip)) for channel, type_, data, skip in rows]
+        return [
+            SentEvent(channel, type_, data, tuple(skip), None if meta is None else json.loads(meta))
+            for channel, type_, data, skip, meta in rows
+        ]
 
 
 try:

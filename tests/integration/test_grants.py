@@ -69,7 +69,7 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
         (
             "sender",
             send,
-            {"event": "INSERT (channel, data, skip_user_ids, type)"},
+            {"event": "INSERT (channel, data, meta, skip_user_ids, type)"},
         ),
         (
             "endpoint",

@@ -207,6 +207,36 @@ def test_event_is_written_as_given(database: Database) -> None:
     ]
 
 
+METAS: list[dict[str, Any] | None] = [
+    None,
+    {},
+    {"correlation_id": "order-7", "version": 2, "nested": {"list": [1, None, True]}},
+    {"text": "ä 🎉 % \\ \\u0000 \n\" '"},
+]
+
+
+@pytest.mark.parametrize("skip", [None, ["7"]])
+@pytest.mark.parametrize("meta", METAS, ids=str)
+def test_meta_is_stored_in_each_way_to_send(
+    database: Database, meta: dict[str, Any] | None, skip: list[str] | None
+) -> None:
+    send_event("c", "t", 1, skip, meta=meta)
+    async_to_sync(asend_event)("c", "t", 1, skip, meta=meta)
+    send_events([NewEvent("c", "t", 1, skip, meta=meta), ("c", "t", 1, skip, True, meta)])
+    assert events(database, "skip_user_ids", "meta") == [(skip or [], meta)] * 4
+
+
+def test_meta_takes_what_data_takes(database: Database) -> None:
+    send_event("c", "t", 1, meta={"user": USER, "price": Decimal("1.10"), "on": date(2026, 1, 2)})
+    stored = {"user": str(USER), "price": "1.10", "on": "2026-01-02"}
+    assert events(database, "meta") == [(stored,)]
+
+
+def test_events_with_and_without_meta_can_be_sent_in_one_call(database: Database) -> None:
+    send_events([("c", "t", 1), NewEvent("c", "t", 2, meta={"a": 1}), ("c", "t", 3)])
+    assert events(database, "data", "meta") == [("1", None), ("2", {"a": 1}), ("3", None)]
+
+
 USER = uuid.UUID("0d9f6a2e-8d5c-4f0b-9a57-5f4a2d3b1c0e")
 
 
@@ -335,6 +365,21 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "user ids are one number": ("c", "t", 1, 123),
     "user id with NUL": ("c", "t", 1, ["a\0b"]),
     "user id with a lone surrogate": ("c", "t", 1, ["\ud800"]),
+    **{
+        f"meta {what}": ("c", "t", 1, None, True, meta)
+        for what, meta in {
+            "is a string": "v1",
+            "is a list": ["v1"],
+            "is not JSON": {"a": object()},
+            "is not a number": {"a": float("nan")},
+            "has a key that is no string": {1: "a"},
+            "has a nested key that is no JSON": {"a": {(1, 2): 3}},
+            "contains itself": {"a": ENDLESS},
+            "contains NUL": {"a": ["\\", "b\0"]},
+            "has a key with NUL": {"a\0": 1},
+            "contains a lone surrogate": {"a": "\ud800"},
+        }.items()
+    },
 }
 
 
@@ -420,7 +465,7 @@ def test_users_can_be_skipped_as_objects_too(database: Database) -> None:
 
 
 def test_tuple_that_is_no_event_is_refused_with_what_it_should_be(database: Database) -> None:
-    for wrong in (("c", "t"), ("c", "t", 1, None, True, "more"), ()):
+    for wrong in (("c", "t"), ("c", "t", 1, None, True, None, "more"), ()):
         with pytest.raises(InvalidEvent, match=r"must be a tuple \(channel, event_type, data"):
             send_events([wrong])
 

@@ -97,10 +97,10 @@ class InTestCase(ReadStreams, TestCase):
     def test_events_come_in_the_order_sent_with_all_that_was_said(self) -> None:
         send_event("orders", "paid", "before the block")
         with captured_events() as sent:
-            send_event("orders", "paid", {"order": 7}, skip_user_ids=[3, "x"])
+            send_event("orders", "paid", {"order": 7}, skip_user_ids=[3, "x"], meta={"v": 1})
             send_events([("orders", "shipped", n) for n in range(3)])
         send_event("orders", "paid", "behind the block")
-        assert sent[0] == SentEvent("orders", "paid", '{"order": 7}', ("3", "x"))
+        assert sent[0] == SentEvent("orders", "paid", '{"order": 7}', ("3", "x"), {"v": 1})
         assert [(e.channel, e.type, e.json()) for e in sent] == [
             ("orders", "paid", {"order": 7}),
             *(("orders", "shipped", n) for n in range(3)),

@@ -50,6 +50,6 @@ def sequence(dsn: str) -> None:
 def send(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(
-            "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)"
-            " VALUES ('new', 'type', '{}', '{}')"
+            "INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids, meta)"
+            " VALUES ('new', 'type', '{}', '{}', '{}')"
         )

@@ -40,14 +40,15 @@ def test_no_other_name_is_public() -> None:
 def test_sending_synchronously_and_asynchronously_takes_the_same_arguments() -> None:
     names = ["channel", "event_type", "data", "skip_user_ids"]
     # As in django-eventstream, whose callers can pass async_publish by position.
-    expected = [*names, "async_publish", "json_encode", "using"]
+    expected = [*names, "async_publish", "json_encode", "using", "meta"]
     for function in (send_event, asend_event):
         parameters = inspect.signature(function).parameters
         assert list(parameters) == expected
-        assert [p.default for p in parameters.values()][3:] == [None, True, True, None]
+        assert [p.default for p in parameters.values()][3:] == [None, True, True, None, None]
+        assert parameters["meta"].kind is inspect.Parameter.KEYWORD_ONLY
     assert inspect.iscoroutinefunction(asend_event)
     # The fields of NewEvent are the arguments of send_event.
-    assert list(NewEvent._fields) == [*names, "json_encode"]
+    assert list(NewEvent._fields) == [*names, "json_encode", "meta"]
 
 
 def run_python(program: str, **environment: str) -> str:
