@@ -8,17 +8,21 @@ order from the tables. So it makes all spans of the event's path, as children of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 try:
     from opentelemetry import trace
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError:
-    trace = None  # type: ignore[assignment]
+    has_api = False
 else:
+    has_api = True
     _context = TraceContextTextMapPropagator()
 
+#: Adds attributes to a span.
+SetAttributes = Callable[[Mapping[str, Any]], None]
 #: The name of the instrumentation, as spans show it.
 _SCOPE = "pg_eventstream"
 
@@ -29,7 +33,7 @@ def add_trace(meta: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     The keys are those of the W3C recommendation "Trace Context": ``traceparent`` and
     ``tracestate``. A trace that the meta already contains is left unchanged.
     """
-    if trace is None or not trace.get_current_span().get_span_context().is_valid:
+    if not has_api or not trace.get_current_span().get_span_context().is_valid:
         return meta
     if isinstance(meta, Mapping) and "traceparent" in meta:
         return meta
@@ -38,3 +42,42 @@ def add_trace(meta: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if meta is None:
         return carrier
     return {**carrier, **meta} if isinstance(meta, Mapping) else meta
+
+
+def is_on() -> bool:
+    """Whether this process records spans: the project has set up a tracer provider."""
+    if not has_api:
+        return False
+    provider = trace.get_tracer_provider()
+    return not isinstance(provider, trace.ProxyTracerProvider | trace.NoOpTracerProvider)
+
+
+def record(
+    name: str, carrier: dict[str, str], began: float, ended: float, attributes: Mapping[str, Any]
+) -> None:
+    """Record a span that is over, as a child of the span that ``carrier`` names.
+
+    ``began`` and ``ended`` are in seconds since 1970. A sender can write any text as its trace; one
+    that is not valid is left out.
+    """
+    parent = _context.extract(carrier)
+    if not trace.get_current_span(parent).get_span_context().is_valid:
+        return
+    span = trace.get_tracer(_SCOPE).start_span(
+        f"eventstream {name}",
+        context=parent,
+        kind=trace.SpanKind.PRODUCER,
+        attributes=dict(attributes),
+        start_time=round(began * 1e9),
+    )
+    span.end(round(max(began, ended) * 1e9))
+
+
+@contextmanager
+def span(name: str) -> Iterator[SetAttributes]:
+    """Record a span of the block, as a child of the current one."""
+    if not has_api:
+        yield lambda attributes: None
+        return
+    with trace.get_tracer(_SCOPE).start_as_current_span(f"eventstream {name}") as current:
+        yield current.set_attributes

@@ -253,7 +253,9 @@ class Publisher:
         over = threading.Event()
         # New connections: a feed of the last lead can still be waiting for a response.
         proxies = self._connect_proxies()
-        feeds = [Feed(proxy, self._connector, over) for proxy in proxies]
+        feeds = [
+            Feed(proxy, self._connector, over, is_first=not n) for n, proxy in enumerate(proxies)
+        ]
         threads = [
             threading.Thread(target=feed.run, name=f"feed {proxy.name}", daemon=True)
             for feed, proxy in zip(feeds, proxies, strict=True)

@@ -25,7 +25,9 @@ class Drain:
     def __init__(self, proxies: Sequence[Proxy], connector: Connector) -> None:
         self._limits = connector.limits
         self._end: int | None = None
-        self._works = [_Work(proxy, connector, self) for proxy in proxies]
+        self._works = [
+            _Work(proxy, connector, self, is_first=not n) for n, proxy in enumerate(proxies)
+        ]
 
     def __enter__(self) -> Drain:
         for work in self._works:
@@ -88,12 +90,12 @@ class Drain:
 class _Work(threading.Thread):
     """One feed."""
 
-    def __init__(self, proxy: Proxy, connector: Connector, drain: Drain) -> None:
+    def __init__(self, proxy: Proxy, connector: Connector, drain: Drain, *, is_first: bool) -> None:
         super().__init__(name=f"feed {proxy.name}", daemon=True)
         self._proxy = proxy
         self._drain = drain
         self.stopping = threading.Event()
-        self.feed = Feed(proxy, connector, self.stopping)
+        self.feed = Feed(proxy, connector, self.stopping, is_first=is_first)
         self._seen = 0
         self.moved_at = 0.0
         self._drained = False

@@ -26,6 +26,7 @@ from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
 from ..postgres.threads import return_connections
 from ..stream_event import PermissionChange, decode
+from .timing import Timing
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,16 @@ class Feed:
     ``stopping`` is set or everything is published.
     """
 
-    def __init__(self, proxy: Proxy, connector: Connector, stopping: threading.Event) -> None:
+    def __init__(
+        self,
+        proxy: Proxy,
+        connector: Connector,
+        stopping: threading.Event,
+        *,
+        is_first: bool = True,
+    ) -> None:
         self._proxy = proxy
+        self._timing = Timing(proxy.name, is_first=is_first)
         self._connector = connector
         self._stopping = stopping
         self._limits = connector.limits
@@ -127,6 +136,7 @@ class Feed:
         published = 0
         if batch.rows and self._publish(batch):
             published = len(batch.rows)
+            self._timing.published(batch.rows)
             # Unless rows of another stream were read in the meantime.
             if self._ready and self._ready[0] is batch:
                 self._ready.popleft()
@@ -150,6 +160,7 @@ class Feed:
 
     def close(self) -> None:
         self._ready.clear()
+        self._timing.forget()
         self._proxy.close()
         if self._connection is not None:
             self._connection.close()
@@ -186,10 +197,12 @@ class Feed:
             self._acknowledge()
         after = self._ready[-1].rows[-1].position if self._ready else self._position
         limits = self._limits
+        asked_at = time.monotonic()
         rows = self._connection.execute(
             f"""
             SELECT c.*, page.position, channel, number, type,
-                   CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids, prev, found
+                   CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids, prev
+                   {self._timing.page_columns}, found
               FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true LEFT JOIN (
               SELECT * FROM (
                 SELECT page.*, sum(least(octet_length(data), %s)) OVER by_position AS bytes,
@@ -197,6 +210,7 @@ class Feed:
                   FROM (
                     SELECT s.position, s.channel, s.eid + coalesce(s.incarnation, 0) AS number,
                            s.prev, e.type, e.data, e.skip_user_ids
+                           {self._timing.event_columns}
                       FROM pg_eventstream_stream AS s
                       JOIN pg_eventstream_event AS e ON e.id = s.event_id
                      WHERE s.position > %s
@@ -212,11 +226,12 @@ class Feed:
         if not self._still_known(Cursor.of(*rows[0][:4])):
             return
         rows = [row[4:] for row in rows if row[4] is not None]
+        self._timing.note(((row[0], row[7:-1]) for row in rows), asked_at)
         # The events of a page are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
         decoded = (
             decode(position, channel, number, prev, kind, data, skip, reliable[channel])
-            for position, channel, number, kind, data, skip, prev, _ in rows
+            for position, channel, number, kind, data, skip, prev, *_ in rows
         )
         self._ready.extend(items.batches(decoded, limits))
         return_connections()  # a connection that the channel manager may have used
@@ -233,6 +248,7 @@ class Feed:
             logger.warning("%s: %s; publishing the new stream", self._proxy.name, ANOTHER_STREAM)
         self._position = self._acknowledged = cursor.valid(self._position, known.incarnation)
         self._ready.clear()
+        self._timing.forget()
         self._page_was_cut = True  # there can be more rows than this query looked for
         return False
 

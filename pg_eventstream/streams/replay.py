@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from django.db import connections
 
-from .. import sse
+from .. import sse, tracing
 from ..conf import conf
 from ..stream_event import StreamEvent
 
@@ -70,6 +70,19 @@ def replay(
     The number None means to begin now, for a client that has received nothing yet, and `EARLIEST`
     means all stored events. Events that were sequenced longer ago than ``max_age`` count as pruned.
     """
+    with tracing.span("recover") as set_attributes:
+        page = _replay(after, limit, max_age)
+        set_attributes(
+            {
+                "pg_eventstream.channels": len(after),
+                "pg_eventstream.events": len(page.events),
+                "pg_eventstream.reset": len(page.reset),
+            }
+        )
+    return page
+
+
+def _replay(after: Mapping[str, int | None], limit: int, max_age: timedelta | None) -> Page:
     channels, found, more = read_channels(after, limit, max_age)
     end = {c: channels[c].asked for c, number in after.items() if number is not None}
     # An id of a stream that was lost (the database was restored from a backup) is treated like a

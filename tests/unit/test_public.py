@@ -37,6 +37,17 @@ def test_no_other_name_is_public() -> None:
     assert found == set(pg_eventstream.__all__)
 
 
+def test_nothing_needs_the_extras() -> None:
+    """OpenTelemetry in this case: without it, nothing is traced."""
+    run_python(
+        "import sys; sys.modules['opentelemetry'] = None\n"
+        "from pg_eventstream import tracing\n"
+        "assert tracing.add_trace({'a': 1}) == {'a': 1} and tracing.add_trace(None) is None\n"
+        "assert not tracing.is_on()\n"
+        "with tracing.span('recover') as set_attributes: set_attributes({'a': 1})\n"
+    )
+
+
 def test_sending_synchronously_and_asynchronously_takes_the_same_arguments() -> None:
     names = ["channel", "event_type", "data", "skip_user_ids"]
     # As in django-eventstream, whose callers can pass async_publish by position.
