@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -137,20 +137,7 @@ def send_events(events: Iterable[NewEvent | tuple[Any, ...]], using: str | None 
 
     If one of them is refused, none is written.
     """
-    rows = [to_row(_new_event(event)) for event in events]
-    if not rows:
-        return
-    channels, types, texts, skips, metas = zip(*rows, strict=True)
-    values = [list(channels), list(types), list(texts), [json.dumps(ids) for ids in skips]]
-    if has_meta := any(meta is not None for meta in metas):
-        values.append(list(metas))
-    alias = using or conf.database
-    with connections[alias].cursor() as cursor, _ExplainErrors(alias):
-        # Few parameters for any number of events, because the protocol allows 65,535 in a
-        # statement. The user ids are sent as JSON, because unnest() would flatten a list of lists.
-        cursor.execute(_INSERT_MANY_META if has_meta else _INSERT_MANY, values)
-    if settings.DEBUG:
-        liveness.check_publisher()
+    insert_many([to_row(_new_event(event)) for event in events], using)
 
 
 def _new_event(event: NewEvent | tuple[Any, ...]) -> NewEvent:
@@ -171,6 +158,23 @@ def insert(row: Row, using: str | None) -> None:
     alias = using or conf.database
     with connections[alias].cursor() as cursor, _ExplainErrors(alias):
         cursor.execute(statement, row[:count])
+    if settings.DEBUG:
+        liveness.check_publisher()
+
+
+def insert_many(rows: Sequence[Row], using: str | None) -> None:
+    """Write events unchanged, in one statement."""
+    if not rows:
+        return
+    channels, types, texts, skips, metas = zip(*rows, strict=True)
+    values = [list(channels), list(types), list(texts), [json.dumps(ids) for ids in skips]]
+    if has_meta := any(meta is not None for meta in metas):
+        values.append(list(metas))
+    alias = using or conf.database
+    with connections[alias].cursor() as cursor, _ExplainErrors(alias):
+        # Few parameters for any number of events, because the protocol allows 65,535 in a
+        # statement. The user ids are sent as JSON, because unnest() would flatten a list of lists.
+        cursor.execute(_INSERT_MANY_META if has_meta else _INSERT_MANY, values)
     if settings.DEBUG:
         liveness.check_publisher()
 

@@ -444,6 +444,19 @@ def test_checks_are_run(project: Project) -> None:
     assert printed.count("no issues") == 2
 
 
+def test_events_are_sent_from_the_shell(project: Project, database: Database) -> None:
+    migrate(project)
+    one = run_shell(project, example("docs/reference/commands.md", "eventstream_send room-1"))
+    many = run_shell(project, example("docs/reference/commands.md", "eventstream_send - <<"))
+    assert (one, many) == ("1 event sent.\n", "2 events sent.\n")
+    sent = "SELECT channel, type, data, skip_user_ids, meta FROM pg_eventstream_event ORDER BY id"
+    assert database.fetch(sent) == [
+        ("room-1", "message", '{"text": "Hello"}', [], None),
+        ("room-1", "joined", '{"name": "Ada"}', [], None),
+        ("room-1", "message", '{"text": "Hello"}', ["7"], {"import": "2026-11"}),
+    ]
+
+
 def test_two_phase_commit(database: Database) -> None:
     code = example("docs/reference/sql.md", "PREPARE TRANSACTION").code
     run_sql(database, Example("sql", code.replace("order-7", f"order-{database.name}")))

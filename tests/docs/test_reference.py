@@ -121,7 +121,7 @@ def test_options_of_a_command(name: str) -> None:
     text = sections("docs/reference/commands.md")[name]
     documented = {cell.strip("`").split()[0] for cell in first_cells(text) if "--" in cell}
     assert documented == options_of(command, base)
-    usage = re.search(rf"```text\npython manage\.py {name}(.*)\n```", text)
+    usage = re.search(rf"```text\npython manage\.py {name}(.*?)\n```", text, re.DOTALL)
     assert usage
     assert set(re.findall(r"--[\w.-]+", usage[1])) == documented
 
