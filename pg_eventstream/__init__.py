@@ -27,6 +27,7 @@ Shared by these:
     rarely          limits how often a warning is logged
     tracing         the trace in which an event was sent (OpenTelemetry)
     errors          the exceptions
+    doctor          the stream of the doctor's probes: its token, and what the endpoint tells
     operate/        shows whether events arrive, and why they do not
 
 For a project:

@@ -11,18 +11,24 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import wraps
 from math import inf
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from django.apps import apps
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
-from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseBase
+from django.http import (
+    HttpRequest,
+    HttpResponse,
+    HttpResponseBadRequest,
+    HttpResponseBase,
+    JsonResponse,
+)
 
-from . import cors, liveness, sse
+from . import cors, doctor, liveness, sse
 from .channelmanager import get_channelmanager
-from .channels import RESERVED, problem_of_name, reliable
+from .channels import DOCTOR, RESERVED, problem_of_name, reliable
 from .conf import conf
 from .errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
 from .grip import links, names, next_links, signature
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
 #: Makes the path of a stream's next link from its token.
 LinkTo = Callable[[str], str]
 _P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 _rarely = Rarely()
@@ -91,43 +98,88 @@ def open_stream(
     elif not _can_stream_directly(request):
         return _refuse(request)
     try:
-        channels = _requested_channels(request, view_kwargs)
-        user = get_channelmanager().get_user_for_request(request)
-        session = links.Session(channels, user_id(user))
+        session, check = _requested_session(request, view_kwargs)
+        channels = session.channels
         resumable.check_head(request, channels, proxied)
-        if proxied:
-            resumable.check_link(link_to(links.sign(session)), channels)
+        link = link_to(links.sign(session)) if proxied else None
+        if link is not None:
+            resumable.check_link(link, channels)
         after = parse_start(_requested_id(request), channels)
+        description = _describe(request, session, link)
         if not proxied:
-            check_permission(user, channels)
-            return _stream(request, session, after)
+            check()
+            return _stream(request, session, after, description)
         missed = _replay(
             request, {c: after.get(c) for c in reliable(channels)}, max_age=conf.replay_age
         )
-        check_permission(user, channels)
+        check()
     except ResumeNotAllowed as e:
         # Not a stream: only this status makes an EventSource stop reconnecting.
         return HttpResponseBadRequest(f"Invalid request: {e}.\n")
+    except doctor.TokenRefused as e:
+        return _error("bad-request", f"Invalid request: {e}.", {"doctor": e.reason})
     except InvalidRequest as e:
         return _error("bad-request", f"Invalid request: {e}.")
     except EventPermissionError as e:
         return _error("forbidden", str(e), {"channels": e.channels})
-    opening = sse.encode_open(sse.make_id(missed.start))
+    opening = description + sse.encode_open(sse.make_id(missed.start))
     body, ids = _encode(missed, session.user_id, _FIRST_BYTES)
-    return _hold_or_continue(request, session, missed, opening + body, ids, link_to)
+    # The proxy asks the doctor's stream soon how it continues, so that this is tried, too.
+    soon = session is _DOCTORS
+    return _hold_or_continue(request, session, missed, opening + body, ids, link_to, soon)
+
+
+def _requested_session(
+    request: HttpRequest, view_kwargs: Mapping[str, Any]
+) -> tuple[links.Session, Callable[[], None]]:
+    """The requested stream, and a function that raises if its user may not read it."""
+    token = request.GET.get(doctor.PARAMETER)
+    if token is not None:
+        doctor.check_token(token)
+        return _DOCTORS, lambda: None
+    channels = _requested_channels(request, view_kwargs)
+    user = get_channelmanager().get_user_for_request(request)
+    session = links.Session(channels, user_id(user))
+    return session, lambda: check_permission(user, channels)
+
+
+#: Only the doctor's token opens this session: no user asks for its channel.
+_DOCTORS = links.Session((DOCTOR,), user_id(None))
+
+
+def _check_permission_again(session: links.Session) -> None:
+    """Raise `EventPermissionError` if the user may no longer read the stream."""
+    if session.channels != _DOCTORS.channels:
+        check_permission(_user_of_session(session), session.channels)
+
+
+def _describe(request: HttpRequest, session: links.Session, link: str | None) -> str:
+    """What the doctor is told before its stream begins. Nothing for all other streams."""
+    if session is not _DOCTORS:
+        return ""
+    proxied = link is not None
+    description = doctor.describe(
+        proxied=proxied,
+        table=_query(request, doctor.identify_table),
+        next_link=link,
+        unverified=None if proxied else signature.explain(request),
+    )
+    return doctor.encode(description)
 
 
 def _stream(
-    request: HttpRequest, session: links.Session, after: Mapping[str, int]
+    request: HttpRequest, session: links.Session, after: Mapping[str, int], description: str
 ) -> HttpResponseBase:
     if request.method == "HEAD":
         return HttpResponse(content_type=sse.CONTENT_TYPE)
 
     def check() -> None:
-        check_permission(_user_of_session(session), session.channels)
+        _check_permission_again(session)
 
     assert isinstance(request, ASGIRequest)  # noqa: S101  (see _can_stream_directly)
-    return direct.stream(session.channels, after, session.user_id, check, request.scope)
+    return direct.stream(
+        session.channels, after, session.user_id, check, request.scope, description
+    )
 
 
 @_set_headers
@@ -145,7 +197,7 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
         )
         missed = _replay(request, {c: ids.get(c) for c in reliable(session.channels)})
         # In this order, so that the page has no event that was sent after a revocation.
-        check_permission(_user_of_session(session), session.channels)
+        _check_permission_again(session)
     except InvalidRequest as e:
         # The proxy drops the stream after a few tries, and the client reconnects with its own
         # credentials and the last id that it received.
@@ -156,6 +208,8 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
         instruct(request, session, ids)
         return HttpResponse(names.escape(text), content_type=sse.CONTENT_TYPE)
     body, ids = _encode(missed, session.user_id)
+    if session.channels == _DOCTORS.channels:
+        body = doctor.CONTINUED + body
     paged = session.cursor is not None
     return _hold_or_continue(request, session, missed, body, ids, link_to, paged)
 
@@ -163,15 +217,19 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
 def _replay(
     request: HttpRequest, after: Mapping[str, int | None], max_age: timedelta | None = None
 ) -> Page:
-    """Call `replay` on a connection that is already open.
+    return _query(request, lambda: replay(after, max_age=max_age))
+
+
+def _query(request: HttpRequest, function: Callable[[], _T]) -> _T:
+    """Call a function that reads the database, on a connection that is already open.
 
     Under ASGI each request has a separate thread and therefore a separate connection. If nothing
     has opened it yet (a session, a transaction), opening it here would cost more than all the rest,
     and a thousand clients that reconnect at once would take a thousand connections.
     """
     if isinstance(request, ASGIRequest) and connections[conf.database].connection is None:
-        return run(lambda: replay(after, max_age=max_age))
-    return replay(after, max_age=max_age)
+        return run(function)
+    return function()
 
 
 def require_installed() -> None:
@@ -190,6 +248,9 @@ def can_stream(request: HttpRequest) -> bool:
 
 def _refuse(request: HttpRequest) -> HttpResponseBase:
     """Refuse a request that cannot be streamed. Log it if no request can be."""
+    if doctor.PARAMETER in request.GET and doctor.is_valid(request.GET[doctor.PARAMETER]):
+        description = doctor.describe(proxied=False, unverified=signature.explain(request))
+        return JsonResponse(description, status=501)
     text = _PROXY_REQUIRED if needs_proxy() else _NO_PROXY
     if not conf.grip_proxies and _rarely():
         logger.error("Nothing can be streamed. %s", text.replace("\n", " ").strip())
@@ -277,14 +338,14 @@ def _hold_or_continue(
     body: str,
     ids: dict[str, int],
     link_to: LinkTo,
-    paged: bool = False,
+    ask_soon: bool = False,
 ) -> HttpResponseBase:
     """Respond with the body, and have the proxy hold the stream or fetch the next page."""
     if request.method != "HEAD":  # there is nothing to hold open
         done = ids == missed.end and not missed.more
         follower = links.Session(session.channels, session.user_id, cursor=None if done else ids)
         link = link_to(links.sign(follower))
-        instruct(request, session, ids, link=link, held=done, ask_soon=paged)
+        instruct(request, session, ids, link=link, held=done, ask_soon=ask_soon)
     return HttpResponse(names.escape(body), content_type=sse.CONTENT_TYPE)
 
 

@@ -34,10 +34,9 @@ def warn_if_unverified(request: HttpRequest) -> None:
 
     The message contains no part of a key and nothing that a client could have written.
     """
-    signature = request.META.get("HTTP_GRIP_SIG")
-    if not signature:
+    if (explained := explain(request)) is None:
         return
-    reason, remedy = _explain(request, signature)
+    reason, remedy = explained
     if _rarely(reason):
         logger.warning(
             "A request has the signature of a GRIP proxy (Grip-Sig), but %s. It is treated as a"
@@ -47,7 +46,14 @@ def warn_if_unverified(request: HttpRequest) -> None:
         )
 
 
-def _explain(request: HttpRequest, signature: str) -> tuple[str, str]:
+def explain(request: HttpRequest) -> tuple[str, str] | None:
+    """Why the signature of this direct request does not count, and what to do.
+
+    None if it has no signature.
+    """
+    signature = request.META.get("HTTP_GRIP_SIG")
+    if not signature:
+        return None
     proxies = list(_proxies())
     if not proxies:
         return (

@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from ..channels import PERMISSION_CHANGES, is_reliable
+from ..channels import DOCTOR, PERMISSION_CHANGES, is_reliable
 from ..conf import conf
 from ..limits import Limits
 from ..postgres.connector import Connector, explain, fetch_one
@@ -92,8 +92,8 @@ class Pruner:
     of the configured proxies has acknowledged it; without proxies, only its age counts. An event
     that is not sequenced yet is kept at any age. For an event that the trigger did not see, the
     time of its creation counts instead. If the retention is None, none of these is ever due. An
-    unreliable event is due after a minute: by then every proxy and every process has delivered it,
-    or never will.
+    unreliable event, or a probe of the doctor, is due after a minute: by then every proxy and every
+    process has delivered it, or never will.
 
     It continues where it stopped instead of searching the oldest row from the lower end of an
     index: while a session holds an old snapshot, vacuum cannot remove rows, and each batch would
@@ -351,8 +351,9 @@ class Pruner:
 
 
 def _is_unreliable(channel: str) -> bool:
-    # Permission changes are kept, so that late proxies and processes end their streams as well.
-    return channel != PERMISSION_CHANGES and not is_reliable(channel)
+    # Permission changes are kept, so that late proxies and processes end their streams as well. The
+    # doctor's probes have ids, but nobody needs them after the doctor has ended.
+    return channel == DOCTOR or (channel != PERMISSION_CHANGES and not is_reliable(channel))
 
 
 def _wait(

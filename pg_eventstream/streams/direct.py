@@ -37,18 +37,22 @@ def stream(
     reader: str,
     check: Callable[[], None],
     scope: Mapping[str, Any],
+    preface: str = "",
 ) -> StreamingHttpResponse:
     """A response that streams the channels to a reader until the client disconnects.
 
     ``check`` raises `EventPermissionError` if the reader may no longer read. ``scope`` is that of
-    the request: the stream ends with the server that received it.
+    the request: the stream ends with the server that received it. ``preface`` is sent before the
+    first event.
     """
     subscription = Subscription(channels, after, reader, check, conf.replay_age)
-    pieces = _pieces(subscription, scope)
+    pieces = _pieces(subscription, scope, preface)
     return StreamingHttpResponse(pieces, content_type=sse.CONTENT_TYPE)
 
 
-async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> AsyncIterator[bytes]:
+async def _pieces(
+    subscription: Subscription, scope: Mapping[str, Any], preface: str
+) -> AsyncIterator[bytes]:
     if not await _release_request():
         subscription.run = _run_in_request_thread
     server = server_of(scope)
@@ -71,7 +75,7 @@ async def _pieces(subscription: Subscription, scope: Mapping[str, Any]) -> Async
                         return
                     if batch.start is not None and not opened:
                         opened = True
-                        yield sse.encode_open(batch.start).encode()
+                        yield (preface + sse.encode_open(batch.start)).encode()
                     if batch.start is not None and batch.reset:
                         yield sse.encode_reset(batch.reset, batch.start).encode()
                     for piece in _encode(batch):

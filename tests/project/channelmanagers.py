@@ -11,6 +11,7 @@ from django.db import connection
 from django.http import HttpRequest
 
 from pg_eventstream.channelmanager import DefaultChannelManager
+from pg_eventstream.channels import DOCTOR, PERMISSION_CHANGES
 from tests.project.app.models import Membership
 
 
@@ -127,3 +128,12 @@ class AsksWhatIsReliable(DefaultChannelManager):
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_sleep(0.05)")
         return True
+
+
+class NamesReservedChannels(DefaultChannelManager):
+    """Names all reserved channels, whatever the request asks for."""
+
+    def get_channels_for_request(
+        self, request: HttpRequest, view_kwargs: Mapping[str, Any]
+    ) -> Collection[str]:
+        return [PERMISSION_CHANGES, DOCTOR]
