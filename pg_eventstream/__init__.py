@@ -24,6 +24,7 @@ Shared by these:
     liveness        warns if no publisher runs
     limits          limits and delays that are not settings
     backoff         the delay before the next try
+    instruments     counters and histograms for Prometheus
     rarely          limits how often a warning is logged
     tracing         the trace in which an event was sent (OpenTelemetry)
     errors          the exceptions

@@ -26,7 +26,7 @@ from django.http import (
     JsonResponse,
 )
 
-from . import cors, doctor, liveness, sse
+from . import cors, doctor, instruments, liveness, sse
 from .channelmanager import get_channelmanager
 from .channels import DOCTOR, RESERVED, problem_of_name, reliable
 from .conf import conf
@@ -37,7 +37,7 @@ from .permission import check_permission
 from .postgres.threads import run
 from .rarely import Rarely
 from .streams import direct, resumable
-from .streams.replay import Page, parse_start, replay
+from .streams.replay import Page, is_recovery, parse_start, replay
 from .users import primary_key, user_id
 
 if TYPE_CHECKING:
@@ -114,14 +114,20 @@ def open_stream(
         )
         check()
     except ResumeNotAllowed as e:
+        instruments.recoveries.labels("refused").inc()
         # Not a stream: only this status makes an EventSource stop reconnecting.
         return HttpResponseBadRequest(f"Invalid request: {e}.\n")
     except doctor.TokenRefused as e:
         return _error("bad-request", f"Invalid request: {e}.", {"doctor": e.reason})
     except InvalidRequest as e:
+        _count_refusal(request)
         return _error("bad-request", f"Invalid request: {e}.")
     except EventPermissionError as e:
+        _count_refusal(request)
         return _error("forbidden", str(e), {"channels": e.channels})
+    instruments.count_page(
+        recovering=is_recovery(after), reset=bool(missed.reset), missed=bool(missed.events)
+    )
     opening = description + sse.encode_open(sse.make_id(missed.start))
     body, ids = _encode(missed, session.user_id, _FIRST_BYTES)
     # The proxy asks the doctor's stream soon how it continues, so that this is tried, too.
@@ -203,10 +209,12 @@ def continue_stream(request: HttpRequest, token: str, link_to: LinkTo) -> HttpRe
         # credentials and the last id that it received.
         return HttpResponse(f"{e}.\n", status=403, content_type="text/plain")
     except EventPermissionError as e:
+        instruments.revocations.inc()
         # Without a hold and a link the proxy ends the stream after this event.
         text = sse.encode_error("forbidden", str(e), {"channels": e.channels})
         instruct(request, session, ids)
         return HttpResponse(names.escape(text), content_type=sse.CONTENT_TYPE)
+    instruments.count_page(recovering=False, reset=bool(missed.reset), missed=bool(missed.events))
     body, ids = _encode(missed, session.user_id)
     if session.channels == _DOCTORS.channels:
         body = doctor.CONTINUED + body
@@ -297,6 +305,11 @@ def _requested_id(request: HttpRequest) -> str | None:
     candidates = [request.headers.get("Last-Event-ID", "")]
     candidates += reversed(request.GET.getlist("lastEventId"))
     return next((value for value in candidates if value.strip()), None)
+
+
+def _count_refusal(request: HttpRequest) -> None:
+    if (_requested_id(request) or "earliest").strip() != "earliest":
+        instruments.recoveries.labels("refused").inc()
 
 
 def _user_of_session(session: links.Session) -> AbstractBaseUser | None:

@@ -26,6 +26,7 @@ from ..checks import first_use
 from ..conf import conf
 from ..errors import NotPublished
 from ..grip.proxy import Proxy
+from ..instruments import sequenced_events
 from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.sequence import (
     ANOTHER_STREAM,
@@ -146,6 +147,7 @@ class Publisher:
         with Drain(self._proxies, self._connector) as drain:
             for sequenced in sequence_all(connection):
                 count += sequenced
+                sequenced_events.inc(sequenced)
                 drain.wake()
                 connection.execute(_BEAT)
                 if self._stopping.is_set():
@@ -209,6 +211,8 @@ class Publisher:
                     if self._known.place:
                         logger.warning("publisher %s: %s", self.name, ANOTHER_STREAM)
                     register(connection, self.name, self._proxies)
+                if sequenced:
+                    sequenced_events.inc(sequenced)
                 if sequenced or before != self._known:
                     for feed in feeds:
                         feed.wake()

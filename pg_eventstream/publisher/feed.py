@@ -17,6 +17,7 @@ from typing import Any
 
 import psycopg
 
+from .. import instruments
 from ..backoff import Backoff
 from ..channels import NAME_LENGTH, PERMISSION_CHANGES, is_reliable
 from ..grip import items
@@ -26,6 +27,7 @@ from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
 from ..postgres.threads import return_connections
 from ..stream_event import PermissionChange, decode
+from .latency import Latency
 from .timing import Timing
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,9 @@ class Feed:
     ) -> None:
         self._proxy = proxy
         self._timing = Timing(proxy.name, is_first=is_first)
+        self._latency = Latency(proxy.name, is_first=is_first)
+        self._retries = instruments.publish_retries.labels(proxy.name)
+        self._refusals = instruments.refused_events.labels(proxy.name)
         self._connector = connector
         self._stopping = stopping
         self._limits = connector.limits
@@ -161,6 +166,7 @@ class Feed:
     def close(self) -> None:
         self._ready.clear()
         self._timing.forget()
+        self._latency.forget()
         self._proxy.close()
         if self._connection is not None:
             self._connection.close()
@@ -202,6 +208,7 @@ class Feed:
             f"""
             SELECT c.*, page.position, channel, number, type,
                    CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids, prev
+                   {"".join(f", {name}" for name in self._latency.page_columns)}
                    {self._timing.page_columns}, found
               FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true LEFT JOIN (
               SELECT * FROM (
@@ -210,7 +217,7 @@ class Feed:
                   FROM (
                     SELECT s.position, s.channel, s.eid + coalesce(s.incarnation, 0) AS number,
                            s.prev, e.type, e.data, e.skip_user_ids
-                           {self._timing.event_columns}
+                           {self._latency.event_columns} {self._timing.event_columns}
                       FROM pg_eventstream_stream AS s
                       JOIN pg_eventstream_event AS e ON e.id = s.event_id
                      WHERE s.position > %s
@@ -226,7 +233,9 @@ class Feed:
         if not self._still_known(Cursor.of(*rows[0][:4])):
             return
         rows = [row[4:] for row in rows if row[4] is not None]
-        self._timing.note(((row[0], row[7:-1]) for row in rows), asked_at)
+        n = 7 + len(self._latency.page_columns)
+        self._latency.note(((row[0], *row[7:n]) for row in rows), asked_at)
+        self._timing.note(((row[0], row[n:-1]) for row in rows), asked_at)
         # The events of a page are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
         decoded = (
@@ -249,6 +258,7 @@ class Feed:
         self._position = self._acknowledged = cursor.valid(self._position, known.incarnation)
         self._ready.clear()
         self._timing.forget()
+        self._latency.forget()
         self._page_was_cut = True  # there can be more rows than this query looked for
         return False
 
@@ -348,6 +358,7 @@ class Feed:
             except Unavailable as e:
                 self.trouble = str(e)
                 failures += 1
+                self._retries.inc()
                 if failures in (1, 10) or failures % 100 == 0:
                     logger.warning(
                         "%s: %s; %d events wait, trying again",
@@ -360,6 +371,8 @@ class Feed:
                     logger.info("%s: takes events again", self._proxy.name)
                 self.trouble = None
                 self.published += len(batch.rows)
+                if batch.rows:
+                    self._latency.published(batch.rows)
                 return True
 
     def _hint(self, hints: list[bytes]) -> None:
@@ -408,5 +421,6 @@ class Feed:
         """Leave out an item that the proxy refuses in any form."""
         logger.error("%s: refused %s (%s); %s", self._proxy.name, what, refusal, instead)
         self.refused += 1
+        self._refusals.inc()
         self.refusal = str(refusal)
         return True

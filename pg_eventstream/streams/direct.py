@@ -11,10 +11,11 @@ from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
 from django.http import StreamingHttpResponse
 
-from .. import sse
+from .. import instruments, sse
 from ..conf import conf
 from ..errors import EventPermissionError
 from . import sockets
+from .replay import is_recovery
 from .shutdown import Server, server_of
 from .subscription import Batch, Subscription
 
@@ -46,12 +47,12 @@ def stream(
     first event.
     """
     subscription = Subscription(channels, after, reader, check, conf.replay_age)
-    pieces = _pieces(subscription, scope, preface)
+    pieces = _pieces(subscription, scope, preface, is_recovery(after))
     return StreamingHttpResponse(pieces, content_type=sse.CONTENT_TYPE)
 
 
 async def _pieces(
-    subscription: Subscription, scope: Mapping[str, Any], preface: str
+    subscription: Subscription, scope: Mapping[str, Any], preface: str, recovering: bool
 ) -> AsyncIterator[bytes]:
     if not await _release_request():
         subscription.run = _run_in_request_thread
@@ -64,6 +65,7 @@ async def _pieces(
         with server.serving(subscription.end):
             opened = False
             given = 0
+            instruments.streams_open.inc()
             try:
                 while now() < ends_at:
                     if now() >= check_at:
@@ -73,6 +75,12 @@ async def _pieces(
                     batch = await subscription.next_batch(due - now())
                     if batch.ended:
                         return
+                    if batch.start is not None:
+                        instruments.count_page(
+                            recovering=recovering and not opened,
+                            reset=bool(batch.reset),
+                            missed=bool(batch.events),
+                        )
                     if batch.start is not None and not opened:
                         opened = True
                         yield (preface + sse.encode_open(batch.start)).encode()
@@ -90,7 +98,11 @@ async def _pieces(
                         yield sse.KEEP_ALIVE.encode()
                         keep_alive_at = now() + sse.KEEP_ALIVE_SECONDS
             except EventPermissionError as e:
+                if opened:
+                    instruments.revocations.inc()
                 yield sse.encode_error("forbidden", str(e), {"channels": e.channels}).encode()
+            finally:
+                instruments.streams_open.dec()
 
 
 async def _has_received(scope: Mapping[str, Any], server: Server) -> bool:

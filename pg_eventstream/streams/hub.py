@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import psycopg
 
+from .. import instruments
 from ..backoff import Backoff
 from ..channels import PERMISSION_CHANGES, is_reliable
 from ..conf import conf
@@ -274,9 +275,11 @@ class _Reader(threading.Thread):
         """Sequence events, as the publisher does, if none leads."""
         if self._may_sequence:
             try:
-                connection.execute(
+                row = connection.execute(
                     f"SELECT {SEQUENCE} WHERE {_HAS_NO_LEADER}", [self._cursor.as_known]
-                )
+                ).fetchone()
+                if row and row[1]:
+                    instruments.sequenced_events.inc(row[1])
             except psycopg.errors.InsufficientPrivilege:
                 self._may_sequence = False
                 logger.info("hub: this role may not sequence events, so the publisher must")
@@ -320,6 +323,7 @@ class _Reader(threading.Thread):
         self._cursor = cursor
         if rows[0][4] is None:
             return 0
+        instruments.hub_pages.inc()
         followed = self._hub.followed({row[5] for row in rows}) | {PERMISSION_CHANGES}
         wanted = [_Row(*row[4:]) for row in rows if row[5] in followed]
         large = _read_large(connection, [row.event_id for row in wanted if row.type is None])

@@ -62,6 +62,11 @@ def parse_start(last_event_id: str | None, channels: Iterable[str]) -> Mapping[s
             return sse.parse_id(given, channels)
 
 
+def is_recovery(after: Mapping[str, int]) -> bool:
+    """Whether a client that begins there has received events before."""
+    return any(number != EARLIEST for number in after.values())
+
+
 def replay(
     after: Mapping[str, int | None], limit: int = PAGE_EVENTS, max_age: timedelta | None = None
 ) -> Page:
