@@ -1,5 +1,8 @@
 """Shows whether events reach their readers, and why they do not.
 
+    tail         follows the stream, with the delay of each event
+    lines        events of the tail as lines of text or JSON
+    places       finds the place in the stream at a time
     state        reads the state of the database, the publishers and the proxies, in a few queries
 
 It only reads, except for probes, and no event depends on it. It may import everything but `views`

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 from tests.support.database import Database
 from tests.support.environment import child_environment
+from tests.support.publisher import PublisherProcess
+from tests.support.rounds import sequence
 from tests.support.terminal import Terminal
 
 
@@ -22,3 +27,45 @@ def test_send_shows_progress_in_a_terminal(database: Database, tmp_path: Path) -
         assert terminal.lines[-1].endswith("3000 events sent.")
         assert max(len(part) for part in terminal.output.split("\r")) < 80
     assert database.value("SELECT count(*) FROM pg_eventstream_event") == 3000
+
+
+def test_tail_shows_lines_that_fit_into_the_terminal(
+    database: Database, publisher: PublisherProcess
+) -> None:
+    database.send("room", '"first"')
+    environment = child_environment(GRIP="")
+    with Terminal("eventstream_tail", "room", "--since", "1h", environment=environment) as terminal:
+        terminal.wait_for("first")
+        database.execute(
+            "INSERT INTO pg_eventstream_event (channel, type, data) VALUES"
+            " ('room', 'long', %s), ('other', 'message', 'hidden')",
+            ["\x1b[2J語" * 100],
+        )
+        terminal.wait_for("room:2")
+        terminal.interrupt()
+        assert terminal.wait() == 0
+        first, second = (line for line in terminal.lines if " room:" in line)
+    assert re.search(r"\d  room:1  message  \+[\d.]+m?s  .*\"first\"$", first)
+    assert second.endswith("...")
+    assert "\\x1b[2J語" in second
+    assert len(second) + second.count("語") <= 80
+    assert "hidden" not in terminal.output
+    assert "Traceback" not in terminal.output
+
+
+def test_tail_ends_when_its_reader_does(database: Database) -> None:
+    for n in range(3):
+        database.send("room", str(n))
+    sequence(database)
+    tail = f"{sys.executable} -m django eventstream_tail --all --since earliest --json"
+    found = subprocess.run(
+        ["sh", "-c", f"({tail}; echo status $? >&2) | head -n 1"],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert json.loads(found.stdout)["data"] == "0"
+    assert found.stderr.endswith("status 0\n")
+    assert "Broken pipe" not in found.stderr

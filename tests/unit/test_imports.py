@@ -68,10 +68,13 @@ MAY_IMPORT = {
 }
 #: The modules that a folder must not import.
 MUST_NOT_IMPORT = {
-    "grip": ["streams", "publisher", "endpoint", "views", "management"],
-    "streams": ["grip", "publisher", "endpoint", "views", "management"],
-    "publisher": ["streams", "endpoint", "views", "management"],
+    "grip": ["streams", "publisher", "endpoint", "views", "management", "operate"],
+    "streams": ["grip", "publisher", "endpoint", "views", "management", "operate"],
+    "publisher": ["streams", "endpoint", "views", "management", "operate"],
     "tables": ["grip", "streams", "publisher", "endpoint", "views"],
+    "operate": ["publisher", "views", "management", "admin"],
+    "send": ["operate"],
+    "endpoint": ["operate"],
     "demo": ["publisher", "grip", "streams", "postgres"],
 }
 
