@@ -7,8 +7,7 @@ past the retention. Any number of publishers can run; one of them leads.
     lead         the lock that makes one publisher the leader
     doorbell     decides when to look for new events: after a notification, or regularly
     feed         publishes the stream to one proxy, in order, and acknowledges
-    latency      measures how long events take, for Prometheus
-    timing       the times of each event on its way to the proxy, for traces
+    timing       measures and traces how long events take
     drain        the feeds of ``--once``, which end when everything is published
     pruner       prunes events past the retention
     unseen       prunes events that the trigger did not see

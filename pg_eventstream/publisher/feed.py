@@ -27,7 +27,6 @@ from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
 from ..postgres.threads import return_connections
 from ..stream_event import PermissionChange, decode
-from .latency import Latency
 from .timing import Timing
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,6 @@ class Feed:
     ) -> None:
         self._proxy = proxy
         self._timing = Timing(proxy.name, is_first=is_first)
-        self._latency = Latency(proxy.name, is_first=is_first)
         self._retries = instruments.publish_retries.labels(proxy.name)
         self._refusals = instruments.refused_events.labels(proxy.name)
         self._connector = connector
@@ -141,7 +139,6 @@ class Feed:
         published = 0
         if batch.rows and self._publish(batch):
             published = len(batch.rows)
-            self._timing.published(batch.rows)
             # Unless rows of another stream were read in the meantime.
             if self._ready and self._ready[0] is batch:
                 self._ready.popleft()
@@ -166,7 +163,6 @@ class Feed:
     def close(self) -> None:
         self._ready.clear()
         self._timing.forget()
-        self._latency.forget()
         self._proxy.close()
         if self._connection is not None:
             self._connection.close()
@@ -208,8 +204,7 @@ class Feed:
             f"""
             SELECT c.*, page.position, channel, number, type,
                    CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids, prev
-                   {"".join(f", {name}" for name in self._latency.page_columns)}
-                   {self._timing.page_columns}, found
+                   {"".join(f", {name}" for name in self._timing.names)}, found
               FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true LEFT JOIN (
               SELECT * FROM (
                 SELECT page.*, sum(least(octet_length(data), %s)) OVER by_position AS bytes,
@@ -217,7 +212,7 @@ class Feed:
                   FROM (
                     SELECT s.position, s.channel, s.eid + coalesce(s.incarnation, 0) AS number,
                            s.prev, e.type, e.data, e.skip_user_ids
-                           {self._latency.event_columns} {self._timing.event_columns}
+                           {self._timing.columns}
                       FROM pg_eventstream_stream AS s
                       JOIN pg_eventstream_event AS e ON e.id = s.event_id
                      WHERE s.position > %s
@@ -233,9 +228,7 @@ class Feed:
         if not self._still_known(Cursor.of(*rows[0][:4])):
             return
         rows = [row[4:] for row in rows if row[4] is not None]
-        n = 7 + len(self._latency.page_columns)
-        self._latency.note(((row[0], *row[7:n]) for row in rows), asked_at)
-        self._timing.note(((row[0], row[n:-1]) for row in rows), asked_at)
+        self._timing.note(((row[0], row[7:-1]) for row in rows), asked_at)
         # The events of a page are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
         decoded = (
@@ -258,7 +251,6 @@ class Feed:
         self._position = self._acknowledged = cursor.valid(self._position, known.incarnation)
         self._ready.clear()
         self._timing.forget()
-        self._latency.forget()
         self._page_was_cut = True  # there can be more rows than this query looked for
         return False
 
@@ -372,7 +364,7 @@ class Feed:
                 self.trouble = None
                 self.published += len(batch.rows)
                 if batch.rows:
-                    self._latency.published(batch.rows)
+                    self._timing.published(batch.rows)
                 return True
 
     def _hint(self, hints: list[bytes]) -> None:

@@ -1,96 +1,113 @@
-"""The times of each event on its way to the proxy, for traces.
+"""How long events take until they are sequenced and published, for Prometheus and for traces.
 
-All of them are by the clock of the database, so no clocks of two machines are compared.
+The clocks of two machines are never compared: the database says what time it is there when it is
+asked for events, and from then on this process's own clock counts.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .. import tracing
+from .. import instruments, tracing
 from ..stream_event import Row, StreamEvent
 
-# The times of an event and its trace, and what the page selects of them.
-_EVENT_COLUMNS = """,
+# The times of an event ``e`` with its place ``s`` in seconds, and its trace. The time of its commit
+# is null if an older trigger has put it into the outbox.
+_TIMES = """,
     extract(epoch FROM e.created)::float8 AS created,
     extract(epoch FROM s.committed_at)::float8 AS committed,
     extract(epoch FROM s.sequenced_at)::float8 AS sequenced,
-    e.meta ->> 'traceparent' AS traceparent, e.meta ->> 'tracestate' AS tracestate
+    extract(epoch FROM statement_timestamp())::float8 AS asked
 """
-_PAGE_COLUMNS = """,
-    created, committed, sequenced, traceparent, tracestate,
-    extract(epoch FROM clock_timestamp())::float8
-"""
+_TRACE = ", e.meta ->> 'traceparent' AS traceparent, e.meta ->> 'tracestate' AS tracestate"
+_NAMES = ["created", "committed", "sequenced", "asked"]
+_TRACE_NAMES = ["traceparent", "tracestate"]
 
 
 class _Times(NamedTuple):
-    """The last one is what to add to `time.monotonic` to get the time of the database."""
+    """Times of the database. ``ahead`` is what to add to `time.monotonic` to get one."""
 
+    position: int
     created: float
     committed: float
     sequenced: float
-    trace: dict[str, str]
-    offset: float
+    ahead: float
+    trace: dict[str, str] | None
 
 
 class Timing:
-    """Records the times of the events that one feed publishes, if anything is there to take them.
+    """Counts the events that a feed publishes, and measures and traces how long they took.
 
-    ``is_first`` is true for one feed only, which also records what happened before publishing.
+    A time that it measures is never too low, and too high by no more than the time of a query.
+    ``is_first`` is true for one feed only, which also does so for what happened before publishing.
     """
 
     def __init__(self, proxy: str, *, is_first: bool) -> None:
         self._proxy = proxy
         self._is_first = is_first
-        self._is_on = tracing.is_on()
-        self._pending: dict[int, _Times] = {}
-        #: What the page selects of each event ``e`` with its place ``s``, and of these for `note`.
-        self.event_columns = _EVENT_COLUMNS if self._is_on else ""
-        self.page_columns = _PAGE_COLUMNS if self._is_on else ""
+        self._published = instruments.published_events.labels(proxy)
+        self._batches = instruments.batch_events.labels(proxy)
+        self._seconds = instruments.commit_to_publish_seconds.labels(proxy)
+        #: The events that are read, but not published yet, by their positions.
+        self._pending: deque[_Times] = deque()
+        traces = tracing.is_on()
+        self._is_on = traces or instruments.INSTALLED
+        #: What the page selects of each event, and the names of these columns, for `note`.
+        self.columns = (_TIMES if self._is_on else "") + (_TRACE if traces else "")
+        self.names = (_NAMES if self._is_on else []) + (_TRACE_NAMES if traces else [])
 
     def note(self, rows: Iterable[tuple[int, Sequence[Any]]], asked_at: float) -> None:
-        """Take positions and `page_columns` of a page that was asked for at ``asked_at``.
-
-        The time of publishing is then at most too late by what the query took.
-        """
+        """Take the positions and `columns` of a page that was asked for at ``asked_at``."""
         if not self._is_on:
             return
-        for position, (created, committed, sequenced, parent, state, read) in rows:
-            if parent is None:
+        seconds = []
+        for position, (created, committed, sequenced, asked, *trace) in rows:
+            if committed is None:
                 continue
-            if committed is None:  # by an older trigger
-                committed = created
-            trace = {"traceparent": parent, "tracestate": state or ""}
-            # The clock of one transaction may have been read before that of the other.
+            # The transaction that sequenced it can have begun before the commit.
             sequenced = max(committed, sequenced)
-            self._pending[position] = _Times(created, committed, sequenced, trace, read - asked_at)
+            seconds.append(sequenced - committed)
+            carrier = None
+            if trace and trace[0] is not None:
+                carrier = {"traceparent": trace[0], "tracestate": trace[1] or ""}
+            ahead = asked - asked_at
+            self._pending.append(_Times(position, created, committed, sequenced, ahead, carrier))
+        if self._is_first:
+            instruments.commit_to_sequence_seconds.observe_all(seconds)
 
-    def published(self, rows: Iterable[Row]) -> None:
-        """The proxy has just taken these rows."""
-        if not self._is_on:
-            return
-        now = time.monotonic()
+    def published(self, rows: Sequence[Row]) -> None:
+        """The proxy has just taken these rows, in the order of the page. Others can be left out."""
+        self._published.inc(len(rows))
+        self._batches.observe_all([len(rows)])
+        now, seconds = time.monotonic(), []
         for row in rows:
-            times = self._pending.pop(row.position, None)
-            if times is None or not isinstance(row, StreamEvent):
-                continue
-            attributes = {
-                "messaging.system": "pg_eventstream",
-                "messaging.destination.name": row.channel,
-                "messaging.message.id": f"{row.channel}:{row.number}",
-            }
-            end = now + times.offset
-            steps = [("publish", times.sequenced, end, {"pg_eventstream.proxy": self._proxy})]
-            if self._is_first:
-                steps += [
-                    ("commit", times.created, times.committed, {}),
-                    ("sequence", times.committed, times.sequenced, {}),
-                ]
-            for name, began, ended, more in steps:
-                tracing.record(name, times.trace, began, ended, {**attributes, **more})
+            while self._pending and self._pending[0].position < row.position:
+                self._pending.popleft()
+            if self._pending and self._pending[0].position == row.position:
+                times = self._pending.popleft()
+                seconds.append(now + times.ahead - times.committed)
+                if times.trace is not None and isinstance(row, StreamEvent):
+                    self._record(times, times.trace, row, now + times.ahead)
+        self._seconds.observe_all(seconds)
 
     def forget(self) -> None:
         """Forget the rows that were read and not published."""
         self._pending.clear()
+
+    def _record(
+        self, times: _Times, trace: dict[str, str], event: StreamEvent, published: float
+    ) -> None:
+        """Record the spans of an event."""
+        about = {
+            "messaging.system": "pg_eventstream",
+            "messaging.destination.name": event.channel,
+            "messaging.message.id": f"{event.channel}:{event.number}",
+        }
+        if self._is_first:
+            tracing.record("commit", trace, times.created, times.committed, about)
+            tracing.record("sequence", trace, times.committed, times.sequenced, about)
+        about["pg_eventstream.proxy"] = self._proxy
+        tracing.record("publish", trace, times.sequenced, published, about)
