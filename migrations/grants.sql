@@ -1,7 +1,7 @@
 -- Grants each role what it needs and no more. Run it with psql as the owner of the tables, with
 -- the search_path of the migration:
 --
---     psql -v sender=billing -v endpoint=web -v publisher=events -v pruner=cron \
+--     psql -v sender=billing -v endpoint=web -v publisher=events -v pruner=cron -v observer=watcher \
 --          -f migrations/grants.sql DATABASE
 --
 -- The roles must exist. Leave out the variables that you do not need, repeat the command if you
@@ -51,6 +51,7 @@ GRANT SELECT, DELETE ON pg_eventstream_event, pg_eventstream_stream, pg_eventstr
    TO :"publisher";
 GRANT SELECT ON pg_eventstream_cursor TO :"publisher";
 GRANT SELECT, INSERT, UPDATE ON pg_eventstream_channel TO :"publisher";
+GRANT SELECT, INSERT, UPDATE ON pg_eventstream_report TO :"publisher";
 \endif
 
 -- The pruner: eventstream_prune, if a cron job prunes instead of the publisher. It can read when
@@ -61,6 +62,20 @@ GRANT SELECT (id, created), DELETE ON pg_eventstream_event TO :"pruner";
 GRANT SELECT, DELETE ON pg_eventstream_stream, pg_eventstream_outbox TO :"pruner";
 GRANT SELECT ON pg_eventstream_cursor, pg_eventstream_proxy TO :"pruner";
 GRANT SELECT, INSERT, UPDATE ON pg_eventstream_channel TO :"pruner";
+GRANT SELECT, INSERT, UPDATE ON pg_eventstream_report TO :"pruner";
+\endif
+
+-- An observer: eventstream_status and monitoring. It reads how far everything is, but no channel's
+-- data. It also needs to see the sessions of other roles:
+--     GRANT pg_monitor TO watcher;
+\if :{?observer}
+GRANT USAGE ON SCHEMA :"schema" TO :"observer";
+GRANT SELECT ON pg_eventstream_cursor, pg_eventstream_outbox, pg_eventstream_proxy,
+                pg_eventstream_publisher, pg_eventstream_report, pg_eventstream_stream
+   TO :"observer";
+GRANT SELECT (id, created) ON pg_eventstream_event TO :"observer";
+SELECT pg_get_serial_sequence('pg_eventstream_event', 'id') AS ids \gset
+GRANT SELECT ON SEQUENCE :ids TO :"observer";
 \endif
 
 COMMIT;

@@ -19,6 +19,8 @@ from .registration import register_check
 
 _FUNCTIONS = ("pg_eventstream_enqueue()", "pg_eventstream_sequence()")
 _INSTALL_TRIGGER = "python manage.py pgtrigger install pg_eventstream.Event:enqueue"
+# What is found where tables or migrations are missing.
+_INCOMPLETE = ("pg_eventstream.W022", "pg_eventstream.I001")
 # The limit up to which unseen events are counted.
 _MOST = 1000
 
@@ -45,21 +47,36 @@ def check_tables(databases: Iterable[str] | None = None, **kwargs: Any) -> Itera
 
 
 def _check_database(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
-    app = apps.get_app_config(models.Event._meta.app_label)
-    tables = [model._meta.db_table for model in app.get_models()]
-    missing = [t for (t,) in _fetch(connection, _MISSING_TABLES, [tables])]
-    has_none = len(missing) == len(tables)
-    if has_none and connection.alias != conf.database_alias:
+    tables = _names_of_tables()
+    missing = _fetch(connection, _MISSING_TABLES, [tables])
+    if len(missing) == len(tables) and connection.alias != conf.database_alias:
         return  # It is allowed to hold the tables, but need not.
-    schema = [*_check_migrations(connection, missing, has_none=has_none)]
+    found = [*check_schema(connection)]
+    yield from found
+    # The trigger fires at COMMIT.
+    if not connection.in_atomic_block and not any(message.id in _INCOMPLETE for message in found):
+        yield from _check_events(connection)
+
+
+def check_schema(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
+    """Check the tables, migrations, functions, triggers and roles, but not the events.
+
+    Few and small tables are read, so that it is fast on any database.
+    """
+    tables = _names_of_tables()
+    missing = [t for (t,) in _fetch(connection, _MISSING_TABLES, [tables])]
+    schema = [*_check_migrations(connection, missing, has_none=len(missing) == len(tables))]
     yield from schema
     if schema:
         return
     functions = [*_check_functions(connection)]
     yield from functions or _check_triggers(connection)
     yield from _check_roles(connection)
-    if not connection.in_atomic_block:  # The trigger fires at COMMIT.
-        yield from _check_events(connection)
+
+
+def _names_of_tables() -> list[str]:
+    app = apps.get_app_config(models.Event._meta.app_label)
+    return [model._meta.db_table for model in app.get_models()]
 
 
 def _check_migrations(

@@ -3,7 +3,8 @@
     tail         follows the stream, with the delay of each event
     lines        events of the tail as lines of text or JSON
     places       finds the place in the stream at a time
-    state        reads the state of the database, the publishers and the proxies, in a few queries
+    state        reads the state of the database, the publishers and the proxies
+    queries      the queries of `state`
 
 It only reads, except for probes, and no event depends on it. It may import everything but `views`
 and `management`, and it is imported by the commands, the admin and the views.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 from typing import Any
@@ -12,6 +13,7 @@ from .connector import explain
 
 logger = logging.getLogger(__name__)
 
+#: The names of the reports.
 PUBLISHER, PRUNER, DOCTOR = "publisher", "pruner", "doctor"
 
 
@@ -30,3 +32,11 @@ def write_report(connection: psycopg.Connection[Any], name: str, content: dict[s
         )
     except psycopg.errors.InsufficientPrivilege as e:
         logger.info("report of the %s not written: %s", name, explain(e))
+
+
+def own_version() -> str:
+    """The version of this package; "unknown" if it runs without being installed."""
+    try:
+        return importlib.metadata.version("pg-eventstream")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

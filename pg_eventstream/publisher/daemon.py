@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import socket
 import threading
@@ -28,6 +29,7 @@ from ..errors import NotPublished
 from ..grip.proxy import Proxy
 from ..instruments import sequenced_events
 from ..postgres.connector import Connector, explain, fetch_one
+from ..postgres.report import PUBLISHER, own_version, write_report
 from ..postgres.sequence import (
     ANOTHER_STREAM,
     CURSOR,
@@ -74,6 +76,8 @@ class Publisher:
         self._connection: Connection | None = None
         self._busy_at = 0.0
         self._known = UNKNOWN
+        self._reported: dict[str, object] = {}
+        self._role = ""
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def _connect_proxies(self) -> list[Proxy]:
@@ -194,9 +198,17 @@ class Publisher:
         logger.info("publisher %s: leading", self.name)
         with ExitStack() as stack:
             lock_connection = stack.enter_context(closing(self._connector.connect("bell")))
-            self._doorbell = Doorbell(connection, lock_connection, conf.safety_poll)
+            # It sleeps only once there are feeds.
+            self._doorbell = Doorbell(
+                connection,
+                lock_connection,
+                conf.safety_poll,
+                beat=lambda: self._beat(connection, feeds),
+                every=self._limits.heartbeat,
+            )
             stack.callback(self._close_doorbell, lock_connection)
             self._busy_at = time.monotonic()  # the last leader could just have been busy
+            self._reported = {}
             feeds = stack.enter_context(self._helpers())
             beat_at = 0.0
             while not self._stopping.is_set():
@@ -206,11 +218,14 @@ class Publisher:
                     beat_at = time.monotonic() + self._limits.heartbeat
                     if connection.shared and not try_lead(connection):
                         return
+                    # First, because it says which role may not sequence.
+                    self._report(connection, feeds)
                     sequenced, before = self._sequence_and_beat(connection)
                 if not before.follows(self._known):
                     if self._known.place:
                         logger.warning("publisher %s: %s", self.name, ANOTHER_STREAM)
                     register(connection, self.name, self._proxies)
+                    self._reported = {}
                 if sequenced:
                     sequenced_events.inc(sequenced)
                 if sequenced or before != self._known:
@@ -236,6 +251,18 @@ class Publisher:
             """,  # noqa: S608
             [self._known.as_known],
         )
+        self._warn_if_queue_fills(usage)
+        return int(sequenced), Cursor.of(*cursor)
+
+    def _beat(self, connection: Connection, feeds: list[Feed]) -> None:
+        """Update the heartbeat and the report during a long sleep, without sequencing."""
+        self._report(connection, feeds)
+        (usage,) = fetch_one(
+            connection, f"WITH beat AS ({_BEAT}) SELECT pg_notification_queue_usage()"
+        )
+        self._warn_if_queue_fills(usage)
+
+    def _warn_if_queue_fills(self, usage: float) -> None:
         if usage > self._limits.queue_usage:
             logger.warning(
                 "PostgreSQL's notification queue is %.0f %% full; when it is full, transactions"
@@ -243,7 +270,24 @@ class Publisher:
                 " transaction: find the oldest xact_start in pg_stat_activity, and end it.",
                 usage * 100,
             )
-        return int(sequenced), Cursor.of(*cursor)
+
+    def _report(self, connection: Connection, feeds: list[Feed]) -> None:
+        """Write what this publisher says about itself, if that has changed."""
+        assert self._doorbell is not None  # noqa: S101
+        if not self._reported:
+            (self._role,) = fetch_one(connection, "SELECT current_user")
+        report = {
+            "version": own_version(),
+            "python": platform.python_version(),
+            "role": self._role,
+            "listens": self._doorbell.listens,
+            "safety_poll": conf.safety_poll,
+            "grip_prefix": conf.grip_prefix,
+            "proxies": {feed.name: {"trouble": feed.trouble} for feed in feeds},
+        }
+        if report != self._reported:
+            write_report(connection, PUBLISHER, report)
+            self._reported = report
 
     def _close_doorbell(self, lock_connection: WatchedConnection) -> None:
         assert self._doorbell is not None  # noqa: S101

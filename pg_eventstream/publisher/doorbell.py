@@ -21,8 +21,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import math
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -54,7 +56,7 @@ class Doorbell:
 
     ``connection`` is the one that also sequences. ``lock_connection`` is only used for the bell
     lock, because it may have to wait for it. ``safety_poll`` is the longest sleep in seconds; None
-    means no limit.
+    means no limit. ``beat`` is called every ``every`` seconds of a longer sleep.
     """
 
     def __init__(
@@ -62,10 +64,13 @@ class Doorbell:
         connection: psycopg.Connection[Any],
         lock_connection: psycopg.Connection[Any],
         safety_poll: float | None,
+        beat: Callable[[], object] = lambda: None,
+        every: float = math.inf,
     ) -> None:
         self._connection = connection
         self._lock_connection = lock_connection
-        self._safety_poll = safety_poll
+        self._safety_poll = math.inf if safety_poll is None else safety_poll
+        self._beat, self._every = beat, every
         #: The end and the duration of each round that found something.
         self._busy_rounds: deque[tuple[float, float]] = deque()
         self._busy_seconds = 0.0
@@ -78,6 +83,11 @@ class Doorbell:
         # sleep before this publisher has held the lock.
         self._held_once = False
         self._awake()
+
+    @property
+    def listens(self) -> bool:
+        """Whether notifications arrive. Otherwise it polls."""
+        return not self._listener.deaf
 
     def close(self) -> None:
         with contextlib.suppress(psycopg.Error):  # a lost connection can be the reason to close
@@ -118,7 +128,7 @@ class Doorbell:
             # one that woke the publisher for this round.
             self._awake()
         elif self.state is State.ASLEEP:
-            self._listener.wait(self._safety_poll)
+            self._sleep(now)
         elif self._have_all_ended():
             # One more round before the sleep, for events that the last of them committed.
             self._enter(State.ASLEEP)
@@ -126,6 +136,16 @@ class Doorbell:
             # So an event waits at most a tenth longer than its late commit took.
             longer = (now - self._drowsy_since) / 10
             self._listener.wait(min(max(longer, _DROWSY_POLL_LEAST), _DROWSY_POLL_MOST))
+
+    def _sleep(self, now: float) -> None:
+        """Wait until the doorbell rings, the safety poll is due, or `wake` is called."""
+        end = now + self._safety_poll
+        while True:
+            until = min(end, time.monotonic() + self._every)
+            pause = None if until == math.inf else until - time.monotonic()
+            if self._listener.wait(pause) or until == end or time.monotonic() < until:
+                return
+            self._beat()
 
     def _busy(self, now: float) -> float:
         """The seconds of the last second that were spent in rounds with events."""

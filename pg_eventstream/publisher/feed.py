@@ -79,6 +79,11 @@ class Feed:
         self.trouble: str | None = None
 
     @property
+    def name(self) -> str:
+        """The name of its proxy."""
+        return self._proxy.name
+
+    @property
     def position(self) -> int:
         """The position up to which everything is published."""
         return self._position

@@ -16,6 +16,7 @@ from ..conf import conf
 from ..limits import Limits
 from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
+from ..postgres.report import PRUNER, write_report
 from ..postgres.sequence import CURSOR, UNKNOWN, Cursor
 from ..postgres.threads import return_connections
 from .unseen import UnseenEvents
@@ -178,6 +179,7 @@ class Pruner:
         while not self._stopping.is_set() and (page := self._unseen.prune(now)) is not None:
             pruned += page
         return_connections()  # a connection that the channel manager may have used
+        write_report(self._connection, PRUNER, {"position": self._empty_to, "pruned": pruned})
         return pruned
 
     def _prune_old(self, now: datetime) -> int:

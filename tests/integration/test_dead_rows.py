@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from django.test import override_settings
 from pg_eventstream import get_current_event_id
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.liveness import _check_state
+from pg_eventstream.operate import state
 from pg_eventstream.postgres import connector
+from pg_eventstream.postgres.watchdog import WatchedConnection
 from pg_eventstream.publisher import daemon, feed
 from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.streams import hub, replay
@@ -117,6 +120,24 @@ def look_whether_a_publisher_runs(database: Database) -> int:
         return in_django(_check_state)
 
 
+class Counted(connector.Connector):
+    """Counts the pages that its connection reads."""
+
+    pages: PagesRead
+
+    def connect(self, role: str, *, patience: float = math.inf) -> WatchedConnection:
+        session = super().connect(role, patience=patience)
+        object.__setattr__(self, "pages", PagesRead(session))
+        return session
+
+
+def read_the_state(database: Database) -> int:
+    with override_settings(GRIP_URL="http://127.0.0.1:1"):
+        counted = Counted("default")
+        state.read_state(counted)
+        return counted.pages.count
+
+
 WORK = [
     sequence,
     resume,
@@ -127,6 +148,7 @@ WORK = [
     publish,
     register,
     look_whether_a_publisher_runs,
+    read_the_state,
 ]
 
 

@@ -11,7 +11,7 @@ from django.db import ProgrammingError
 
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
-from tests.support.role_work import prune_only, publish, send, sequence, serve
+from tests.support.role_work import observe, prune_only, publish, send, sequence, serve
 from tests.support.roles import MIGRATIONS, as_role, granted, make_old, run_file
 
 
@@ -20,7 +20,7 @@ def work_to_do(database: Database, control: ControlPort) -> Callable[[], None]:
     """Creates work: something to sequence, publish, acknowledge, forget and prune."""
 
     def make() -> None:
-        database.execute("TRUNCATE pg_eventstream_proxy")
+        database.execute("TRUNCATE pg_eventstream_proxy, pg_eventstream_report")
         database.send("old")
         database.execute("SELECT pg_eventstream_sequence()")
         make_old(database)
@@ -33,6 +33,10 @@ def work_to_do(database: Database, control: ControlPort) -> Callable[[], None]:
         database.execute(
             "INSERT INTO pg_eventstream_publisher VALUES (1, 'host:1', now(), now())"
             " ON CONFLICT (id) DO UPDATE SET heartbeat = now()"
+        )
+        database.execute(
+            "INSERT INTO pg_eventstream_report (name, content)"
+            " VALUES ('publisher', jsonb_build_object('role', 'postgres'))"
         )
 
     return make
@@ -93,6 +97,7 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
                 "outbox": "DELETE SELECT",
                 "cursor": "SELECT",
                 "channel": "INSERT SELECT UPDATE",
+                "report": "INSERT SELECT UPDATE",
                 "publisher": "INSERT SELECT UPDATE",
                 "proxy": "DELETE INSERT SELECT UPDATE",
                 "sequence": "EXECUTE",
@@ -107,7 +112,21 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
                 "outbox": "DELETE SELECT",
                 "cursor": "SELECT",
                 "channel": "INSERT SELECT UPDATE",
+                "report": "INSERT SELECT UPDATE",
                 "proxy": "SELECT",
+            },
+        ),
+        (
+            "observer",
+            observe,
+            {
+                "event": "SELECT (created, id)",
+                "stream": "SELECT",
+                "outbox": "SELECT",
+                "cursor": "SELECT",
+                "publisher": "SELECT",
+                "proxy": "SELECT",
+                "report": "SELECT",
             },
         ),
     ],

@@ -6,6 +6,7 @@ after a burst; and once more without its index, to show that the test would fail
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from django.test import override_settings
 
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.limits import LIMITS
+from pg_eventstream.operate import state
 from pg_eventstream.postgres import connector
+from pg_eventstream.postgres.watchdog import WatchedConnection
 from pg_eventstream.publisher import feed
 from pg_eventstream.publisher import pruner as retention
 from pg_eventstream.streams import hub, replay
@@ -139,6 +142,28 @@ def sequence(database: Database) -> Explained:
     return explain
 
 
+class ExplainedConnector(connector.Connector):
+    explain: Explained
+
+    def connect(self, role: str, *, patience: float = math.inf) -> WatchedConnection:
+        session = super().connect(role, patience=patience)
+        object.__setattr__(self, "explain", Explained(session))
+        return session
+
+
+def read_state(database: Database) -> Explained:
+    explained = ExplainedConnector("default")
+    assert state.read_state(explained).waiting.count == 0
+    return explained.explain
+
+
+def read_state_with_a_backlog(database: Database) -> Explained:
+    database.execute("UPDATE pg_eventstream_cursor SET snapshot = '3:3:'")
+    explained = ExplainedConnector("default")
+    assert state.read_state(explained).waiting.count == state.MOST_COUNTED
+    return explained.explain
+
+
 @pytest.fixture
 def full(database: Database) -> Database:
     """All events are sequenced, and are still in the outbox because it has not been pruned."""
@@ -183,6 +208,10 @@ CASES = [
     (find_channels, EID, CHANNELS + 1),
     (prune_outbox, OUTBOX, 1000),
     (look_for_unseen, EVENT, 100),
+    (read_state, STREAM, 3000),
+    (read_state, EVENT, 3000),
+    (read_state, OUTBOX, 3000),
+    (read_state_with_a_backlog, OUTBOX, state.MOST_COUNTED),
     (sequence, OUTBOX, 10),
     (sequence, EID, 10),
 ]

@@ -9,6 +9,7 @@ import psycopg
 from django.db import connections
 
 from pg_eventstream import liveness
+from pg_eventstream.operate.state import read_state
 from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Pruner
@@ -18,11 +19,33 @@ from pg_eventstream.streams.replay import replay
 
 def publish(dsn: str) -> None:
     Publisher(Connector("default", dsn)).run_once()
+    _require_report(dsn)
 
 
 def prune_only(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         Pruner(connection).run_once()
+    _require_report(dsn)
+
+
+def _require_report(dsn: str) -> None:
+    """A role that may not write its report does the rest of its work."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        _require(
+            connection.execute("SELECT FROM pg_eventstream_report WHERE name = 'pruner'").fetchall()
+        )
+
+
+def _require(result: object) -> None:
+    if not result:
+        raise psycopg.errors.InsufficientPrivilege("something was left out")
+
+
+def observe(dsn: str) -> None:
+    state = read_state(Connector("default", dsn))
+    _require(not state.unreadable and state.waiting.count is not None)
+    _require(state.publisher and state.proxies and state.report)
+    _require(state.position and state.unseen is not None and state.pruning.oldest_seconds)
 
 
 def serve(dsn: str) -> None:
