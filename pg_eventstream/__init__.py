@@ -34,6 +34,7 @@ Shared by these:
 For a project:
 
     conf            the settings
+    admin           pages for Django's admin
     checks/         checks the settings and the tables
     tables/         decides which databases get the tables
     channelmanager  the class that a project overrides to decide who reads what

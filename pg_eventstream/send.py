@@ -226,6 +226,18 @@ def to_row(event: NewEvent) -> Row:
     )
 
 
+def check_json(text: str) -> None:
+    """Raise ValueError if the text is not JSON as browsers parse it, without NaN and Infinity."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        json.loads(text, parse_constant=refuse)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+
+
 def check_name(what: str, value: str) -> str:
     """Return the name if it is valid for a channel or an event type; else raise `InvalidEvent`."""
     if not isinstance(value, str):

@@ -32,8 +32,8 @@ WITH unseen AS (
        AND NOT EXISTS (SELECT FROM pg_eventstream_outbox AS o WHERE o.event_id = e.id)
     RETURNING *
 )
-INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids)
-SELECT channel, type, data, skip_user_ids FROM unseen ORDER BY id;"""
+INSERT INTO pg_eventstream_event (channel, type, data, skip_user_ids, meta)
+SELECT channel, type, data, skip_user_ids, meta FROM unseen ORDER BY id;"""
 
 
 @register_check(Tags.database)

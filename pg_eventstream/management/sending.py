@@ -11,7 +11,7 @@ from django.core.management.base import OutputWrapper
 from django.db import transaction
 
 from ..errors import EventStreamError, InvalidEvent
-from ..send import NewEvent, Row, insert_many, to_row
+from ..send import NewEvent, Row, check_json, insert_many, to_row
 
 #: Events are written in statements of at most this many, and of about this many characters.
 _PAGE_EVENTS = 1000
@@ -27,18 +27,6 @@ class InvalidLines(EventStreamError):
 
 class Interrupted(EventStreamError):
     """Ctrl-C before everything was sent. The message says how many events were."""
-
-
-def check_json(text: str) -> None:
-    """Raise ValueError if the text is not JSON as browsers parse it, without NaN and Infinity."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        json.loads(text, parse_constant=refuse)
-    except RecursionError as e:
-        raise ValueError("it is nested too deeply") from e
 
 
 class Sender:

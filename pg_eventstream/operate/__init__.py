@@ -2,6 +2,7 @@
 
     tail         follows the stream, with the delay of each event
     lines        events of the tail as lines of text or JSON
+    browse       pages of events and channels, for the admin
     places       finds the place in the stream at a time
     state        reads the state of the database, the publishers and the proxies
     queries      the queries of `state`

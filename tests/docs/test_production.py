@@ -385,3 +385,38 @@ def test_an_event_is_followed_to_where_it_is(
         line = line.replace(old, new)
     done = project.run("sh", "-c", f"{line} || true")  # timeout has ended it
     assert "event: stream-open" in done
+
+
+def test_events_in_an_admin_site_of_the_project(project: Project) -> None:
+    add(project, example("docs/production/admin.md", "class OperatorsSite"))
+    project.write(
+        "myproject/settings.py",
+        """
+INSTALLED_APPS += ["django.contrib.admin", "django.contrib.messages"]
+MIDDLEWARE += ["django.contrib.messages.middleware.MessageMiddleware"]
+TEMPLATES[0]["OPTIONS"] = {"context_processors": [
+    "django.template.context_processors.request",
+    "django.contrib.auth.context_processors.auth",
+    "django.contrib.messages.context_processors.messages",
+]}
+""",
+    )
+    project.write(
+        "myproject/urls.py",
+        "from django.contrib import admin\n"
+        "urlpatterns += [path('admin/', admin.site.urls)]\n"
+        "from myproject.admin import operators\n"
+        "urlpatterns += [path('operators/', operators.urls)]\n",
+    )
+    migrate(project)
+    code = """
+from django.contrib.auth.models import User
+from django.test import Client
+client = Client(SERVER_NAME="localhost")
+client.force_login(User.objects.create_superuser("ada"))
+for site in ("operators", "admin"):
+    page = client.get(f"/{site}/pg_eventstream/event/")
+    print(site, page.status_code, "Operators" in page.content.decode())
+"""
+    printed = project.manage("shell", "--no-imports", "-c", code)
+    assert printed.splitlines() == ["operators 200 True", "admin 200 False"]

@@ -10,8 +10,8 @@ from django.core.management.base import CommandError
 from django.db import Error
 
 from pg_eventstream.management.base import DatabaseCommand
-from pg_eventstream.management.sending import Progress, Sender, check_json
-from pg_eventstream.send import send_event
+from pg_eventstream.management.sending import Progress, Sender
+from pg_eventstream.send import check_json, send_event
 
 
 class Command(DatabaseCommand):

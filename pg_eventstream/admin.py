@@ -1,0 +1,297 @@
+"""Django's admin: events, channels and the state, and two actions with permissions of their own.
+
+Nobody can add, change or delete an event here. The events are in ``EVENTSTREAM_DATABASE``, and the
+log of the actions is where the admin keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+from urllib.parse import urlencode
+
+from django import forms
+from django.contrib import admin, messages
+from django.contrib.admin.models import CHANGE, LogEntry
+from django.contrib.contenttypes.models import ContentType
+from django.core.exceptions import PermissionDenied
+from django.db import DatabaseError, connections, transaction
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
+from django.template.response import TemplateResponse
+from django.urls import path, reverse
+from django.urls.resolvers import URLPattern
+from django.utils.html import format_html
+
+from .channels import problem_of_name
+from .checks.tables import SEND_AGAIN
+from .conf import conf
+from .errors import InvalidEvent
+from .models import Event
+from .operate import browse
+from .send import NewEvent, check_json, to_row
+
+__all__ = ["EventAdmin"]
+
+_VIEW = "pg_eventstream.view_event"
+_SEND = "pg_eventstream.send_event"
+_RETRY = "pg_eventstream.retry_event"
+_URL = "pg_eventstream_event_"
+
+
+class _Moment(forms.DateTimeInput):
+    input_type = "datetime-local"
+
+    def __init__(self) -> None:
+        super().__init__(format="%Y-%m-%dT%H:%M:%S", attrs={"step": 1})
+
+
+class _FilterForm(forms.Form):
+    channel = forms.CharField(required=False, strip=False, help_text="The exact name.")
+    type = forms.CharField(
+        required=False,
+        strip=False,
+        help_text=f"Searches the newest {browse.SEARCHED:,} events that match otherwise.",
+    )
+    since = forms.DateTimeField(required=False, widget=_Moment)
+    until = forms.DateTimeField(required=False, widget=_Moment)
+    before = forms.IntegerField(
+        required=False, min_value=-(2**63), max_value=2**63 - 1, widget=forms.HiddenInput
+    )
+
+    def clean_channel(self) -> str:
+        return _check_text(self.cleaned_data["channel"])
+
+    def clean_type(self) -> str:
+        return _check_text(self.cleaned_data["type"])
+
+
+def _check_text(text: str) -> str:
+    if text and (problem := problem_of_name(text)):
+        raise forms.ValidationError(f"The name {problem}.")
+    return text
+
+
+class _SendForm(forms.Form):
+    channel = forms.CharField(max_length=255)
+    type = forms.CharField(max_length=255, initial="message")
+    data = forms.CharField(  # type: ignore[assignment]  # a field's name is no attribute
+        strip=False, widget=forms.Textarea(attrs={"rows": 6, "class": "vLargeTextField"})
+    )
+    is_text = forms.BooleanField(required=False, label="The data is any text instead of JSON")
+
+    def clean(self) -> dict[str, Any]:
+        found = super().clean() or {}
+        if self.errors:
+            return found
+        if not found["is_text"]:
+            try:
+                check_json(found["data"])
+            except ValueError as e:
+                self.add_error("data", f"This is not JSON: {e}.")
+                return found
+        try:
+            event = NewEvent(found["channel"], found["type"], found["data"], json_encode=False)
+            found["row"] = to_row(event)
+        except InvalidEvent as e:
+            self.add_error(None, str(e))
+        return found
+
+
+_View = Callable[..., HttpResponse]
+
+
+def _requires(*permissions: str) -> Callable[[_View], _View]:
+    """Refuse users who lack one of the permissions, and show errors of the database."""
+
+    def decorate(view: _View) -> _View:
+        @wraps(view)
+        def checked(
+            self: EventAdmin, request: HttpRequest, *args: Any, **more: Any
+        ) -> HttpResponse:
+            if not request.user.is_active or not request.user.has_perms(permissions):
+                raise PermissionDenied
+            try:
+                return view(self, request, *args, **more)
+            except DatabaseError as e:
+                return self._render(request, "error", "Events", status=503, error=str(e))
+
+        return checked
+
+    return decorate
+
+
+@admin.register(Event)
+class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
+    """Shows the events. Register it with an admin site of your own, if you have one."""
+
+    # Permissions: no object can be added, changed or deleted.
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return request.user.is_active and request.user.has_perm(_VIEW)
+
+    def get_urls(self) -> list[URLPattern]:
+        wrap = self.admin_site.admin_view
+        return [
+            path("", wrap(self.list_view), name=f"{_URL}changelist"),
+            path("<int:pk>/change/", wrap(self.event_view), name=f"{_URL}change"),
+            path("channels/", wrap(self.channels_view), name=f"{_URL}channels"),
+            path("send/", wrap(self.send_view), name=f"{_URL}send"),
+            path("send-again/", wrap(self.send_again_view), name=f"{_URL}send_again"),
+        ]
+
+    # Pages
+
+    @_requires(_VIEW)
+    def list_view(self, request: HttpRequest) -> HttpResponse:
+        form = _FilterForm(request.GET)
+        page = browse.EventPage([], [], None)
+        if form.is_valid():
+            found = form.cleaned_data
+            page = browse.list_events(
+                conf.database,
+                channel=found["channel"] or None,
+                event_type=found["type"] or None,
+                since=found["since"],
+                until=found["until"],
+                before=found["before"],
+            )
+        query = {name: value for name, value in request.GET.items() if value and name != "before"}
+        return self._render(
+            request,
+            "events",
+            "Events",
+            form=form,
+            page=page,
+            searched=browse.SEARCHED if query.get("type") else None,
+            older="" if page.older is None else "?" + urlencode({**query, "before": page.older}),
+            newest="?" + urlencode(query) if "before" in request.GET else "",
+        )
+
+    @_requires(_VIEW)
+    def event_view(self, request: HttpRequest, pk: int) -> HttpResponse:
+        position = request.GET.get("position", "")
+        event = browse.get_event(
+            conf.database,
+            pk,
+            int(position) if position.isdecimal() and len(position) < 19 else None,
+        )
+        if event is None:
+            raise Http404(f"There is no event {pk}: it was pruned, or was never sent.")
+        return self._render(
+            request, "event", f"Event {event.id or pk}", event=event, data=_indent(event.data)
+        )
+
+    @_requires(_VIEW)
+    def channels_view(self, request: HttpRequest) -> HttpResponse:
+        first = request.GET.get("from", "")
+        if "\0" in first:
+            raise Http404
+        page = browse.list_channels(conf.database, first)
+        following = "" if page.following is None else "?" + urlencode({"from": page.following})
+        return self._render(
+            request, "channels", "Channels", page=page, first=first, following=following
+        )
+
+    # Actions
+
+    @_requires(_SEND)
+    def send_view(self, request: HttpRequest) -> HttpResponse:
+        form = _SendForm(request.POST if request.method == "POST" else None)
+        if request.method == "POST" and form.is_valid():
+            channel, event_type, data, skip_user_ids, meta = form.cleaned_data["row"]
+            event = Event(
+                channel=channel,
+                type=event_type,
+                data=data,
+                skip_user_ids=skip_user_ids,
+                meta=None if meta is None else json.loads(meta),
+            )
+            try:
+                with transaction.atomic(using=conf.database):
+                    event.save(using=conf.database, force_insert=True)
+                    self.log_addition(request, event, "Sent as a test.")
+            except DatabaseError as e:
+                form.add_error(None, f"The database did not take the event: {e}")
+            else:
+                link = reverse(f"admin:{_URL}change", args=[event.pk], current_app=self._site)
+                self.message_user(
+                    request,
+                    format_html('The <a href="{}">event</a> was sent.', link),
+                    messages.SUCCESS,
+                )
+                return self._redirect("changelist" if request.user.has_perm(_VIEW) else "send")
+        return self._render(request, "send", "Send a test event", form=form)
+
+    @_requires(_RETRY)
+    def send_again_view(self, request: HttpRequest) -> HttpResponse:
+        if request.method == "POST":
+            try:
+                with transaction.atomic(using=conf.database):
+                    with connections[conf.database].cursor() as cursor:
+                        cursor.execute(SEND_AGAIN)
+                        count = cursor.rowcount
+                    LogEntry.objects.create(
+                        user_id=request.user.pk,
+                        content_type=ContentType.objects.get_for_model(Event),
+                        object_repr=f"{count} events",
+                        action_flag=CHANGE,
+                        change_message="Sent again events that the trigger had not seen.",
+                    )
+            except DatabaseError as e:
+                self.message_user(request, f"Nothing was sent again: {e}", messages.ERROR)
+            else:
+                self.message_user(request, f"{count} events were sent again.", messages.SUCCESS)
+            return self._redirect("send_again")
+        return self._render(request, "send_again", "Send again", statement=SEND_AGAIN)
+
+    @property
+    def _site(self) -> str:
+        return self.admin_site.name
+
+    def _redirect(self, view: str) -> HttpResponse:
+        return HttpResponseRedirect(reverse(f"admin:{_URL}{view}", current_app=self._site))
+
+    def _render(
+        self,
+        request: HttpRequest,
+        template: str,
+        title: str,
+        *,
+        status: int = 200,
+        **context: Any,
+    ) -> HttpResponse:
+        request.current_app = self._site
+        return TemplateResponse(
+            request,
+            f"pg_eventstream/admin/{template}.html",
+            {
+                **self.admin_site.each_context(request),
+                "opts": self.opts,
+                "title": title,
+                "may_view": request.user.has_perm(_VIEW),
+                "may_send": request.user.has_perm(_SEND),
+                "may_retry": request.user.has_perm(_RETRY),
+                **context,
+            },
+            status=status,
+        )
+
+
+def _indent(data: str) -> str:
+    """JSON with line breaks, for reading; other data unchanged."""
+    try:
+        check_json(data)
+        return json.dumps(json.loads(data), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return data
