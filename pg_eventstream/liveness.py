@@ -20,8 +20,8 @@ logger = logging.getLogger("pg_eventstream.liveness")
 
 _CHECK_SECONDS = 15.0
 #: A publisher updates its heartbeat every 10 seconds, and a proxy takes events at once.
-_LATE_SECONDS = 30.0
-_START = "Start it, and keep it running as a service: python manage.py eventstream_publisher"
+LATE_SECONDS = 30.0
+START = "Start it, and keep it running as a service: python manage.py eventstream_publisher"
 _check_is_due = Rarely(_CHECK_SECONDS)
 _rarely = Rarely()
 
@@ -57,13 +57,13 @@ def _check_state() -> None:
         )
         publisher = cursor.fetchone()
         if publisher is None:
-            _warn("No publisher has ever run on this database, so no event is sent. " + _START)
+            _warn("No publisher has ever run on this database, so no event is sent. " + START)
             return
         name, silent = publisher
-        if silent > _LATE_SECONDS:
+        if silent > LATE_SECONDS:
             _warn(
                 "The publisher %s has shown no sign of life for %.0f seconds, and no other has"
-                " taken over, so no event is sent. " + _START,
+                " taken over, so no event is sent. " + START,
                 name,
                 silent,
             )
@@ -89,7 +89,7 @@ def _check_state() -> None:
                     name,
                     proxy,
                 )
-            elif (waiting or 0) > _LATE_SECONDS:
+            elif (waiting or 0) > LATE_SECONDS:
                 _warn(
                     "Events have waited for the proxy %s for %.0f seconds. The log of the"
                     " publisher %s says why it does not take them.",

@@ -6,6 +6,8 @@
     places       finds the place in the stream at a time
     state        reads the state of the database, the publishers and the proxies
     queries      the queries of `state`
+    findings     judges a state: what is wrong, and what to do
+    screen       shows a state on one screen
 
 It only reads, except for probes, and no event depends on it. It may import everything but `views`
 and `management`, and it is imported by the commands, the admin and the views.

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 from django.apps import apps
 from django.core.checks import CheckMessage
-from django.db import connections
+from django.db import DatabaseError, connections
 
 from ..checks.tables import check_schema
 from ..conf import conf, proxy_name
@@ -383,8 +383,13 @@ class _Reader:
 def _check(alias: str) -> list[Problem]:
     """What the checks of the tables find, over another connection, as Django opens them."""
     # Not the caller's, which could be in a transaction that has failed.
-    with closing(connections[alias].copy()) as connection:
-        messages: Sequence[CheckMessage] = [*check_schema(connection)]
+    try:
+        with closing(connections[alias].copy()) as connection:
+            messages: Sequence[CheckMessage] = [*check_schema(connection)]
+    except DatabaseError as e:
+        if isinstance(e.__cause__, psycopg.Error):
+            raise e.__cause__ from e
+        raise
     return [
         Problem(id=message.id or "", message=message.msg, hint=message.hint)
         for message in messages

@@ -457,6 +457,13 @@ def test_events_are_sent_from_the_shell(project: Project, database: Database) ->
     ]
 
 
+def test_status_of_a_project_is_shown(project: Project) -> None:
+    migrate(project)
+    screen = run_shell(project, example("docs/production/diagnoses.md", "eventstream_status"))
+    assert screen.startswith("pg_eventstream ")
+    assert ": HEALTHY " in screen.splitlines()[0]
+
+
 def test_two_phase_commit(database: Database) -> None:
     code = example("docs/reference/sql.md", "PREPARE TRANSACTION").code
     run_sql(database, Example("sql", code.replace("order-7", f"order-{database.name}")))

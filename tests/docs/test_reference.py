@@ -23,6 +23,7 @@ import pg_eventstream
 from pg_eventstream import sse
 from pg_eventstream.caching import never_cached
 from pg_eventstream.conf import MOST_CHANNELS, Conf, conf
+from pg_eventstream.operate import state
 from tests.support.documentation import name_of, pages, prose_of, text_of
 
 PACKAGE = Path(pg_eventstream.__file__).parent
@@ -124,6 +125,19 @@ def test_options_of_a_command(name: str) -> None:
     usage = re.search(rf"```text\npython manage\.py {name}(.*?)\n```", text, re.DOTALL)
     assert usage
     assert set(re.findall(r"--[\w.-]+", usage[1])) == documented
+
+
+def test_keys_of_the_status() -> None:
+    """The fields of the state, and those of the objects in it."""
+    text = sections("docs/reference/commands.md")["eventstream_status"]
+    rows = text[text.index("| key |") :].splitlines()[2:]
+    cells = [row.split("|")[1:3] for row in rows if row.startswith("| ")]
+    keys = [key for cell, _ in cells for key in re.findall(r"`(\w+)`", cell)]
+    assert sorted(keys) == sorted(field.name for field in fields(state.State))
+    words = re.findall(r"`(\w+)`", " ".join(meaning for _, meaning in cells))
+    for part in (state.Session, state.ProxyState, state.Waiting, state.OldestTransaction,
+                 state.Pruning, state.TableState, state.Problem):  # fmt: skip
+        assert {field.name for field in fields(part)} <= set(words), part
 
 
 def test_options_of_the_demo() -> None:
