@@ -7,6 +7,7 @@ checks, and a retention of zero would prune everything.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -29,6 +30,8 @@ MOST_CHANNELS = 19
 _MOST_DAYS = 365_000
 # A next link is valid for a day (`grip.links.sign`), and poll() waits for less than 25 days.
 _DAY_SECONDS = 86_400
+# What can be in a header, and is too long to be guessed.
+_TOKEN, _TOKEN_LENGTH = re.compile("[!-~]+"), 20
 
 
 class Conf:
@@ -140,6 +143,22 @@ class Conf:
         """Additional request headers that those pages may send. A string is split at commas."""
         value = _strings("EVENTSTREAM_ALLOW_HEADERS")
         return [name.strip() for text in value for name in text.split(",") if name.strip()]
+
+    @property
+    def metrics_token(self) -> str | None:
+        """The token that Prometheus sends to `views.metrics`. None, the default: there is none.
+
+        Raises `ImproperlyConfigured` if it could be guessed.
+        """
+        token = getattr(settings, "EVENTSTREAM_METRICS_TOKEN", None)
+        if token is None:
+            return None
+        if isinstance(token, str) and len(token) >= _TOKEN_LENGTH and _TOKEN.fullmatch(token):
+            return token
+        raise ImproperlyConfigured(
+            f"EVENTSTREAM_METRICS_TOKEN must be a text of at least {_TOKEN_LENGTH} characters, all"
+            " of them printable ASCII without spaces."
+        )
 
     @property
     def grip_prefix(self) -> str:

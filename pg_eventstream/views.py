@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from django.contrib.auth.decorators import login_not_required
 from django.core.exceptions import ImproperlyConfigured
-from django.http import HttpRequest, HttpResponseBase
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.urls import NoReverseMatch, URLResolver, get_resolver, get_urlconf, reverse
+from django.utils.crypto import constant_time_compare
 from django.utils.http import escape_leading_slashes
 from django.views.decorators.http import require_http_methods, require_safe
 
 from . import cors
 from .caching import never_cached
+from .conf import conf
 from .endpoint import LinkTo, continue_stream, open_stream
 from .grip import links
 
-__all__ = ["events"]
+__all__ = ["events", "metrics"]
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 #: The names of the URL patterns.
 EVENTS_URL = "pg_eventstream-events"
@@ -39,6 +45,59 @@ def events(request: HttpRequest, **kwargs: Any) -> HttpResponseBase:
     if request.method == "OPTIONS":
         return cors.preflight(request)
     return open_stream(request, kwargs, link_to=_links_of(request))
+
+
+@login_not_required  # It decides itself: see below.
+@never_cached
+@require_safe
+def metrics(request: HttpRequest) -> HttpResponseBase:
+    """The state of the event stream as gauges for Prometheus. Needs the extra ``metrics``.
+
+    Only for requests with ``Authorization: Bearer`` and ``EVENTSTREAM_METRICS_TOKEN``, and for
+    users with the permission ``pg_eventstream.view_event``.
+    """
+    if not _may_see_metrics(request):
+        user = getattr(request, "user", None)
+        if conf.metrics_token is None or (user is not None and user.is_authenticated):
+            return HttpResponse(_NO_METRICS, status=403, content_type="text/plain")
+        response = HttpResponse(_NO_METRICS, status=401, content_type="text/plain")
+        response["WWW-Authenticate"] = 'Bearer realm="metrics"'
+        return response
+    try:
+        from .operate.metrics import encode
+    except ImportError:
+        text = "prometheus-client is not installed: pip install 'pg-eventstream[metrics]'\n"
+        return HttpResponse(text, status=501, content_type="text/plain")
+    body, content_type = encode(_metrics_registry(), request.headers.get("Accept", ""))
+    return HttpResponse(body, content_type=content_type)
+
+
+_NO_METRICS = (
+    "Send EVENTSTREAM_METRICS_TOKEN as a bearer token, or log in as a user with the permission"
+    " pg_eventstream.view_event.\n"
+)
+
+
+def _may_see_metrics(request: HttpRequest) -> bool:
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    token = conf.metrics_token
+    if token is not None and scheme.lower() == "bearer":
+        return constant_time_compare(given.strip(), token)
+    user = getattr(request, "user", None)
+    return bool(
+        user is not None and user.is_authenticated and user.has_perm("pg_eventstream.view_event")
+    )
+
+
+@lru_cache(maxsize=1)
+def _metrics_registry() -> CollectorRegistry:
+    """One for all requests, so that those at the same time cause one read."""
+    from .operate.metrics import latest_state, registry
+
+    return registry(latest_state(), with_counters=False)
+
+
+os.register_at_fork(after_in_child=_metrics_registry.cache_clear)  # its lock could be taken
 
 
 @login_not_required  # The proxy has no session: the token stands for the stream's user.

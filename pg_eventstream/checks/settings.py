@@ -83,6 +83,7 @@ def check_settings(**kwargs: Any) -> Iterator[CheckMessage]:
     yield from check_proxies()
     yield from _check_origins()
     yield from _check_headers()
+    yield from _check_metrics_token()
     yield from _check_old_settings()
     yield from _check_daphne()
     yield from _check_runserver()
@@ -205,6 +206,17 @@ def _check_headers() -> Iterator[CheckMessage]:
             "EVENTSTREAM_ALLOW_HEADERS must consist of header names.",
             hint='Use a list, or a string with commas: "Authorization, X-Requested-With".',
             id="pg_eventstream.E016",
+        )
+
+
+def _check_metrics_token() -> Iterator[CheckMessage]:
+    try:
+        _ = conf.metrics_token
+    except ImproperlyConfigured as e:
+        yield Error(
+            str(e),
+            hint="Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+            id="pg_eventstream.E022",
         )
 
 

@@ -4,6 +4,10 @@
     lines        events of the tail as lines of text or JSON
     browse       pages of events and channels, for the admin
     places       finds the place in the stream at a time
+    latest       the latest result of a slow function, shared by concurrent callers
+    metrics      the state as gauges for Prometheus
+    health       judges whether a publisher is alive and ready
+    server       the HTTP port of a publisher: metrics and probes
     state        reads the state of the database, the publishers and the proxies
     queries      the queries of `state`
     findings     judges a state: what is wrong, and what to do

@@ -8,6 +8,7 @@ past the retention. Any number of publishers can run; one of them leads.
     doorbell     decides when to look for new events: after a notification, or regularly
     feed         publishes the stream to one proxy, in order, and acknowledges
     timing       measures and traces how long events take
+    vitals       what a publisher knows about itself, for probes
     drain        the feeds of ``--once``, which end when everything is published
     pruner       prunes events past the retention
     unseen       prunes events that the trigger did not see

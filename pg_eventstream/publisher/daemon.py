@@ -46,6 +46,7 @@ from .drain import Drain
 from .feed import Feed
 from .lead import ONCE, lead, lead_once, leader_name, try_lead
 from .pruner import Pruner
+from .vitals import Stage, Vitals
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Publisher:
         self._known = UNKNOWN
         self._reported: dict[str, object] = {}
         self._role = ""
+        self.vitals = Vitals()
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def _connect_proxies(self) -> list[Proxy]:
@@ -110,6 +112,7 @@ class Publisher:
         backoff = Backoff(*self._limits.reconnect)
         with self._signals():
             while not self._stopping.is_set():
+                self.vitals.enter(Stage.CONNECTING)
                 try:
                     with self._connector.connect("leader") as connection:
                         self._connection = connection
@@ -188,13 +191,16 @@ class Publisher:
         # vacuum could not remove dead rows in any table while this publisher stands by.
         if not lead(connection, self._limits.in_line):
             logger.info("publisher %s: standing by, %s leads", self.name, leader_name(connection))
+            self.vitals.enter(Stage.STANDING_BY, connection)
             while not lead(connection, self._limits.in_line):
+                self.vitals.move()
                 if self._stopping.wait(self._limits.standby):
                     return False
         return True
 
     def _lead(self, connection: WatchedConnection) -> None:
         register(connection, self.name, self._proxies)
+        self.vitals.enter(Stage.LEADING, connection)
         logger.info("publisher %s: leading", self.name)
         with ExitStack() as stack:
             lock_connection = stack.enter_context(closing(self._connector.connect("bell")))
@@ -207,11 +213,13 @@ class Publisher:
                 every=self._limits.heartbeat,
             )
             stack.callback(self._close_doorbell, lock_connection)
+            self.vitals.listens = self._doorbell.listens
             self._busy_at = time.monotonic()  # the last leader could just have been busy
             self._reported = {}
             feeds = stack.enter_context(self._helpers())
             beat_at = 0.0
             while not self._stopping.is_set():
+                self.vitals.move()
                 if time.monotonic() < beat_at:
                     sequenced, before = sequence_and_look(connection, self._known)
                 else:
@@ -256,6 +264,7 @@ class Publisher:
 
     def _beat(self, connection: Connection, feeds: list[Feed]) -> None:
         """Update the heartbeat and the report during a long sleep, without sequencing."""
+        self.vitals.move()
         self._report(connection, feeds)
         (usage,) = fetch_one(
             connection, f"WITH beat AS ({_BEAT}) SELECT pg_notification_queue_usage()"
@@ -312,9 +321,11 @@ class Publisher:
         threads.append(threading.Thread(target=Pruner.run, args=pruner, name="pruner", daemon=True))
         for thread in threads:
             thread.start()
+        self.vitals.run(feeds, threads)
         try:
             yield feeds
         finally:
+            self.vitals.run((), ())
             over.set()
             for feed in feeds:
                 feed.wake()
