@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -15,11 +14,11 @@ import pytest
 
 from pg_eventstream.limits import Limits
 from pg_eventstream.postgres.connector import Connector, explain
-from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
+from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
-from tests.support.environment import DIRECTORY, child_environment
+from tests.support.environment import child_environment
 from tests.support.load import Load
-from tests.support.programs import installed
+from tests.support.pgbouncer import pgbouncer
 from tests.support.publisher import NewPublisher
 from tests.support.sse_client import OpenStream
 
@@ -29,25 +28,8 @@ pytestmark = pytest.mark.faults
 @pytest.fixture
 def pooled(database: Database) -> Iterator[str]:
     """The database through PgBouncer, which shares its sessions among all clients."""
-    port = free_port()
-    directory = DIRECTORY / f"pgbouncer-{database.name}"
-    directory.mkdir()
-    directory.chmod(0o777)
-    configuration = directory / "pgbouncer.ini"
-    configuration.write_text(
-        f"[databases]\n* = host=127.0.0.1 port={database.postgres.port} user=postgres\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
-        "auth_type = any\npool_mode = transaction\nignore_startup_parameters = extra_float_digits\n"
-    )
-    process = Process(
-        "PgBouncer",
-        [installed("pgbouncer"), configuration],
-        log_path=directory / "log",
-        user="nobody" if os.geteuid() == 0 else None,
-    )
-    process.start(ready=lambda: accepts(port))
-    yield f"postgresql://postgres@127.0.0.1:{port}/{database.name}"
-    process.stop()
+    with pgbouncer(database) as dsn:
+        yield dsn
 
 
 PYTHON_SENDER = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-_PACKAGES = {"node": "nodejs"}
+_PACKAGES = {"node": "nodejs", "promtool": "prometheus"}
 
 
 def installed(program: str) -> str:
