@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any
 from urllib.parse import urlencode
 
+import psycopg
 from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
@@ -30,6 +31,10 @@ from .conf import conf
 from .errors import InvalidEvent
 from .models import Event
 from .operate import browse
+from .operate.findings import judge
+from .operate.screen import render
+from .operate.state import read_state
+from .postgres.connector import explain
 from .send import NewEvent, check_json, to_row
 
 __all__ = ["EventAdmin"]
@@ -146,6 +151,7 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             path("", wrap(self.list_view), name=f"{_URL}changelist"),
             path("<int:pk>/change/", wrap(self.event_view), name=f"{_URL}change"),
             path("channels/", wrap(self.channels_view), name=f"{_URL}channels"),
+            path("state/", wrap(self.state_view), name=f"{_URL}state"),
             path("send/", wrap(self.send_view), name=f"{_URL}send"),
             path("send-again/", wrap(self.send_again_view), name=f"{_URL}send_again"),
         ]
@@ -202,6 +208,15 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         return self._render(
             request, "channels", "Channels", page=page, first=first, following=following
         )
+
+    @_requires(_VIEW)
+    def state_view(self, request: HttpRequest) -> HttpResponse:
+        try:
+            state = read_state()
+        except psycopg.Error as e:
+            return self._render(request, "error", "State", status=503, error=explain(e))
+        # Proxies are not asked, because one that does not answer would delay the page.
+        return self._render(request, "state", "State", text=render(state, judge(state)))
 
     # Actions
 

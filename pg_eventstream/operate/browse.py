@@ -24,7 +24,7 @@ PAGE_CHANNELS = 100
 #: A search by type looks at this many of the newest events.
 SEARCHED = 10_000
 #: Characters of the data that a list shows.
-_SHOWN = 200
+_SHOWN = 80
 # Rows of the outbox that are looked at, the newest ones.
 _OUTBOX = 1000
 # A search for one event looks at this many of the newest events of its channel.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from io import StringIO
 from typing import Any
 from urllib.parse import quote
 
+import psycopg
 import pytest
 from django.contrib.auth.models import Permission, User
 from django.core.management import call_command
@@ -27,6 +30,7 @@ from tests.support.rounds import prune, sequence
 from tests.support.stored import age
 
 EVENTS = "/admin/pg_eventstream/event/"
+STATE = f"{EVENTS}state/"
 CHANNELS, SEND, AGAIN = f"{EVENTS}channels/", f"{EVENTS}send/", f"{EVENTS}send-again/"
 EVENT = {"channel": "room", "type": "message", "data": '{"n": 1}'}
 HOSTILE = "<script>alert('\"&</script>{{ 7|add:1 }}"
@@ -89,7 +93,7 @@ def link(page: str, name: str) -> str:
 # Who may do what
 
 ALLOWED = {
-    "view_event": {(EVENTS, "GET"), (CHANNELS, "GET"), ("event", "GET")},
+    "view_event": {(EVENTS, "GET"), (CHANNELS, "GET"), (STATE, "GET"), ("event", "GET")},
     "send_event": {(SEND, "GET"), (SEND, "POST")},
     "retry_event": {(AGAIN, "GET"), (AGAIN, "POST")},
     "add_event": set(),
@@ -144,7 +148,7 @@ def test_nothing_can_be_added_changed_or_deleted(database: Database, login: Logi
 
 def test_reading_acts_never(database: Database, login: Login) -> None:
     client = login(*ALLOWED)
-    for path in (EVENTS, CHANNELS, SEND, AGAIN):
+    for path in (EVENTS, CHANNELS, STATE, SEND, AGAIN):
         with CaptureQueriesContext(connection) as queries:
             text_of(client, path, **EVENT)
         assert [q["sql"] for q in queries if not q["sql"].lstrip().startswith(("SELECT", "WITH"))
@@ -316,6 +320,37 @@ def test_pages_of_channels(
     assert link(page, "Next") == ""
     assert rows(text_of(client, link(page, "d"))) == ["2", "1"]
     assert ">d</a>" in text_of(client, f"{CHANNELS}?from=c")
+
+
+# State
+
+
+@override_settings(GRIP_URL="http://<b>.example:5561")
+def test_state_is_what_the_command_shows(database: Database, login: Login) -> None:
+    database.send("room")
+    page = html.unescape(text_of(login("view_event"), STATE))
+    out = StringIO()
+    with pytest.raises(SystemExit):
+        call_command("eventstream_status", stdout=out)
+    shown = page[page.index("<pre>") : page.index("</pre>")]
+    for line in out.getvalue().splitlines():
+        if line.startswith("BROKEN: ") and "proxy" not in line:
+            assert line in shown
+    assert "BROKEN: no-publisher" in shown
+    assert "1 wait to be put in order" in shown
+
+
+def test_state_that_cannot_be_read(database: Database, login: Login) -> None:
+    client = login("view_event")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail() -> None:
+            raise psycopg.OperationalError("<b>no route")
+
+        patch.setattr("pg_eventstream.admin.read_state", fail)
+        response = client.get(STATE)
+    assert response.status_code == 503
+    assert "cannot be read: &lt;b&gt;no route" in response.content.decode()
 
 
 # Actions
