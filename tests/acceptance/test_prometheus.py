@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import subprocess
 import urllib.request
@@ -24,7 +25,7 @@ from tests.support.pgbouncer import pgbouncer
 from tests.support.programs import installed
 from tests.support.prometheus import Prometheus, prometheus
 from tests.support.publisher import NewPublisher, PublisherProcess
-from tests.support.sse_client import SSEClient
+from tests.support.sse_client import OpenStream, SSEClient
 
 SHIPPED = Path(pg_eventstream.__file__).parent / "operate" / "prometheus"
 ALERTS = (SHIPPED / "alerts.yml").read_text()
@@ -116,8 +117,12 @@ def test_nothing_fires_while_all_is_well_and_probes_and_alerts_turn_when_it_is_n
         environment = publishes_to(f"http://{HOST}:{network.port}")
         publisher = new_publisher(f"--metrics-port={port}", **environment).lead()
         standby_port = free_port()
-        wait_until(lambda: not why_not_ready(port), timeout=20)
+        standby = new_publisher(f"--metrics-port={standby_port}", **environment)
+        standby.start()
         with prometheus(port, tmp_path, ALERTS) as server:
+            standby.wait_for_log("standing by")
+            wait_until(lambda: not why_not_ready(port), timeout=20)
+            wait_until(lambda: not why_not_ready(standby_port), timeout=20)
             wait_until(lambda: bool(server.query("pg_eventstream_up == 1")), timeout=20)
             wait_until(lambda: not server.firing, timeout=20)
             database.send("a")
@@ -133,13 +138,9 @@ def test_nothing_fires_while_all_is_well_and_probes_and_alerts_turn_when_it_is_n
             wait_until(lambda: "cannot be reached" in why_not_ready(port), timeout=20)
             wait_until(lambda: "EventStreamProxyTrouble" in server.firing, timeout=20)
             assert get(port, "/live") == (200, "ok\n")
-            standby = new_publisher(f"--metrics-port={standby_port}", **environment)
-            standby.start()
-            standby.wait_for_log("standing by")
-            wait_until(lambda: not why_not_ready(standby_port), timeout=20)
+            assert why_not_ready(standby_port) == ""
             network.heal()
             wait_until(lambda: not why_not_ready(port), timeout=30)
-            wait_until(lambda: not server.firing, timeout=20)
 
             # The trigger is disabled.
             alter = "ALTER TABLE pg_eventstream_event {} TRIGGER ALL"
@@ -159,11 +160,14 @@ def test_nothing_fires_while_all_is_well_and_probes_and_alerts_turn_when_it_is_n
 TOKEN = "a-token-for-tests-" + "x" * 20
 
 
-def test_application_reports_that_the_publisher_was_stopped(
-    database: Database, publisher: PublisherProcess, tmp_path: Path
+def test_application_reports_that_the_publisher_was_stopped_or_cannot_listen(
+    database: Database,
+    publisher: PublisherProcess,
+    new_publisher: NewPublisher,
+    tmp_path: Path,
 ) -> None:
     """The view needs no publisher, and a dead leader leaves no value."""
-    port = free_port()
+    port, own_port = free_port(), free_port()
     settings = json.dumps({"EVENTSTREAM_METRICS_TOKEN": TOKEN})
     app = application(port, log_path=tmp_path / "app.log", PG_EVENTSTREAM_TEST_SETTINGS=settings)
     try:
@@ -178,29 +182,32 @@ def test_application_reports_that_the_publisher_was_stopped(
                 "UPDATE pg_eventstream_publisher SET heartbeat = now() - interval '61 s'"
             )
             wait_until(lambda: "EventStreamHeartbeatOld" in server.firing, timeout=20)
-            publisher.lead()
-            wait_until(lambda: not server.firing, timeout=20)
+
+            # Another one leads, through a pooler, and cannot listen.
+            with pgbouncer(database) as dsn:
+                new_publisher(f"--metrics-port={own_port}", f"--dsn={dsn}").lead()
+                wait_until(lambda: server.firing == {"EventStreamListenFails"}, timeout=20)
+                wait_until(lambda: "LISTEN does not work" in why_not_ready(own_port), timeout=20)
+                assert get(own_port, "/live") == (200, "ok\n")
     finally:
         app.kill()
 
 
-@pytest.mark.parametrize("kind", ["asgi", "wsgi"])
 def test_view_adds_up_the_counters_of_all_processes(
     database: Database,
     pushpin: Pushpin,
     app_port: int,
     channel: str,
     tmp_path: Path,
-    kind: str,
 ) -> None:
     """In the multiprocess mode of prometheus-client."""
     (tmp_path / "counters").mkdir()
     environment = {
         "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "counters"),
         "PG_EVENTSTREAM_TEST_SETTINGS": json.dumps({"EVENTSTREAM_METRICS_TOKEN": TOKEN}),
-        "WEB_CONCURRENCY": "2",  # read by Uvicorn and Gunicorn
+        "WEB_CONCURRENCY": "2",  # read by Gunicorn
     }
-    app = application(app_port, pushpin, kind=kind, log_path=tmp_path / "app.log", **environment)
+    app = application(app_port, pushpin, kind="wsgi", log_path=tmp_path / "app.log", **environment)
 
     def shown() -> str:
         request = urllib.request.Request(
@@ -218,21 +225,26 @@ def test_view_adds_up_the_counters_of_all_processes(
         line = 'pg_eventstream_recoveries_total{outcome="reset"} 10.0'
         wait_until(lambda: line in shown(), timeout=20)
         assert "pg_eventstream_up 1.0" in shown()
+        assert len([*(tmp_path / "counters").glob("counter_*.db")]) >= 2
     finally:
         app.kill()
 
 
-def test_listen_that_does_not_work(
-    database: Database, new_publisher: NewPublisher, port: int, tmp_path: Path
+def test_publisher_works_without_the_extra_and_says_what_the_port_needs(
+    database: Database,
+    new_publisher: NewPublisher,
+    stream: OpenStream,
+    channel: str,
+    tmp_path: Path,
 ) -> None:
-    with pgbouncer(database) as dsn:
-        _check_listen(new_publisher(f"--metrics-port={port}", f"--dsn={dsn}"), port, tmp_path)
-
-
-def _check_listen(publisher: PublisherProcess, port: int, tmp_path: Path) -> None:
-    publisher.lead()
-    wait_until(lambda: "LISTEN does not work" in why_not_ready(port), timeout=20)
-    assert get(port, "/live") == (200, "ok\n")
-    wait_until(lambda: "pg_eventstream_listen_works 0.0" in get(port, "/metrics")[1], timeout=20)
-    with prometheus(port, tmp_path, ALERTS) as server:
-        wait_until(lambda: "EventStreamListenFails" in server.firing, timeout=20)
+    (tmp_path / "prometheus_client.py").write_text("raise ImportError")
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    refused = new_publisher("--metrics-port=0", **path)
+    refused.start()
+    wait_until(lambda: not refused.running, timeout=20)
+    assert refused.returncode == 1
+    assert "pip install 'pg-eventstream[metrics]'" in refused.log
+    client = stream(channel).wait_open()
+    new_publisher(**path).lead()
+    database.send(channel)
+    client.wait_count(1)
