@@ -80,6 +80,7 @@ STANDBY = FakeVitals(Stage.STANDING_BY)
     ],
 )  # fmt: skip
 def test_ready(vitals: FakeVitals, found: State | Exception, reason: str | None) -> None:
+    vitals = replace(vitals, moved_at=time.monotonic())
     reasons = health_of(vitals, found).why_not_ready()
     assert len(reasons) == (reason is not None)
     assert all((reason or "") in given for given in reasons)
