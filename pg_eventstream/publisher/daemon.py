@@ -80,6 +80,7 @@ class Publisher:
         self._reported: dict[str, object] = {}
         self._role = ""
         self.vitals = Vitals()
+        self._report_is_due = False
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def _connect_proxies(self) -> list[Proxy]:
@@ -220,6 +221,8 @@ class Publisher:
             beat_at = 0.0
             while not self._stopping.is_set():
                 self.vitals.move()
+                if self._report_is_due:
+                    self._report(connection, feeds)
                 if time.monotonic() < beat_at:
                     sequenced, before = sequence_and_look(connection, self._known)
                 else:
@@ -280,9 +283,17 @@ class Publisher:
                 usage * 100,
             )
 
+    def _report_soon(self) -> None:
+        """Called by a feed on its thread."""
+        self._report_is_due = True
+        doorbell = self._doorbell
+        if doorbell is not None:
+            doorbell.wake()
+
     def _report(self, connection: Connection, feeds: list[Feed]) -> None:
         """Write what this publisher says about itself, if that has changed."""
         assert self._doorbell is not None  # noqa: S101
+        self._report_is_due = False
         if not self._reported:
             (self._role,) = fetch_one(connection, "SELECT current_user")
         report = {
@@ -311,7 +322,8 @@ class Publisher:
         # New connections: a feed of the last lead can still be waiting for a response.
         proxies = self._connect_proxies()
         feeds = [
-            Feed(proxy, self._connector, over, is_first=not n) for n, proxy in enumerate(proxies)
+            Feed(proxy, self._connector, over, is_first=not n, on_trouble=self._report_soon)
+            for n, proxy in enumerate(proxies)
         ]
         threads = [
             threading.Thread(target=feed.run, name=f"feed {proxy.name}", daemon=True)

@@ -42,7 +42,8 @@ class Feed:
     """Publishes the stream to one proxy, in order, one request at a time.
 
     `publish_next` does one round. `run` repeats it until ``stopping`` is set, and `drain` until
-    ``stopping`` is set or everything is published.
+    ``stopping`` is set or everything is published. ``on_trouble`` is called when `trouble` begins
+    and when it ends.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Feed:
         stopping: threading.Event,
         *,
         is_first: bool = True,
+        on_trouble: Callable[[], object] = lambda: None,
     ) -> None:
         self._proxy = proxy
+        self._on_trouble = on_trouble
         self._timing = Timing(proxy.name, is_first=is_first)
         self._retries = instruments.publish_retries.labels(proxy.name)
         self._refusals = instruments.refused_events.labels(proxy.name)
@@ -353,7 +356,7 @@ class Feed:
             except Refused as e:
                 return self._publish_apart(batch, e)
             except Unavailable as e:
-                self.trouble = str(e)
+                self._notice(str(e))
                 failures += 1
                 self._retries.inc()
                 if failures in (1, 10) or failures % 100 == 0:
@@ -366,11 +369,16 @@ class Feed:
             else:
                 if failures:
                     logger.info("%s: takes events again", self._proxy.name)
-                self.trouble = None
+                self._notice(None)
                 self.published += len(batch.rows)
                 if batch.rows:
                     self._timing.published(batch.rows)
                 return True
+
+    def _notice(self, trouble: str | None) -> None:
+        before, self.trouble = self.trouble, trouble
+        if (before is None) != (trouble is None):
+            self._on_trouble()
 
     def _hint(self, hints: list[bytes]) -> None:
         size = self._limits.batch_items

@@ -69,3 +69,21 @@ def test_tail_ends_when_its_reader_does(database: Database) -> None:
     assert json.loads(found.stdout)["data"] == "0"
     assert found.stderr.endswith("status 0\n")
     assert "Broken pipe" not in found.stderr
+
+
+def test_status_on_a_terminal_fits_is_coloured_redraws_and_ends_on_ctrl_c(
+    database: Database,
+) -> None:
+    environment = {**child_environment(), "PG_EVENTSTREAM_TEST_GRIP_URL": "http://127.0.0.1:1"}
+    with Terminal("eventstream_status", "--watch", "0.2", environment=environment) as terminal:
+        terminal.wait_for("no-publisher")
+        assert max(map(len, terminal.lines)) <= 80
+        assert "\x1b[31;1mBROKEN" in terminal.output  # red and bold
+        terminal.wait_for("none waits to be put in order")
+        database.send("c")
+        terminal.wait_for("1 wait to be put in order")
+        # Each time, the screen is drawn again from its upper left corner.
+        assert terminal.output.count("\x1b[H") >= 2
+        terminal.interrupt()
+        assert terminal.wait() == 0
+    assert "Traceback" not in terminal.output

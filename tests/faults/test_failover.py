@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -16,6 +12,7 @@ from pg_eventstream.servers.processes import wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.application import application
 from tests.support.chance import seeded
+from tests.support.copied import copied
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, THOROUGH
 from tests.support.load import Load
@@ -27,32 +24,6 @@ pytestmark = pytest.mark.faults
 
 
 FAILOVERS = 6 if THOROUGH else 1
-
-
-def copied(source: Postgres, directory: Path, *arguments: str) -> Postgres:
-    """Start a copy of the running cluster."""
-    directory.mkdir()
-    user = None
-    if os.geteuid() == 0:
-        user = pwd.getpwnam("nobody")
-        os.chown(directory, user.pw_uid, user.pw_gid)
-    subprocess.run(
-        [
-            source.program("pg_basebackup"),
-            f"--dbname={source.dsn()}",
-            f"--pgdata={directory / 'data'}",
-            *("--checkpoint=fast", "--no-sync", *arguments),
-        ],
-        user=None if user is None else user.pw_uid,
-        group=None if user is None else user.pw_gid,
-        extra_groups=None if user is None else [],
-        cwd=directory,
-        check=True,
-        timeout=60,
-    )
-    copy = Postgres(directory, bin_dir=source.bin_dir, settings=source.settings)
-    copy.start()
-    return copy
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from tests.support.environment import DIRECTORY
 _PORT = free_port()
 #: The address that Django is set up with.
 ADDRESS = f"postgresql://postgres@{HOST}:{_PORT}/of_no_test"
-_TEMPLATE = "template_migrated"
+TEMPLATE = "template_migrated"
 
 
 class Database:
@@ -73,8 +73,8 @@ def running_postgres() -> Iterator[Postgres]:
     )
     postgres.start()
     try:
-        Database(postgres, "postgres").execute(f"CREATE DATABASE {_TEMPLATE}")
-        with _in_use(postgres, _TEMPLATE):
+        Database(postgres, "postgres").execute(f"CREATE DATABASE {TEMPLATE}")
+        with _in_use(postgres, TEMPLATE):
             call_command("migrate", run_syncdb=True, verbosity=0)
         yield postgres
     finally:
@@ -86,7 +86,7 @@ def new_database(postgres: Postgres) -> Iterator[Database]:
     """Create a migrated database that Django and every child process use."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     server = Database(postgres, "postgres")
-    server.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
+    server.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     try:
         with _in_use(postgres, name):
             yield Database(postgres, name)
