@@ -65,7 +65,11 @@ def is_reliable(channel: str) -> bool:
     except Exception:
         # A manager that queries the database could have used a broken connection.
         close_old_connections()
-        logger.exception("is_channel_reliable(%r) failed; assuming that it is reliable", channel)
+        logger.exception(
+            "is_channel_reliable(%r) failed; assuming that it is reliable",
+            channel,
+            extra={"event": "channel-manager-failed", "channel": channel},
+        )
         return True
 
 

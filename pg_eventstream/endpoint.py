@@ -261,7 +261,11 @@ def _refuse(request: HttpRequest) -> HttpResponseBase:
         return JsonResponse(description, status=501)
     text = _PROXY_REQUIRED if needs_proxy() else _NO_PROXY
     if not conf.grip_proxies and _rarely():
-        logger.error("Nothing can be streamed. %s", text.replace("\n", " ").strip())
+        logger.error(
+            "Nothing can be streamed. %s",
+            text.replace("\n", " ").strip(),
+            extra={"event": "nothing-streamed"},
+        )
     return HttpResponse(text, status=501, content_type="text/plain")
 
 

@@ -57,16 +57,24 @@ def _check_state() -> None:
         )
         publisher = cursor.fetchone()
         if publisher is None:
-            _warn("No publisher has ever run on this database, so no event is sent. " + START)
+            if _rarely("never ran"):
+                logger.warning(
+                    "No publisher has ever run on this database, so no event is sent. %s",
+                    START,
+                    extra={"event": "no-publisher"},
+                )
             return
         name, silent = publisher
         if silent > LATE_SECONDS:
-            _warn(
-                "The publisher %s has shown no sign of life for %.0f seconds, and no other has"
-                " taken over, so no event is sent. " + START,
-                name,
-                silent,
-            )
+            if _rarely("silent"):
+                logger.warning(
+                    "The publisher %s has shown no sign of life for %.0f seconds, and no other has"
+                    " taken over, so no event is sent. %s",
+                    name,
+                    silent,
+                    START,
+                    extra={"event": "no-publisher", "publisher": name},
+                )
             return
         # Reads one row per proxy by the key of the stream, for any number of waiting events.
         cursor.execute(
@@ -83,22 +91,25 @@ def _check_state() -> None:
         )
         for proxy, known, waiting in cursor.fetchall():
             if not known:
-                _warn(
-                    "The publisher %s sends nothing to the proxy %s. Start it with the same"
-                    " GRIP_URL (or GRIP_PROXIES) as this process.",
-                    name,
-                    proxy,
-                )
-            elif (waiting or 0) > LATE_SECONDS:
-                _warn(
+                if _rarely("not served"):
+                    logger.warning(
+                        "The publisher %s sends nothing to the proxy %s. Start it with the same"
+                        " GRIP_URL (or GRIP_PROXIES) as this process.",
+                        name,
+                        proxy,
+                        extra={"event": "proxy-not-served", "publisher": name, "proxy": proxy},
+                    )
+            elif (waiting or 0) > LATE_SECONDS and _rarely("behind"):
+                logger.warning(
                     "Events have waited for the proxy %s for %.0f seconds. The log of the"
                     " publisher %s says why it does not take them.",
                     proxy,
                     waiting,
                     name,
+                    extra={
+                        "event": "proxy-behind",
+                        "publisher": name,
+                        "proxy": proxy,
+                        "seconds": waiting,
+                    },
                 )
-
-
-def _warn(message: str, *arguments: object) -> None:
-    if _rarely(message):
-        logger.warning(message, *arguments)

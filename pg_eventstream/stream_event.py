@@ -81,7 +81,12 @@ def decode(
         try:
             user, channel = parse_change(data or "")
         except ValueError as e:
-            logger.error("event %d is not a valid permission change (%s); ignored", position, e)
+            logger.error(
+                "event %d is not a valid permission change (%s); ignored",
+                position,
+                e,
+                extra={"event": "permission-change-invalid", "position": position},
+            )
             user = channel = ""
         return PermissionChange(position, user, channel)
     if reliable is None:

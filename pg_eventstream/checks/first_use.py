@@ -27,9 +27,19 @@ def report(**kwargs: Any) -> None:
     try:
         messages = checks.check_settings()
     except Exception:
-        logger.exception("the system checks of pg_eventstream failed")
+        logger.exception(
+            "the system checks of pg_eventstream failed",
+            extra={"event": "unexpected-error", "part": "checks"},
+        )
         return
     for message in messages:
         if not message.is_silenced():
             level = logging.ERROR if message.level >= ERROR else logging.WARNING
-            logger.log(level, "%s %s (%s)", message.msg, message.hint, message.id)
+            logger.log(
+                level,
+                "%s %s (%s)",
+                message.msg,
+                message.hint,
+                message.id,
+                extra={"event": "check-failed", "check": message.id},
+            )

@@ -51,6 +51,7 @@ def item(row: Row, prefix: str | None = None) -> bytes:
                 "an event of type %r on the unreliable channel %r is larger than %d bytes and is"
                 " not delivered; only clients of reliable channels can fetch such an event",
                 event.type, event.channel, LIMITS.event_bytes,
+                extra={"event": "event-too-large", "channel": event.channel},
             )  # fmt: skip
         return hint(event.channel, event.reliable)
     event_type, data = names.escape(event.type), names.escape(event.data)

@@ -104,6 +104,7 @@ def report(**kwargs: Any) -> None:
                 " request. If it removes a prefix, set FORCE_SCRIPT_NAME to the prefix. It must not"
                 " replace one prefix by another.",
                 _LONG.sub("…", request.path),
+                extra={"event": "next-link-not-matched"},
             )
         return
     if request.has_token and _rarely("another answer"):
@@ -116,6 +117,7 @@ def report(**kwargs: Any) -> None:
             view,
             view.rpartition(":")[2],
             EXEMPT,
+            extra={"event": "next-link-not-reached", "view": view},
         )
 
 

@@ -43,6 +43,7 @@ def warn_if_unverified(request: HttpRequest) -> None:
             " request without a proxy: ASGI streams directly, WSGI answers 501. %s",
             reason,
             remedy,
+            extra={"event": "signature-invalid"},
         )
 
 

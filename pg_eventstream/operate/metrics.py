@@ -204,7 +204,11 @@ class StateCollector(Collector):
             state = self._state.get(_PATIENCE)
         except CANNOT_READ as e:
             if _rarely():
-                logger.warning("the state for Prometheus cannot be read: %s", reason(e))
+                logger.warning(
+                    "the state for Prometheus cannot be read: %s",
+                    reason(e),
+                    extra={"event": "state-not-readable"},
+                )
             yield GaugeMetricFamily(*_UP, value=0)
             return
         yield GaugeMetricFamily(*_UP, value=1)

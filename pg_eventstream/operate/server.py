@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        logger.debug("metrics port: " + format, *args)
+        logger.debug("metrics port: %s", format % args, extra={"event": "metrics-request"})
 
 
 class _Server(HTTPServer):
@@ -127,9 +127,12 @@ class _Server(HTTPServer):
         try:
             self.finish_request(request, client_address)
         except OSError as e:  # the client has gone
-            logger.debug("metrics port: %s", e)
+            logger.debug("metrics port: %s", e, extra={"event": "metrics-request"})
         except Exception:
-            logger.exception("metrics port: unexpected error")
+            logger.exception(
+                "metrics port: unexpected error",
+                extra={"event": "unexpected-error", "part": "metrics"},
+            )
         finally:
             self.has_read(request)
             self.shutdown_request(request)

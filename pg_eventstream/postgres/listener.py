@@ -49,6 +49,7 @@ class Listener:
                 " locks, so that two publishers can lead at once. Use a direct connection (for the"
                 " publisher, by --database or --dsn).",
                 DEAF_POLL * 1000,
+                extra={"event": "listen-broken"},
             )
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)

@@ -31,7 +31,12 @@ def write_report(connection: psycopg.Connection[Any], name: str, content: dict[s
             {"name": name, "content": json.dumps(content)},
         )
     except psycopg.errors.InsufficientPrivilege as e:
-        logger.info("report of the %s not written: %s", name, explain(e))
+        logger.info(
+            "report of the %s not written: %s",
+            name,
+            explain(e),
+            extra={"event": "report-not-written", "report": name},
+        )
 
 
 def own_version() -> str:

@@ -189,7 +189,10 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
                 elif self._done_at != heard_at:
                     self._done_at = heard_at  # the response could still be on its way
                 else:
-                    logger.warning("database: a response was lost on the way; connecting again")
+                    logger.warning(
+                        "database: a response was lost on the way; connecting again",
+                        extra={"event": "database-response-lost"},
+                    )
                     self._end_session(other)
                     self.give_up()
         except psycopg.Error as e:
@@ -197,7 +200,11 @@ class WatchedConnection(psycopg.Connection[tuple[Any, ...]]):
                 self._why_given_up = f"silent, and cannot be asked why: {e}"
                 self.give_up()
             elif not self._warned:
-                logger.warning("database: silent, and cannot be asked why: %s; waiting", e)
+                logger.warning(
+                    "database: silent, and cannot be asked why: %s; waiting",
+                    e,
+                    extra={"event": "database-silent"},
+                )
             self._warned = True
 
     def _server_is_busy(self, other: WatchedConnection) -> bool:
@@ -257,7 +264,10 @@ class _Watch:
                 try:
                     connection.look()
                 except Exception:
-                    logger.exception("database: unexpected error; trying again")
+                    logger.exception(
+                        "database: unexpected error; trying again",
+                        extra={"event": "unexpected-error", "part": "watchdog"},
+                    )
             del connection, connections
             time.sleep(pause)
 

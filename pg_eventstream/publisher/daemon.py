@@ -109,6 +109,7 @@ class Publisher:
             self.name,
             self._connector,
             ", ".join(proxy.name for proxy in self._proxies) or "none",
+            extra={"event": "publisher-started", "publisher": self.name},
         )
         backoff = Backoff(*self._limits.reconnect)
         with self._signals():
@@ -123,9 +124,21 @@ class Publisher:
                 except psycopg.Error as e:
                     if self._stopping.is_set():
                         break
-                    logger.warning("database: %s; connecting again", explain(e))
+                    logger.warning(
+                        "database: %s; connecting again",
+                        explain(e),
+                        extra={
+                            "event": "database-lost",
+                            "part": "publisher",
+                            "publisher": self.name,
+                        },
+                    )
                     self._stopping.wait(backoff.next())
-        logger.info("publisher %s: stopped", self.name)
+        logger.info(
+            "publisher %s: stopped",
+            self.name,
+            extra={"event": "publisher-stopped", "publisher": self.name},
+        )
 
     def run_once(self, say: Callable[[str], object] = lambda line: None) -> int:
         """Sequence and publish all events committed by now, then prune. ``say`` gets the results.
@@ -191,7 +204,13 @@ class Publisher:
         # It polls instead of waiting for the lock: a statement that waits holds a snapshot, so
         # vacuum could not remove dead rows in any table while this publisher stands by.
         if not lead(connection, self._limits.in_line):
-            logger.info("publisher %s: standing by, %s leads", self.name, leader_name(connection))
+            leader = leader_name(connection)
+            logger.info(
+                "publisher %s: standing by, %s leads",
+                self.name,
+                leader,
+                extra={"event": "publisher-standing-by", "publisher": self.name, "leader": leader},
+            )
             self.vitals.enter(Stage.STANDING_BY, connection)
             while not lead(connection, self._limits.in_line):
                 self.vitals.move()
@@ -202,7 +221,11 @@ class Publisher:
     def _lead(self, connection: WatchedConnection) -> None:
         register(connection, self.name, self._proxies)
         self.vitals.enter(Stage.LEADING, connection)
-        logger.info("publisher %s: leading", self.name)
+        logger.info(
+            "publisher %s: leading",
+            self.name,
+            extra={"event": "publisher-leading", "publisher": self.name},
+        )
         with ExitStack() as stack:
             lock_connection = stack.enter_context(closing(self._connector.connect("bell")))
             # It sleeps only once there are feeds.
@@ -234,7 +257,16 @@ class Publisher:
                     sequenced, before = self._sequence_and_beat(connection)
                 if not before.follows(self._known):
                     if self._known.place:
-                        logger.warning("publisher %s: %s", self.name, ANOTHER_STREAM)
+                        logger.warning(
+                            "publisher %s: %s",
+                            self.name,
+                            ANOTHER_STREAM,
+                            extra={
+                                "event": "stream-changed",
+                                "part": "publisher",
+                                "publisher": self.name,
+                            },
+                        )
                     register(connection, self.name, self._proxies)
                     self._reported = {}
                 if sequenced:
@@ -281,6 +313,7 @@ class Publisher:
                 " that notify fail at COMMIT. A session has used LISTEN and then stayed in a"
                 " transaction: find the oldest xact_start in pg_stat_activity, and end it.",
                 usage * 100,
+                extra={"event": "notification-queue-filling", "usage": usage},
             )
 
     def _report_soon(self) -> None:
@@ -360,7 +393,11 @@ class Publisher:
                 os._exit(128 + number)
             self.stop()
             last_resort.start()
-            logger.info("publisher %s: stopping", self.name)
+            logger.info(
+                "publisher %s: stopping",
+                self.name,
+                extra={"event": "publisher-stopping", "publisher": self.name},
+            )
 
         last_resort = threading.Timer(_EXIT_SECONDS, self._exit, [exit_code])
         last_resort.daemon = True
@@ -376,7 +413,11 @@ class Publisher:
 
     def _exit(self, code: int) -> None:
         """Exit without cleaning up, which is safe as a crash is."""
-        logger.warning("publisher %s: stopped, without waiting for the database", self.name)
+        logger.warning(
+            "publisher %s: stopped, without waiting for the database",
+            self.name,
+            extra={"event": "publisher-stopped", "publisher": self.name},
+        )
         os._exit(code)
 
 

@@ -157,7 +157,7 @@ class Doorbell:
 
     def _enter(self, state: State) -> None:
         self.state = state
-        logger.debug("doorbell: %s", state.value)
+        logger.debug("doorbell: %s", state.value, extra={"event": "doorbell", "state": state.value})
 
     def _awake(self) -> None:
         self._enter(State.AWAKE)

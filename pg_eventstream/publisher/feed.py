@@ -104,9 +104,22 @@ class Feed:
             except Exception as e:
                 # The leader's own connection decides whether to end; this one only retries.
                 if isinstance(e, psycopg.Error):
-                    logger.warning("%s: database: %s; trying again", self._proxy.name, explain(e))
+                    logger.warning(
+                        "%s: database: %s; trying again",
+                        self._proxy.name,
+                        explain(e),
+                        extra={"event": "database-lost", "part": "feed", "proxy": self._proxy.name},
+                    )
                 else:
-                    logger.exception("%s: unexpected error; trying again", self._proxy.name)
+                    logger.exception(
+                        "%s: unexpected error; trying again",
+                        self._proxy.name,
+                        extra={
+                            "event": "unexpected-error",
+                            "part": "feed",
+                            "proxy": self._proxy.name,
+                        },
+                    )
                 self.close()
                 self._stopping.wait(backoff.next())
                 continue
@@ -165,7 +178,12 @@ class Feed:
             if self._connection is not None and self._position > self._acknowledged:
                 self._acknowledge()
         except psycopg.Error as e:
-            logger.info("%s: last acknowledgement not stored: %s", self._proxy.name, e)
+            logger.info(
+                "%s: last acknowledgement not stored: %s",
+                self._proxy.name,
+                e,
+                extra={"event": "acknowledgement-not-stored", "proxy": self._proxy.name},
+            )
         self.close()
 
     def close(self) -> None:
@@ -255,7 +273,12 @@ class Feed:
         if cursor.follows(known):
             return True
         if known.place:
-            logger.warning("%s: %s; publishing the new stream", self._proxy.name, ANOTHER_STREAM)
+            logger.warning(
+                "%s: %s; publishing the new stream",
+                self._proxy.name,
+                ANOTHER_STREAM,
+                extra={"event": "stream-changed", "part": "feed", "proxy": self._proxy.name},
+            )
         self._position = self._acknowledged = cursor.valid(self._position, known.incarnation)
         self._ready.clear()
         self._timing.forget()
@@ -363,12 +386,21 @@ class Feed:
                     logger.warning(
                         "%s: %s; %d events wait, trying again",
                         self._proxy.name, e, len(batch.rows),
+                        extra={
+                            "event": "proxy-unavailable",
+                            "proxy": self._proxy.name,
+                            "count": len(batch.rows),
+                        },
                     )  # fmt: skip
                 if self._stopping.wait(backoff.next()):
                     return False
             else:
                 if failures:
-                    logger.info("%s: takes events again", self._proxy.name)
+                    logger.info(
+                        "%s: takes events again",
+                        self._proxy.name,
+                        extra={"event": "proxy-available", "proxy": self._proxy.name},
+                    )
                 self._notice(None)
                 self.published += len(batch.rows)
                 if batch.rows:
@@ -392,7 +424,12 @@ class Feed:
         A hint replaces a refused event, so that clients fetch it from the endpoint.
         """
         if not batch.rows:
-            logger.error("%s: refused hints (%s)", self._proxy.name, refusal)
+            logger.error(
+                "%s: refused hints (%s)",
+                self._proxy.name,
+                refusal,
+                extra={"event": "proxy-refused", "proxy": self._proxy.name},
+            )
             return True
         if len(batch.rows) > 1:
             middle = len(batch.rows) // 2
@@ -417,6 +454,7 @@ class Feed:
             "%s: refused %s (%s); published a hint instead, so that clients fetch it from the"
             " endpoint",
             self._proxy.name, what, refusal,
+            extra={"event": "proxy-refused", "proxy": self._proxy.name},
         )  # fmt: skip
         instead = items.Batch([row], [hint])
         self._hints.note(instead, time.monotonic())
@@ -424,7 +462,14 @@ class Feed:
 
     def _give_up(self, what: str, refusal: Refused, instead: str) -> bool:
         """Leave out an item that the proxy refuses in any form."""
-        logger.error("%s: refused %s (%s); %s", self._proxy.name, what, refusal, instead)
+        logger.error(
+            "%s: refused %s (%s); %s",
+            self._proxy.name,
+            what,
+            refusal,
+            instead,
+            extra={"event": "proxy-refused", "proxy": self._proxy.name},
+        )
         self.refused += 1
         self._refusals.inc()
         self.refusal = str(refusal)

@@ -145,9 +145,16 @@ class Pruner:
                             pruned_at = time.monotonic()
                         _wait(stopping, last_event_at, pruned_at, connector.limits)
             except psycopg.Error as e:
-                logger.warning("pruner: database: %s; trying again", explain(e))
+                logger.warning(
+                    "pruner: database: %s; trying again",
+                    explain(e),
+                    extra={"event": "database-lost", "part": "pruner"},
+                )
             except Exception:
-                logger.exception("pruner: unexpected error; trying again")
+                logger.exception(
+                    "pruner: unexpected error; trying again",
+                    extra={"event": "unexpected-error", "part": "pruner"},
+                )
             stopping.wait(connector.limits.prune)
 
     def run_once(self) -> int:

@@ -120,5 +120,6 @@ class UnseenEvents:
                 " pg_eventstream_event did not see them. Run manage.py check --database %s",
                 pruned,
                 conf.database,
+                extra={"event": "events-not-seen", "count": pruned},
             )
         return pruned

@@ -229,11 +229,18 @@ class _Reader(threading.Thread):
                 with self._hub._connector.connect("hub") as connection:
                     self._follow(connection)
             except psycopg.Error as e:
-                logger.warning("hub: database: %s; connecting again", explain(e))
+                logger.warning(
+                    "hub: database: %s; connecting again",
+                    explain(e),
+                    extra={"event": "database-lost", "part": "hub"},
+                )
                 if self.position is not None:  # it worked before
                     backoff.at_most(1.0)
             except Exception:
-                logger.exception("hub: unexpected error; connecting again")
+                logger.exception(
+                    "hub: unexpected error; connecting again",
+                    extra={"event": "unexpected-error", "part": "hub"},
+                )
             else:
                 break
             self._stopping.wait(backoff.next())
@@ -282,14 +289,18 @@ class _Reader(threading.Thread):
                     instruments.sequenced_events.inc(row[1])
             except psycopg.errors.InsufficientPrivilege:
                 self._may_sequence = False
-                logger.info("hub: this role may not sequence events, so the publisher must")
+                logger.info(
+                    "hub: this role may not sequence events, so the publisher must",
+                    extra={"event": "may-not-sequence"},
+                )
         elif _look_is_due():
             row = connection.execute(f"SELECT {_HAS_NO_LEADER}").fetchone()
             if row and row[0] and _rarely():
                 logger.warning(
                     "hub: no publisher leads, and this role may not sequence events, so none is"
                     " delivered. Start a publisher, and keep it running as a service:"
-                    " python manage.py eventstream_publisher"
+                    " python manage.py eventstream_publisher",
+                    extra={"event": "no-publisher"},
                 )
 
     def _read_page(self, connection: psycopg.Connection[Any]) -> int:
@@ -317,7 +328,11 @@ class _Reader(threading.Thread):
         cursor = Cursor.of(*rows[0][:4])
         if not cursor.follows(self._cursor):
             if self._cursor.place:
-                logger.warning("hub: %s; clients are told what they lost", ANOTHER_STREAM)
+                logger.warning(
+                    "hub: %s; clients are told what they lost",
+                    ANOTHER_STREAM,
+                    extra={"event": "stream-changed", "part": "hub"},
+                )
             self._begin(connection)
             return 0
         self._cursor = cursor

@@ -124,7 +124,11 @@ class Subscription:
                     if events := await self._take():
                         return Batch(events)
                 except Error as e:
-                    logger.warning("stream: database: %s; trying again", e)
+                    logger.warning(
+                        "stream: database: %s; trying again",
+                        e,
+                        extra={"event": "database-lost", "part": "stream"},
+                    )
                     if not await self._wait(deadline, backoff.next()):
                         return Batch()
             elif not await self._wait(deadline):

@@ -420,3 +420,20 @@ for site in ("operators", "admin"):
 """
     printed = project.manage("shell", "--no-imports", "-c", code)
     assert printed.splitlines() == ["operators 200 True", "admin 200 False"]
+
+
+def test_log_as_json(project: Project) -> None:
+    add(project, example("docs/production/logging.md", "class JsonFormatter"))
+    add(project, example("docs/production/logging.md", "myproject.logs.JsonFormatter"))
+    migrate(project)
+    log = project.directory / "eventstream_publisher.log"
+    project.start("eventstream_publisher", ready=lambda: "publisher-leading" in log.read_text())
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (leading,) = (line for line in lines if line["event"] == "publisher-leading")
+    (text,) = re.findall(r"^\{.*\}$", text_of("docs/production/logging.md"), re.MULTILINE)
+    shown = json.loads(text)
+    assert leading.keys() == shown.keys()
+    name = leading["publisher"]
+    assert leading["message"] == shown["message"].replace(shown["publisher"], name)
+    assert leading["logger"] == shown["logger"]
+    assert re.fullmatch(r"[-\d]+T[:\d]+[-+]\d{4}", leading["time"])

@@ -84,5 +84,10 @@ def _serve(host: str, port: int, vitals: Vitals, connector: Connector) -> Iterat
                 f"--metrics-port: cannot listen on {host}, port {port}: {e}. Choose another port,"
                 " or end the process that uses it."
             ) from e
-        logger.info("metrics and probes on http://%s:%s/metrics, /live, /ready", host, port)
+        logger.info(
+            "metrics and probes on http://%s:%s/metrics, /live, /ready",
+            host,
+            port,
+            extra={"event": "metrics-served", "host": host, "port": port},
+        )
         yield
