@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from django.core import signing
@@ -81,9 +82,9 @@ def is_valid(token: str) -> bool:
     return True
 
 
-def identify_table() -> str:
+def identify_table(alias: str | None = None) -> str:
     """Identify the table that holds the events. Equal texts mean the same table."""
-    with connections[conf.database].cursor() as cursor:
+    with connections[alias or conf.database].cursor() as cursor:
         cursor.execute(_TABLE)
         row = cursor.fetchone()
     assert row is not None  # noqa: S101
@@ -95,11 +96,11 @@ def describe(
     proxied: bool,
     table: str | None = None,
     next_link: str | None = None,
-    unverified: tuple[str, str] | None = None,
+    unverified: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What the endpoint tells the doctor about itself.
 
-    ``unverified`` says why the signature of a proxy does not count, and what to do.
+    ``unverified`` says why the signature of a proxy does not count: code, reason and remedy.
     """
     return {
         "proxied": proxied,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jwt
 from django.http import HttpRequest
@@ -24,6 +24,15 @@ _ALGORITHMS = ["HS256", "RS256", "ES256"]  # as in gripcontrol
 _rarely = Rarely()
 
 
+class Unverified(NamedTuple):
+    """Why the signature of a direct request does not count, and what to do."""
+
+    #: For programs, such as "wrong-key".
+    code: str
+    reason: str
+    remedy: str
+
+
 def is_verified(signature: str) -> bool:
     """Whether a configured proxy made the signature, as `django_grip.GripMiddleware` decides."""
     return any(not key or validate_sig(signature, key, iss=issuer) for _, key, issuer in _proxies())
@@ -36,18 +45,17 @@ def warn_if_unverified(request: HttpRequest) -> None:
     """
     if (explained := explain(request)) is None:
         return
-    reason, remedy = explained
-    if _rarely(reason):
+    if _rarely(explained.reason):
         logger.warning(
             "A request has the signature of a GRIP proxy (Grip-Sig), but %s. It is treated as a"
             " request without a proxy: ASGI streams directly, WSGI answers 501. %s",
-            reason,
-            remedy,
+            explained.reason,
+            explained.remedy,
             extra={"event": "signature-invalid"},
         )
 
 
-def explain(request: HttpRequest) -> tuple[str, str] | None:
+def explain(request: HttpRequest) -> Unverified | None:
     """Why the signature of this direct request does not count, and what to do.
 
     None if it has no signature.
@@ -57,13 +65,15 @@ def explain(request: HttpRequest) -> tuple[str, str] | None:
         return None
     proxies = list(_proxies())
     if not proxies:
-        return (
+        return Unverified(
+            "no-grip-url",
             "no proxy is configured",
             "Set GRIP_URL to the control address of the proxy, with its key, and add"
             ' "django_grip.GripMiddleware" to MIDDLEWARE.',
         )
     if not hasattr(request, "grip"):
-        return (
+        return Unverified(
+            "no-grip-middleware",
             "nothing verifies it",
             'Add "django_grip.GripMiddleware" as the first entry of MIDDLEWARE.',
         )
@@ -76,17 +86,20 @@ def explain(request: HttpRequest) -> tuple[str, str] | None:
             continue
         # From here on it is certain that the proxy wrote the token.
         if issuer is not None and claims.get("iss") != issuer:
-            return (
+            return Unverified(
+                "wrong-issuer",
                 f"its issuer is not the one that is configured for {name}, whose key verifies it",
                 f"Compare verify-iss in GRIP_URL ({issuer!r}) with sig_iss in pushpin.conf"
                 f" ({claims.get('iss')!r}).",
             )
-        return (
+        return Unverified(
+            "expired-signature",
             f"it has expired; it was made with the key of {name}",
             "Compare the clocks of the proxy's machine and of this one.",
         )
     names = ", ".join(name for name, _, _ in proxies)
-    return (
+    return Unverified(
+        "wrong-key",
         f"it was not made with a key of the configured proxies ({names})",
         "Compare the key in GRIP_URL (or GRIP_PROXIES, GRIP_VERIFY_KEY) with sig_key in"
         " pushpin.conf: they must be equal. If they are, someone sends forged signatures.",

@@ -12,6 +12,11 @@
     queries      the queries of `state`
     findings     judges a state: what is wrong, and what to do
     screen       shows a state on one screen
+    address      finds the URL at which clients open streams
+    client       a client of the endpoint that notes what a browser would hide
+    probes       sends probes, and times their way
+    opening      finds out why a stream did not open
+    diagnosis    finds out why probes did not arrive, from what was measured
 
 It only reads, except for probes, and no event depends on it. It may import everything but `views`
 and `management`, and it is imported by the commands, the admin and the views.

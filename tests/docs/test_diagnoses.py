@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 from pg_eventstream import operate
-from pg_eventstream.operate import findings
+from pg_eventstream.grip import signature
+from pg_eventstream.operate import findings, opening
 from tests.support.documentation import text_of
 
 PAGE = "docs/production/diagnoses.md"
@@ -16,8 +18,10 @@ _SOURCE = "".join(
 
 
 def test_every_code_is_explained() -> None:
-    codes = set(re.findall(r'\bcode="([a-z-]+)"', _SOURCE))
+    codes = set(re.findall(r'\b(?:code=|(?:broken|degraded)\(\s*)"([a-z-]+)"', _SOURCE))
     codes |= {code for code, _ in findings._PROBLEMS.values()} | {"check-failed"}
+    codes |= set(opening.TROUBLES)
+    codes |= set(re.findall(r'\bUnverified\(\s*"([a-z-]+)"', inspect.getsource(signature)))
     explained = re.findall(r"^### (.+)$", text_of(PAGE), re.MULTILINE)
     assert sorted(explained) == sorted(codes)
 

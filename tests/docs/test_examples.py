@@ -15,14 +15,16 @@ from django.contrib.auth.models import Group, User
 from django.core import signing
 
 from pg_eventstream.servers.processes import wait_until
+from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.browser import Page
 from tests.support.database import Database
 from tests.support.documentation import Example, example
 from tests.support.origin import log_in
 from tests.support.projects import ROOT, Project
-from tests.support.reader import add, migrate, run_python
+from tests.support.reader import add, migrate, put_behind_pushpin, run_python
 from tests.support.roles import psql
 from tests.support.sse_client import SSEClient
+from tests.support.way import begin_probes_anew
 
 Serve = Callable[[], str]
 
@@ -462,6 +464,19 @@ def test_status_of_a_project_is_shown(project: Project) -> None:
     screen = run_shell(project, example("docs/production/diagnoses.md", "eventstream_status"))
     assert screen.startswith("pg_eventstream ")
     assert ": HEALTHY " in screen.splitlines()[0]
+
+
+def test_doctor_of_a_project_finds_nothing(
+    project: Project, database: Database, pushpin: Pushpin, app_port: int
+) -> None:
+    put_behind_pushpin(project)
+    migrate(project)
+    begin_probes_anew(database)
+    project.serve(app_port)
+    one = example("docs/production/diagnoses.md", "--through https")
+    url = f"{pushpin.url}/events/"
+    asked = Example(one.language, one.code.replace("https://example.com/events/", url))
+    assert "HEALTHY: " in run_shell(project, asked)
 
 
 def test_two_phase_commit(database: Database) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,3 +41,10 @@ def only_links_without_a_cookie(get_response: Middleware) -> Middleware:
             return HttpResponseRedirect("/login/")
 
     return OnlyLinks()
+
+
+def with_a_slow_clock(get_response: Middleware) -> Middleware:
+    """The clock of this process is ten minutes behind."""
+    now = time.time
+    time.time = lambda: now() - 600
+    return get_response
