@@ -175,22 +175,21 @@ def test_nothing_else_opens_the_channel_of_the_doctor(
 
 
 def stamped(content: str, salt: str, age: float = 0) -> str:
-    with mock.patch("time.time", return_value=NOW - age):
+    with mock.patch("time.time", return_value=time.time() - age):
         return signing.TimestampSigner(salt=salt).sign(content)
 
 
-NOW = time.time()
 TOKENS = {
-    "empty": ("", "key"),
-    "any text": ("5", "key"),
-    "not signed": ("open:1abcde:x", "key"),
-    "another purpose": (stamped("open", "pg_eventstream.next-link"), "key"),
-    "no purpose": (stamped("open", "django.core.signing"), "key"),
-    "another content": (stamped("other", "pg_eventstream.doctor"), "key"),
-    "a next link": (links.sign(links.Session((DOCTOR,), "anonymous")), "key"),
-    "without a time": (signing.Signer(salt="pg_eventstream.doctor").sign("open"), "key"),
-    "expired": (stamped("open", "pg_eventstream.doctor", 360), "clock"),
-    "of the future": (stamped("open", "pg_eventstream.doctor", -120), "clock"),
+    "empty": (lambda: "", "key"),
+    "any text": (lambda: "5", "key"),
+    "not signed": (lambda: "open:1abcde:x", "key"),
+    "another purpose": (lambda: stamped("open", "pg_eventstream.next-link"), "key"),
+    "no purpose": (lambda: stamped("open", "django.core.signing"), "key"),
+    "another content": (lambda: stamped("other", "pg_eventstream.doctor"), "key"),
+    "a next link": (lambda: links.sign(links.Session((DOCTOR,), "anonymous")), "key"),
+    "without a time": (lambda: signing.Signer(salt="pg_eventstream.doctor").sign("open"), "key"),
+    "expired": (lambda: stamped("open", "pg_eventstream.doctor", 360), "clock"),
+    "of the future": (lambda: stamped("open", "pg_eventstream.doctor", -120), "clock"),
 }
 
 
@@ -198,12 +197,12 @@ TOKENS = {
 def test_invalid_token_opens_nothing_and_is_not_logged(
     database: Database, which: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    token, reason = TOKENS[which]
+    make, reason = TOKENS[which]
+    token = make()
     probe("secret")
     sequence(database)
     caplog.set_level(logging.DEBUG)
-    with mock.patch("pg_eventstream.doctor.time.time", return_value=NOW):
-        answer = open_with(token, last_event_id="earliest", channel="a")
+    answer = open_with(token, last_event_id="earliest", channel="a")
     assert not answer.held
     error = json.loads(answer.control["stream-error"].data)
     assert (error["condition"], error["doctor"]) == ("bad-request", reason)
