@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.publisher import PublisherProcess
@@ -30,10 +31,10 @@ def test_send_shows_progress_in_a_terminal(database: Database, tmp_path: Path) -
 
 
 def test_tail_shows_lines_that_fit_into_the_terminal(
-    database: Database, publisher: PublisherProcess
+    database: Database, publisher: PublisherProcess, pushpin: Pushpin
 ) -> None:
     database.send("room", '"first"')
-    environment = child_environment(GRIP="")
+    environment = child_environment(pushpin)
     with Terminal("eventstream_tail", "room", "--since", "1h", environment=environment) as terminal:
         terminal.wait_for("first")
         database.execute(
@@ -46,6 +47,7 @@ def test_tail_shows_lines_that_fit_into_the_terminal(
         assert terminal.wait() == 0
         first, second = (line for line in terminal.lines if " room:" in line)
     assert re.search(r"\d  room:1  message  \+[\d.]+m?s  .*\"first\"$", first)
+    assert re.search(r" \+\d+ms  <=\d+ms ", second)
     assert second.endswith("...")
     assert "\\x1b[2J語" in second
     assert len(second) + second.count("語") <= 80

@@ -23,9 +23,11 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from pg_eventstream.operate import browse
+from pg_eventstream.operate.state import read_state
 from tests.project import admin_settings
 from tests.support.database import Database
 from tests.support.environment import child_environment
+from tests.support.roles import granted
 from tests.support.rounds import prune, sequence
 from tests.support.stored import age
 
@@ -442,6 +444,28 @@ def test_missing_right_is_shown(database: Database, login: Login) -> None:
     assert "The events cannot be read: relation &quot;pg_eventstream_outbox" in (
         response.content.decode()
     )
+
+
+@pytest.mark.usefixtures("admin")
+def test_roles_that_the_pages_need(database: Database) -> None:
+    from pg_eventstream.admin import _insert
+
+    role = granted(database, "sender", "endpoint", "observer")
+    send(database, "room", "1")
+    database.send("room", "waiting")
+    here = connections["default"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(here.settings_dict, "USER", role)
+        here.close()
+        page = browse.list_events("default")
+        assert [event.data for event in (*page.waiting, *page.events)] == ["waiting", "1"]
+        for event in (*page.waiting, *page.events):
+            assert browse.get_event("default", event.pk) is not None
+        assert len(browse.list_channels("default").channels) == 1
+        read_state()
+        for meta in (None, '{"a": 1}'):
+            assert _insert(("room", "message", "1", [], meta)).pk
+        here.close()
 
 
 # Another database, another site

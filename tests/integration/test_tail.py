@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from io import StringIO
+from itertools import islice
 from typing import Any
 
 import psycopg
@@ -25,6 +26,7 @@ from pg_eventstream.postgres.listener import Listener
 from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
+from tests.support.roles import as_role, granted
 from tests.support.rounds import prune, sequence
 from tests.support.stored import age
 
@@ -352,6 +354,24 @@ def test_error_that_connecting_again_does_not_cure_ends_it(database: Database) -
     send(database, "a", "1")
     with override_settings(GRIP_PROXIES=URLS), pytest.raises(psycopg.errors.UndefinedTable):
         next(new_tail().follow())
+
+
+@override_settings(GRIP_PROXIES=URLS)
+def test_role_of_an_endpoint_may_follow(database: Database) -> None:
+    role = granted(database, "endpoint")
+    send(database, "a", "1")
+    acknowledge(database, *map(proxy_name, conf.grip_proxies))
+    tail = Tail(
+        Connector("default", as_role(database, role)),
+        None,
+        {"a": 0},
+        most=None,
+        say=lambda message: None,
+    )
+    with ended_when_it_waits():
+        first, looked = islice(tail.follow(), 2)
+    assert [event.data for event in first] == ["1"]
+    assert looked == []  # after a look at who sequences
 
 
 @pytest.mark.parametrize(
