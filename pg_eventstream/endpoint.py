@@ -93,10 +93,9 @@ def open_stream(
     require_installed()
     conf.check_numbers()
     proxied = _came_through_proxy(request)
-    if proxied:
-        liveness.check_publisher()
-    elif not _can_stream_directly(request):
+    if not proxied and not _can_stream_directly(request):
         return _refuse(request)
+    problem = _check_publisher() if proxied else None
     try:
         session, check = _requested_session(request, view_kwargs)
         channels = session.channels
@@ -128,6 +127,8 @@ def open_stream(
     instruments.count_page(
         recovering=is_recovery(after), reset=bool(missed.reset), missed=bool(missed.events)
     )
+    if problem is not None:
+        description += sse.encode_comment(problem)
     opening = description + sse.encode_open(sse.make_id(missed.start))
     body, ids = _encode(missed, session.user_id, _FIRST_BYTES)
     # The proxy asks the doctor's stream soon how it continues, so that this is tried, too.
@@ -171,6 +172,14 @@ def _describe(request: HttpRequest, session: links.Session, link: str | None) ->
         unverified=None if proxied else signature.explain(request),
     )
     return doctor.encode(description)
+
+
+def _check_publisher() -> str | None:
+    """Log why no event will arrive. In development, return it, so that the stream says it, too."""
+    if settings.DEBUG:
+        return liveness.find_problem()
+    liveness.check_publisher()
+    return None
 
 
 def _stream(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -28,10 +27,6 @@ class Rarely:
                 return False
             self._next[reason] = now + self._seconds
             return True
-
-    def never_again(self, reason: Hashable = None) -> None:
-        with self._lock:
-            self._next[reason] = math.inf
 
     def _forget_parent(self) -> None:
         self._lock = threading.Lock()  # a thread of the parent may have held the old one

@@ -56,6 +56,12 @@ def remove_line_breaks(text: str) -> str:
     return text if text.isprintable() else _UNSAFE.sub("", text)
 
 
+def encode_comment(text: str) -> str:
+    """Encode a comment, which clients ignore. No line of the text can become anything else."""
+    lines = _LINE_END.split(text.replace("\0", ""))
+    return "".join(f": {line}\n" for line in lines) + "\n"
+
+
 def encode_open(event_id: str | None) -> str:
     """Encode the first event, from whose id a client can resume that has received nothing else."""
     return PADDING + encode_event("stream-open", "", event_id)

@@ -122,11 +122,6 @@ PROXIES = f"""
      ORDER BY proxy.name
 """  # noqa: S608
 
-PUBLISHER = """
-    SELECT name, leading_since, extract(epoch FROM clock_timestamp() - heartbeat)::float8
-      FROM pg_eventstream_publisher
-"""
-
 #: The sessions of publishers, and whether each holds the leader's lock. Columns that may not be
 #: seen are null. `lead` explains the lock.
 SESSIONS = f"""

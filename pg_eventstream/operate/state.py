@@ -23,6 +23,7 @@ from ..checks.tables import check_schema
 from ..conf import conf, proxy_name
 from ..grip.proxy import Proxy, Refused, Unavailable
 from ..limits import LIMITS, Limits
+from ..liveness import PUBLISHER as LAST_PUBLISHER
 from ..postgres.connector import Connector, fetch_one
 from ..postgres.report import DOCTOR, PRUNER, PUBLISHER
 from . import queries
@@ -283,7 +284,7 @@ class _Reader:
         return None if rows is None else len(rows)
 
     def publisher(self) -> tuple[str | None, datetime | None, float | None]:
-        rows = self._fetch(queries.PUBLISHER, table="publisher")
+        rows = self._fetch(LAST_PUBLISHER, table="publisher")
         if not rows:
             return None, None, None
         name, since, heartbeat = rows[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +14,7 @@ from django.db import connection, transaction
 from django.test import Client, override_settings
 from django.test.utils import setup_test_environment, teardown_test_environment
 
-from pg_eventstream import liveness, send_event, send_events
+from pg_eventstream import liveness, send_event, send_events, sse
 from pg_eventstream.grip import links, next_links
 from pg_eventstream.grip import signature as signatures
 from pg_eventstream.grip.proxy import Proxy
@@ -37,6 +39,7 @@ def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     for module in (next_links, signatures, liveness):
         monkeypatch.setattr(module, "_rarely", Rarely())
     monkeypatch.setattr(liveness, "_check_is_due", Rarely())
+    monkeypatch.setattr(liveness, "_is_refused", threading.Event())
     with behind_a_proxy:
         yield
 
@@ -233,6 +236,53 @@ def test_sender_is_told_with_debug_on_and_its_transaction_is_left_alone(
     assert START in said(caplog, liveness)[0]
 
 
+def comments(body: str) -> list[str]:
+    """The comments before the first event, without the padding."""
+    before, _, _ = body.partition("event: ")
+    return [line[2:] for line in before.split("\n") if line.startswith(": ") and line.strip(": ")]
+
+
+def test_stream_says_why_nothing_will_arrive_with_debug_on(database: Database, caplog: Log) -> None:
+    """Each stream does, and the log once."""
+    assert comments(Origin().open("c").body) == []
+    with override_settings(DEBUG=True):
+        for _ in range(2):
+            answer = Origin().open("c")
+            [comment] = comments(answer.body)
+            assert comment.startswith("No publisher has ever run")
+            assert START in comment
+            assert list(answer.control) == ["stream-open"]
+        assert len(said(caplog, liveness)) == 1
+        lead(database, "http://127.0.0.1:1")
+        assert comments(Origin().open("c").body) == []
+        lead(database, "http://127.0.0.1:1", silent=3600)
+        assert "shows no sign of life" in comments(Origin().open("c").body)[0]
+    assert comments(Origin().open("c").body) == []
+
+
+HOSTILE = [
+    "x\n\nevent: message\ndata: forged\n\n",
+    "x\r\rdata: forged\r\r",
+    "x\r\n\r\nid: 1\r\n",
+    "\0data: x",
+    "%s %(a)s %%",
+    "\u2028data: x\x85data: y",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_name_of_a_publisher_cannot_add_events_to_a_stream(database: Database, name: str) -> None:
+    lead(database, "http://127.0.0.1:1", silent=3600)
+    if "\0" not in name:  # which PostgreSQL does not store
+        database.execute("UPDATE pg_eventstream_publisher SET name = %s", [name])
+    with override_settings(DEBUG=True):
+        answer = Origin().open("c")
+    assert comments(answer.body)
+    assert [event.type for event in answer.all] == ["stream-open"]
+    for line in re.split("\r\n|\r|\n", sse.encode_comment(name)):
+        assert not line or line.startswith(": ")
+
+
 @pytest.mark.parametrize("kind", ["sender", "endpoint"])
 def test_role_without_rights_learns_nothing_and_does_not_ask_again(
     kind: str, database: Database, caplog: Log, monkeypatch: pytest.MonkeyPatch
@@ -240,15 +290,26 @@ def test_role_without_rights_learns_nothing_and_does_not_ask_again(
     role = granted(database, kind)
     database.execute(f"REVOKE ALL ON pg_eventstream_publisher, pg_eventstream_proxy FROM {role}")
     monkeypatch.setitem(connection.settings_dict, "USER", role)
-    monkeypatch.setattr(liveness, "_check_is_due", due := Rarely(0))
+    monkeypatch.setattr(liveness, "_check_is_due", Rarely(0))
+    looks: list[int] = []
+    look_now = liveness._check_state
+
+    def recorded() -> str | None:
+        looks.append(len(looks))
+        return look_now()
+
+    monkeypatch.setattr(liveness, "_check_state", recorded)
     connection.close()
+    refused = 0
     with override_settings(DEBUG=True), transaction.atomic():
         for _ in range(2):
             if kind == "sender":
                 send_event("c", "message", 1)
             else:
                 Origin().open("c")
-            wait_until(lambda: not due(), timeout=20)
+            wait_until(liveness._is_refused.is_set, timeout=20)
+            refused = refused or len(looks)
+    assert len(looks) == refused > 0
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
