@@ -128,6 +128,22 @@ def test_make_has_the_targets(one: Example) -> None:
         subprocess.run([*line, "--dry-run"], cwd=ROOT, check=True, capture_output=True, timeout=30)
 
 
+def test_commands_show_that_it_works(project: Project, database: Database, serve: Serve) -> None:
+    """As they are, and here with the address of this server and an end."""
+    commands = example("README.md", "eventstream_status")
+    status, doctor, tail = (line.partition("#")[0].strip() for line in commands.code.splitlines())
+    url = serve()
+    with SSEClient(f"{url}/events/", ["orders"]) as client:
+        client.wait_open()
+        database.send("orders")
+        client.wait_count(1)
+        assert "HEALTHY" in run_shell(project, Example("sh", status))
+        doctor = f"{doctor} --through {url}/events/"
+        assert "HEALTHY" in run_shell(project, Example("sh", doctor))
+        tail = f"{tail} --since earliest | head -n 1"
+        assert "orders:1" in run_shell(project, Example("sh", tail))
+
+
 # Permissions
 
 
