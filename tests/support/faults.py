@@ -258,11 +258,13 @@ def while_it_sweeps(stage: Stage) -> Iterator[PublisherProcess]:
         "FROM pg_eventstream_event AS e JOIN pg_eventstream_stream AS s ON s.event_id = e.id"
         " WHERE s.sequenced_at < now() - interval '6 seconds'"
     )
-    ordinary = stage.lead()
+    # Nobody prunes until the row is locked, so it cannot be gone before.
+    stage.lead().kill()
+    sessions = f"SELECT count(*) {OURS} AND application_name = 'pg_eventstream prune'"
+    wait_until(lambda: not stage.database.value(sessions), timeout=30)
     wait_until(lambda: stage.database.value(f"SELECT count(*) {due}") > 10, timeout=30)
     last = f"SELECT e.id {due} ORDER BY s.position OFFSET 5 LIMIT 1 FOR KEY SHARE OF e"
     with locked(stage.database, last):
-        ordinary.kill()
         publisher = stage.lead()
         wait_for_waiting(stage.database, "prune")
         yield publisher
