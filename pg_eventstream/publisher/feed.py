@@ -226,11 +226,11 @@ class Feed:
         after = self._ready[-1].rows[-1].position if self._ready else self._position
         limits = self._limits
         asked_at = time.monotonic()
-        rows = self._connection.execute(
+        found_rows = self._connection.execute(
             f"""
             SELECT c.*, page.position, channel, number, type,
-                   CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids, prev
-                   {"".join(f", {name}" for name in self._timing.names)}, found
+                   CASE WHEN octet_length(data) <= %s THEN data END, skip_user_ids, prev, found
+                   {"".join(f", {name}" for name in self._timing.names)}
               FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true LEFT JOIN (
               SELECT * FROM (
                 SELECT page.*, sum(least(octet_length(data), %s)) OVER by_position AS bytes,
@@ -251,20 +251,21 @@ class Feed:
             """,  # noqa: S608
             [limits.event_bytes, limits.event_bytes, after, limits.batch_items, limits.page_bytes],
         ).fetchall()
-        if not self._still_known(Cursor.of(*rows[0][:4])):
+        if not self._still_known(Cursor.of(*found_rows[0][:4])):
             return
-        rows = [row[4:] for row in rows if row[4] is not None]
-        self._timing.note(((row[0], row[7:-1]) for row in rows), asked_at)
+        rows = [row[4:11] for row in found_rows if row[4] is not None]
+        if rows:
+            self._timing.note(found_rows, 12, asked_at)
         # The events of a page are mostly of few channels.
         reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
         decoded = (
             decode(position, channel, number, prev, kind, data, skip, reliable[channel])
-            for position, channel, number, kind, data, skip, prev, *_ in rows
+            for position, channel, number, kind, data, skip, prev in rows
         )
         self._ready.extend(items.batches(decoded, limits))
         return_connections()  # a connection that the channel manager may have used
         # One request takes a page; the next page is read and encoded while the proxy works.
-        found = rows[0][-1] if rows else 0
+        found = found_rows[0][11] if rows else 0
         self._page_was_cut = found == limits.batch_items or found > len(rows)
 
     def _still_known(self, cursor: Cursor) -> bool:

@@ -8,34 +8,69 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import instruments, tracing
 from ..stream_event import Row, StreamEvent
 
-# The times of an event ``e`` with its place ``s`` in seconds, and its trace. The time of its commit
-# is null if an older trigger has put it into the outbox.
-_TIMES = """,
-    extract(epoch FROM e.created)::float8 AS created,
-    extract(epoch FROM s.committed_at)::float8 AS committed,
-    extract(epoch FROM s.sequenced_at)::float8 AS sequenced,
-    extract(epoch FROM statement_timestamp())::float8 AS asked
+# The age of an event ``e`` with its place ``s``, null if an older trigger has put it into the
+# outbox, and the time from its commit until it was put in order. Both are in microseconds, because
+# psycopg reads whole numbers faster. The transaction that sequenced it can have begun before the
+# commit.
+_AGES = """,
+    (extract(epoch FROM statement_timestamp() - s.committed_at) * 1000000)::bigint AS age,
+    (greatest(0, extract(epoch FROM s.sequenced_at - s.committed_at)) * 1000000)::bigint
+    AS sequencing
 """
-_TRACE = ", e.meta ->> 'traceparent' AS traceparent, e.meta ->> 'tracestate' AS tracestate"
-_NAMES = ["created", "committed", "sequenced", "asked"]
-_TRACE_NAMES = ["traceparent", "tracestate"]
+_AGE_NAMES = ["age", "sequencing"]
+_TRACE = """,
+    extract(epoch FROM statement_timestamp())::float8 AS asked,
+    extract(epoch FROM e.created)::float8 AS created,
+    e.meta ->> 'traceparent' AS traceparent, e.meta ->> 'tracestate' AS tracestate
+"""
+_TRACE_NAMES = ["asked", "created", "traceparent", "tracestate"]
 
 
-class _Times(NamedTuple):
-    """Times of the database. ``ahead`` is what to add to `time.monotonic` to get one."""
+class _Trace(NamedTuple):
+    """The trace of an event, and its times by the clock of the database.
 
-    position: int
+    ``ahead`` is what to add to `time.monotonic` to get such a time.
+    """
+
     created: float
     committed: float
     sequenced: float
     ahead: float
-    trace: dict[str, str] | None
+    carrier: dict[str, str]
+
+
+@dataclass(slots=True)
+class _Page:
+    """The rows of a page, in their order."""
+
+    asked_at: float
+    positions: list[int]
+    ages: list[int | None]
+    traces: list[_Trace | None] | None
+    #: How many of them are published or left out.
+    done: int = 0
+
+    def take(self, rows: Sequence[Row]) -> Sequence[int]:
+        """The indexes of these rows, which are now done."""
+        first, last = rows[0].position, rows[-1].position
+        start, end = self.done, self.done + len(rows)
+        next_ones = self.positions[start:end]
+        if (next_ones[:1], next_ones[-1:], len(next_ones)) == ([first], [last], len(rows)):
+            self.done = end
+            return range(start, end)
+        # Some were refused, or these rows are of another stream.
+        wanted = {row.position for row in rows}
+        found = [n for n in range(start, len(self.positions)) if self.positions[n] in wanted]
+        if found:
+            self.done = found[-1] + 1
+        return found
 
 
 class Timing:
@@ -51,63 +86,88 @@ class Timing:
         self._published = instruments.published_events.labels(proxy)
         self._batches = instruments.batch_events.labels(proxy)
         self._seconds = instruments.commit_to_publish_seconds.labels(proxy)
-        #: The events that are read, but not published yet, by their positions.
-        self._pending: deque[_Times] = deque()
+        #: The pages that are read, but not published completely.
+        self._pages: deque[_Page] = deque()
         traces = tracing.is_on()
         self._is_on = traces or instruments.INSTALLED
         #: What the page selects of each event, and the names of these columns, for `note`.
-        self.columns = (_TIMES if self._is_on else "") + (_TRACE if traces else "")
-        self.names = (_NAMES if self._is_on else []) + (_TRACE_NAMES if traces else [])
+        self.columns = (_AGES if self._is_on else "") + (_TRACE if traces else "")
+        self.names = (_AGE_NAMES if self._is_on else []) + (_TRACE_NAMES if traces else [])
 
-    def note(self, rows: Iterable[tuple[int, Sequence[Any]]], asked_at: float) -> None:
-        """Take the positions and `columns` of a page that was asked for at ``asked_at``."""
+    def note(self, rows: Sequence[tuple[Any, ...]], first: int, asked_at: float) -> None:
+        """Take a page that was asked for at ``asked_at``. `columns` begin at index ``first``.
+
+        Each row has its position at index 4. A lot of events are read at once, so this makes no
+        object for each of them.
+        """
         if not self._is_on:
             return
-        seconds = []
-        for position, (created, committed, sequenced, asked, *trace) in rows:
-            if committed is None:
-                continue
-            # The transaction that sequenced it can have begun before the commit.
-            sequenced = max(committed, sequenced)
-            seconds.append(sequenced - committed)
-            carrier = None
-            if trace and trace[0] is not None:
-                carrier = {"traceparent": trace[0], "tracestate": trace[1] or ""}
-            ahead = asked - asked_at
-            self._pending.append(_Times(position, created, committed, sequenced, ahead, carrier))
+        positions = [row[4] for row in rows]
+        ages = [row[first] for row in rows]
+        traces = None
+        if len(self.names) > len(_AGE_NAMES):
+            traces = [_trace(asked_at, *row[first:]) for row in rows]
+        self._pages.append(_Page(asked_at, positions, ages, traces))
         if self._is_first:
+            seconds = [row[first + 1] / 1e6 for row in rows if row[first] is not None]
             instruments.commit_to_sequence_seconds.observe_all(seconds)
 
     def published(self, rows: Sequence[Row]) -> None:
-        """The proxy has just taken these rows, in the order of the page. Others can be left out."""
+        """The proxy has just taken these rows, in the order of the pages. Others can be left out.
+
+        They are of one page.
+        """
         self._published.inc(len(rows))
         self._batches.observe_all([len(rows)])
-        now, seconds = time.monotonic(), []
-        for row in rows:
-            while self._pending and self._pending[0].position < row.position:
-                self._pending.popleft()
-            if self._pending and self._pending[0].position == row.position:
-                times = self._pending.popleft()
-                seconds.append(now + times.ahead - times.committed)
-                if times.trace is not None and isinstance(row, StreamEvent):
-                    self._record(times, times.trace, row, now + times.ahead)
-        self._seconds.observe_all(seconds)
+        pages, last = self._pages, rows[-1].position
+        while pages and pages[0].positions[-1] < last:
+            pages.popleft()
+        if not pages:
+            return
+        page, now = pages[0], time.monotonic()
+        ahead = now - page.asked_at
+        taken = page.take(rows)
+        ages = [page.ages[n] for n in taken]
+        self._seconds.observe_all([ahead + age / 1e6 for age in ages if age is not None])
+        if page.traces is not None:
+            by_position = {row.position: row for row in rows}
+            for n in taken:
+                trace, row = page.traces[n], by_position[page.positions[n]]
+                if trace is not None and isinstance(row, StreamEvent):
+                    self._record(trace, row, now + trace.ahead)
+        if page.positions[-1] == last:
+            pages.popleft()
 
     def forget(self) -> None:
         """Forget the rows that were read and not published."""
-        self._pending.clear()
+        self._pages.clear()
 
-    def _record(
-        self, times: _Times, trace: dict[str, str], event: StreamEvent, published: float
-    ) -> None:
+    def _record(self, trace: _Trace, event: StreamEvent, published: float) -> None:
         """Record the spans of an event."""
         about = {
             "messaging.system": "pg_eventstream",
             "messaging.destination.name": event.channel,
             "messaging.message.id": f"{event.channel}:{event.number}",
         }
+        carrier = trace.carrier
         if self._is_first:
-            tracing.record("commit", trace, times.created, times.committed, about)
-            tracing.record("sequence", trace, times.committed, times.sequenced, about)
+            tracing.record("commit", carrier, trace.created, trace.committed, about)
+            tracing.record("sequence", carrier, trace.committed, trace.sequenced, about)
         about["pg_eventstream.proxy"] = self._proxy
-        tracing.record("publish", trace, times.sequenced, published, about)
+        tracing.record("publish", carrier, trace.sequenced, published, about)
+
+
+def _trace(
+    asked_at: float,
+    age: int | None,
+    sequencing: int,
+    asked: float,
+    created: float,
+    parent: str | None,
+    state: str | None,
+) -> _Trace | None:
+    if parent is None or age is None:
+        return None
+    committed = asked - age / 1e6
+    carrier = {"traceparent": parent, "tracestate": state or ""}
+    return _Trace(created, committed, committed + sequencing / 1e6, asked - asked_at, carrier)

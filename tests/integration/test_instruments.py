@@ -15,6 +15,8 @@ from pg_eventstream import instruments, send_event, send_events
 from pg_eventstream.limits import Limits
 from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher.daemon import Publisher
+from pg_eventstream.publisher.timing import Timing
+from pg_eventstream.stream_event import PermissionChange
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.instrument_values import Increases, value
@@ -171,3 +173,29 @@ def test_events_of_an_older_trigger_are_counted_without_times(
     assert (
         counted["commit_to_publish_seconds_count"] == (counted["commit_to_sequence_seconds_count"])
     )
+
+
+@pytest.mark.parametrize(
+    ("batches", "observed"),
+    [
+        ([[1, 2, 3, 4], [5]], [4, 1]),
+        # Some were refused.
+        ([[1, 3], [4, 5]], [2, 2]),
+        ([[2], [5]], [1, 1]),
+        ([[2, 4]], [2]),
+        # Rows of another stream, whose page was forgotten.
+        ([[7, 8], [1]], [0, 0]),
+        ([[0], [1, 2, 3, 4, 5]], [0, 5]),
+        ([[1, 2, 2, 2, 2, 5], [5]], [3, 0]),
+    ],
+)
+def test_batches_are_parts_of_a_page(batches: list[list[int]], observed: list[int]) -> None:
+    name = f"http://{batches}"
+    timing = Timing(name, is_first=False)
+    timing.note([(None,) * 4 + (n, 1000, 0) for n in range(1, 6)], 5, time.monotonic())
+    counts = []
+    for batch in batches:
+        before = value("commit_to_publish_seconds_count", proxy=name)
+        timing.published([PermissionChange(n, "", "") for n in batch])
+        counts.append(value("commit_to_publish_seconds_count", proxy=name) - before)
+    assert counts == observed
