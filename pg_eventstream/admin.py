@@ -35,7 +35,7 @@ from .operate.findings import judge
 from .operate.screen import render
 from .operate.state import read_state
 from .postgres.connector import explain
-from .send import NewEvent, Row, check_json, to_row
+from .send import NewEvent, Row, parse_json, to_row
 
 __all__ = ["EventAdmin"]
 
@@ -92,7 +92,7 @@ class _SendForm(forms.Form):
             return found
         if not found["is_text"]:
             try:
-                check_json(found["data"])
+                parse_json(found["data"])
             except ValueError as e:
                 self.add_error("data", f"This is not JSON: {e}.")
                 return found
@@ -314,7 +314,6 @@ def _insert(row: Row) -> Event:
 def _indent(data: str) -> str:
     """JSON with line breaks, for reading; other data unchanged."""
     try:
-        check_json(data)
-        return json.dumps(json.loads(data), indent=2, ensure_ascii=False)
+        return json.dumps(parse_json(data), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):
         return data

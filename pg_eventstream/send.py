@@ -226,14 +226,14 @@ def to_row(event: NewEvent) -> Row:
     )
 
 
-def check_json(text: str) -> None:
-    """Raise ValueError if the text is not JSON as browsers parse it, without NaN and Infinity."""
+def parse_json(text: str) -> Any:
+    """The value of JSON as browsers parse it, without NaN and Infinity. Raises ValueError."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse)
     except RecursionError as e:
         raise ValueError("it is nested too deeply") from e
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -11,7 +10,7 @@ from django.core.management.base import OutputWrapper
 from django.db import transaction
 
 from ..errors import EventStreamError, InvalidEvent
-from ..send import NewEvent, Row, check_json, insert_many, to_row
+from ..send import NewEvent, Row, insert_many, parse_json, to_row
 
 #: Events are written in statements of at most this many, and of about this many characters.
 _PAGE_EVENTS = 1000
@@ -134,8 +133,7 @@ def parse_line(line: bytes, *, raw: bool) -> NewEvent:
     except UnicodeDecodeError as e:
         raise ValueError(f"it is not UTF-8 ({e})") from e
     try:
-        check_json(text)
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as e:
         raise ValueError(f"it is not JSON ({e})") from e
     if not isinstance(found, dict):

@@ -11,7 +11,7 @@ from django.db import Error
 
 from pg_eventstream.management.base import DatabaseCommand
 from pg_eventstream.management.sending import Progress, Sender
-from pg_eventstream.send import check_json, send_event
+from pg_eventstream.send import parse_json, send_event
 
 
 class Command(DatabaseCommand):
@@ -62,7 +62,7 @@ class Command(DatabaseCommand):
             raise CommandError("--batch is only for events from standard input (-).")
         if not options["text"]:
             try:
-                check_json(data)
+                parse_json(data)
             except ValueError as e:
                 raise CommandError(
                     f"DATA is not JSON: {e}. To send it as it is, use --text. A JSON string has"
