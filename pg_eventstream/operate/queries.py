@@ -220,13 +220,14 @@ _UNSEEN = f"""
             WHERE position > greatest(%(pruned)s, (SELECT position FROM c) - %(part)s)
 """  # noqa: S608
 
-#: Those of the newest events that are neither waiting nor in the newest part of the stream.
-UNSEEN_NEAR = _UNSEEN.format(
-    # A subquery, because the index is not used for a volatile function.
-    ids="""> (SELECT pg_sequence_last_value(
-                         pg_get_serial_sequence('pg_eventstream_event', 'id')::regclass)
-                     - %(newest)s)"""
-)
+#: The last id that was drawn for an event, and whether the role may see it.
+LAST_ID = """
+    SELECT pg_sequence_last_value(name), has_sequence_privilege(name, 'SELECT, USAGE')
+      FROM CAST(pg_get_serial_sequence('pg_eventstream_event', 'id') AS regclass) AS name
+"""
+
+#: Those of the events above an id that are neither waiting nor in the newest part of the stream.
+UNSEEN_NEAR = _UNSEEN.format(ids="> %(after)s")
 #: Those of the given events that are not in a larger part either, nor among imported events, whose
 #: positions are below 1.
 UNSEEN_FAR = f"""

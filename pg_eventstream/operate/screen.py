@@ -50,7 +50,7 @@ def render_findings(findings: Iterable[Finding], paint: Paint = plain) -> Iterat
 def _wrap(text: str, indent: str, first: str | None = None) -> Iterator[str]:
     for line in text.split("\n"):
         yield from textwrap.wrap(
-            line,
+            _printable(line),
             WIDTH,
             initial_indent=indent if first is None else first,
             subsequent_indent=indent,
@@ -58,6 +58,11 @@ def _wrap(text: str, indent: str, first: str | None = None) -> Iterator[str]:
             break_on_hyphens=False,
         ) or [""]
         first = None
+
+
+def _printable(text: str) -> str:
+    """Names in the database and answers of proxies must not control the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _section(label: str, texts: Iterable[str], paint: Paint) -> Iterator[str]:

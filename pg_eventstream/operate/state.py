@@ -276,11 +276,16 @@ class _Reader:
     def unseen(self, waiting: Waiting, pruned: int) -> int | None:
         if waiting.count is None or waiting.count >= MOST_COUNTED:
             return None
-        params = {"most": MOST_COUNTED, "pruned": pruned, "newest": _NEWEST, "part": _NEAR_PART}
-        rows = queries.fetch(self._connection, queries.UNSEEN_NEAR, params)
+        found = self._fetch(queries.LAST_ID)
+        if not found or not found[0][1]:
+            return None
+        last_id = found[0][0] or 0
+        params = {"most": MOST_COUNTED, "pruned": pruned, "part": _NEAR_PART}
+        near = {**params, "after": last_id - _NEWEST}
+        rows = queries.fetch(self._connection, queries.UNSEEN_NEAR, near)
         if rows:
-            params |= {"ids": [row[0] for row in rows], "part": _FAR_PART}  # type: ignore[dict-item]
-            rows = queries.fetch(self._connection, queries.UNSEEN_FAR, params)
+            far = {**params, "ids": [row[0] for row in rows], "part": _FAR_PART}
+            rows = queries.fetch(self._connection, queries.UNSEEN_FAR, far)
         return None if rows is None else len(rows)
 
     def publisher(self) -> tuple[str | None, datetime | None, float | None]:

@@ -133,6 +133,7 @@ _ALIKE = {
     broken.tables_missing,
     broken.database_of_replicas,
     broken.publisher_of_another_version,
+    broken.no_proxy_in_the_application,
 }
 
 
@@ -245,3 +246,19 @@ def test_database_that_nobody_uses_is_healthy(database: Database) -> None:
     code, text = run_status(NO_PROXY)
     assert code == 0
     assert ": HEALTHY " in text.splitlines()[0]
+
+
+def test_program_can_watch_line_by_line_and_stop_reading(database: Database) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "django", "eventstream_status", "--json", "--watch", "0.1",
+         "--database", "default"],
+        env={**child_environment(), **NO_PROXY}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    ) as command:  # fmt: skip
+        assert command.stdout is not None
+        assert command.stderr is not None
+        for _ in range(2):
+            assert json.loads(command.stdout.readline())["verdict"] == "healthy"
+        command.stdout.close()
+        assert command.wait(30) == 0
+        assert command.stderr.read() == ""

@@ -387,3 +387,9 @@ def test_role_without_rights_sees_what_everybody_sees(database: Database) -> Non
     assert (state.waiting.count, state.unseen, state.publisher) == (None, None, None)
     assert state.server_version
     assert len(state.tables) == 8
+    # All but the numbers that were drawn for events.
+    tables = "event, stream, outbox, cursor, publisher, proxy".replace(", ", ", pg_eventstream_")
+    database.execute(f"GRANT SELECT ON pg_eventstream_{tables} TO stranger")
+    state = read_state(Connector("default", as_role(database, "stranger")))
+    assert (state.unreadable, state.waiting.count, state.unseen) == ([], 1, None)
+    database.execute("DROP OWNED BY stranger")

@@ -218,3 +218,16 @@ def test_healthy_screen() -> None:
         "nothing holds it back", "1.1 TB", "5,000,000,000 rows",
     ):  # fmt: skip
         assert words in re.sub(r"\s+", " ", text), words
+
+
+def test_names_and_answers_do_not_control_the_terminal() -> None:
+    hostile = "web\x1b]0;title\x07\x1b[2J\r\x9b31m:1"
+    state = replace(
+        BROKEN,
+        publisher=hostile,
+        leader=replace(HEALTHY.leader, name=hostile),  # type: ignore[type-var]
+        proxies=[replace(PROXY, trouble=hostile, reachable=False, answer=hostile)],
+    )
+    text = render(state, judge(state))
+    assert "web" in text
+    assert all(c.isprintable() or c == "\n" for c in text)
