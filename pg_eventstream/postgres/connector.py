@@ -127,7 +127,10 @@ class Connector:
         transaction. Nor does one from another connection that runs the same test, because the
         pooler could lend its session to this one.
         """
-        connection.execute(f"LISTEN {_PROBE}")
+        try:
+            connection.execute(f"LISTEN {_PROBE}")
+        except OnStandby:
+            return False
         payload = uuid.uuid4().hex
         with self._open("probe") as other:
             other.execute("SELECT pg_notify(%s, %s)", [_PROBE, payload], prepare=False)

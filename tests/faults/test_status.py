@@ -114,6 +114,8 @@ BREAKAGES: list[tuple[Breakage, str, int, str, str]] = [
      "replication slot standby_one", "pg_drop_replication_slot('standby_one')"),
     (broken.database_is_a_standby, "database-is-standby", 2,
      "is a standby", "target_session_attrs"),
+    (broken.database_is_a_standby_behind_pgbouncer, "database-is-standby", 2,
+     "is a standby", "target_session_attrs"),
     (broken.queue_filled, "queue-fills", 1, "notification queue is ", "pg_stat_activity"),
 ]  # fmt: skip
 
@@ -134,6 +136,7 @@ _ALIKE = {
     broken.database_of_replicas,
     broken.publisher_of_another_version,
     broken.no_proxy_in_the_application,
+    broken.database_is_a_standby_behind_pgbouncer,
 }
 
 

@@ -318,6 +318,12 @@ def database_is_a_standby(it: Installation) -> Iterator[Environment]:
 
 
 @contextmanager
+def database_is_a_standby_behind_pgbouncer(it: Installation) -> Iterator[Environment]:
+    with _standby(it) as standby, pgbouncer(Database(standby, it.database.name)) as address:
+        yield {**it.environment, "PG_EVENTSTREAM_TEST_DSN": address}
+
+
+@contextmanager
 def standby_gone_and_its_slot_left(it: Installation) -> Iterator[Environment]:
     with _standby(it) as standby:
         fed_back = "SELECT xmin IS NOT NULL FROM pg_replication_slots"
