@@ -15,10 +15,10 @@ from ..grip.next_links import EXEMPT
 from ..postgres.connector import explain
 from . import opening
 from .findings import Finding
+from .measured import Measured, Steady, Way
 from .opening import broken, degraded
-from .probes import Measured, Steady, Way
 
-# A station that takes longer than this is late: no part of the way waits for that long.
+# A single event that takes longer is late: no part of the way waits for that long.
 _LATE_SECONDS = 1.0
 _SLOW_SECONDS = 0.1
 # A signature of Pushpin is valid for an hour, and a token of the doctor for five minutes.
@@ -130,20 +130,21 @@ def _follow(measured: Measured, way: Way) -> Iterator[Finding]:
     """Follow the single probe to the station at which it is missing or late."""
     stations = [("sequenced", way.sequenced)]
     if measured.is_proxied and conf.grip_proxies:
-        stations.append(("published", way.published))
+        # If it was received, it was published, even if the proxy has not acknowledged it so far.
+        stations.append(("published", way.published or way.received))
     stations.append(("received", way.received))
     if way.received is not None and measured.description and not measured.is_proxied:
         stations = stations[-1:]  # without a proxy, only what arrives counts
-    before = 0.0
+    gaps, before = {}, 0.0
     for station, seconds in stations:
-        if seconds is None:
-            if way.received is None:
-                yield _explain_missing(measured, station)
-                return
-            continue
-        if seconds - before > _LATE_SECONDS:
-            yield _explain_late(station, seconds - before)
-        before = seconds
+        if seconds is None and way.received is None:
+            yield _explain_missing(measured, station)
+            return
+        if seconds is not None:
+            gaps[station], before = seconds - before, seconds
+    if before > _LATE_SECONDS:
+        longest = max(gaps, key=gaps.__getitem__)
+        yield _explain_late(longest, before)
 
 
 def _explain_missing(measured: Measured, station: str) -> Finding:
@@ -184,7 +185,7 @@ _CLOSED = broken(
 
 def _explain_late(station: str, seconds: float) -> Finding:
     if station == "received":
-        return opening.held_back(f"a single event arrives {seconds:.1f} seconds late", late=True)
+        return opening.held_back(f"a single event takes {seconds:.1f} seconds", late=True)
     causes = {
         "sequenced": "The publisher was not woken by the event's notification, or it is busy. Its"
         " log says if notifications do not reach it.",
@@ -192,7 +193,7 @@ def _explain_late(station: str, seconds: float) -> Finding:
     }
     return degraded(
         "late",
-        f"The probe was {station} only {seconds:.1f} seconds after the station before.",
+        f"A single event takes {seconds:.1f} seconds, most of them before it is {station}.",
         causes[station],
     )
 
@@ -248,7 +249,7 @@ def _judge_steady(measured: Measured, steady: Steady) -> Iterator[Finding]:
             " message_hwm limits how many messages wait.",
         )
     single = measured.probe.received if measured.probe else None
-    if steady.p50 is None or steady.p50 < _SLOW_SECONDS or (single or 0) > steady.p50:
+    if steady.p50 is None or steady.p50 < max(_SLOW_SECONDS, 2 * (single or 0)):
         return
     delays = (
         f"A single event arrives within {single or 0:.3f} seconds, but at {steady.rate:.0f} a"

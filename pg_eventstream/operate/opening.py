@@ -11,7 +11,7 @@ from django.conf import settings
 from ..conf import conf
 from .client import Answer, Trouble
 from .findings import Finding
-from .probes import Measured
+from .measured import Measured
 
 
 def broken(code: str, message: str, remedy: str) -> Finding:

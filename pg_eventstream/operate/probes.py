@@ -10,9 +10,8 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin
@@ -22,7 +21,8 @@ from django.db import DatabaseError, connections, transaction
 from .. import doctor, send
 from ..channels import DOCTOR
 from ..conf import conf, proxy_name
-from .client import Answer, Client, Trouble, get, with_parameter
+from .client import Answer, Client, Received, Trouble, get, with_parameter
+from .measured import Measured, Steady, Way
 
 TYPE = "probe"
 #: The steady load: events a second, and their number. At 40 a second, a Pushpin that holds events
@@ -35,102 +35,8 @@ _RECORD_SECONDS = 2.0
 # More than proxies usually buffer, in events that are smaller than the publisher's limit.
 _PUSHED_EVENTS, _PUSHED_BYTES, _PUSHED_SECONDS = 8, 60_000, 5.0
 _SILENCE_SECONDS = 60.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Way:
-    """When a probe was at each station, in seconds. None if it was not there in time.
-
-    ``committed`` is how long its transaction took, and the others count from its end.
-    """
-
-    committed: float
-    sequenced: float | None = None
-    #: When all proxies had acknowledged it. It is known only to within half a second.
-    published: float | None = None
-    received: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steady:
-    """How a steady load arrived. ``p50`` and ``p99`` are seconds from the commit to the client."""
-
-    sent: int
-    #: Events a second, as they were sent.
-    rate: float
-    received: int
-    in_order: bool
-    p50: float | None
-    p99: float | None
-
-
-@dataclass(slots=True, kw_only=True)
-class Measured:
-    """What the doctor has measured. None where it did not get that far."""
-
-    url: str
-    #: Why there was no response.
-    trouble: Trouble | None = None
-    answer: Answer | None = None
-    #: Seconds until the stream was open.
-    opened: float | None = None
-    #: What the endpoint says of itself: see `doctor.describe`.
-    description: dict[str, Any] | None = None
-    #: The data of a ``stream-error``.
-    error: dict[str, Any] | None = None
-    #: The clocks of the database, of the application and of the server at the URL, minus ours.
-    clocks: dict[str, float] = field(default_factory=dict)
-    #: Identifies the table that this process sends to.
-    table: str | None = None
-    #: Why a probe could not be sent.
-    refused: DatabaseError | None = None
-    probe: Way | None = None
-    #: Whether more data pushed out what was held back on the way.
-    was_held_back: bool = False
-    #: Seconds until the stream was continued by its next link. None also without a proxy.
-    continued: float | None = None
-    #: Whether it should have been continued and was not.
-    has_stopped: bool = False
-    #: The answer to our own request for the next link, if the stream was not continued.
-    link: Answer | None = None
-    steady: Steady | None = None
-    #: The events after a resume, of which there must be two: a missed one and a new one.
-    resumed: list[str] | None = None
-    #: Whether the connection was closed early.
-    was_closed: bool = False
-
-    @property
-    def has_resumed(self) -> bool:
-        return self.resumed == ["missed", "new"]
-
-    @property
-    def reads_another_table(self) -> bool:
-        """Whether the application reads another table than the one that probes are sent to."""
-        theirs = (self.description or {}).get("table")
-        return theirs is not None and theirs != self.table
-
-    @property
-    def unverified(self) -> tuple[str, str, str] | None:
-        """Why the application does not accept the signature of the proxy: code, reason, remedy."""
-        match (self.description or {}).get("unverified"):
-            case [str() as code, str() as reason, str() as remedy]:
-                return code, reason, remedy
-        return None
-
-    @property
-    def shows_why_it_stopped(self) -> bool:
-        """Whether something else than the endpoint answers our own request for the next link."""
-        return self.link is not None and (self.link.status == 404 or 300 <= self.link.status < 400)
-
-    @property
-    def is_unpublished(self) -> bool:
-        """Whether a probe was put in order, but not taken by all proxies."""
-        way = self.probe
-        return way is not None and way.sequenced is not None and way.published is None
-
-    @property
-    def is_proxied(self) -> bool:
-        return bool(self.description and self.description.get("proxied"))
+_TRIES = 3
+_CONTINUED = doctor.CONTINUED.strip(": \n")
 
 
 class Prober:
@@ -246,26 +152,17 @@ class Prober:
             clocks["application"] = told - time.time()
 
     def _send_one(self, client: Client) -> bool:
-        data = f"{self._name} one"
-        self.measured.probe = way = Way(committed=self._send(data))
+        for n in range(_TRIES):
+            data = f"{self._name} single {n}"
+            links = _count_links(client.received)
+            self.measured.probe = way = self._follow(client, data)
+            if way.received is None:
+                break
+            got = list(client.received)
+            if _count_links(got[: [event.data for event in got].index(data)]) == links:
+                break
+            # The proxy has just asked how to continue, and so got the probe without publishing it.
         self._say(f"committed    {_text(way.committed)}")
-        sent = time.perf_counter()
-
-        def follow(until: float) -> None:
-            while time.perf_counter() < until:
-                self._look(way, data, sent)
-                if way.received is None and (event := client.find(TYPE, data)):
-                    way.received = max(0.0, event.at - sent)
-                is_published = way.published is not None or not self._expects_proxies
-                if way.sequenced is not None and is_published and way.received is not None:
-                    break
-                if way.received is not None:
-                    until = min(until, sent + way.received + _RECORD_SECONDS)
-                time.sleep(_LOOK_SECONDS)
-
-        follow(sent + self._timeout)
-        if way.received is not None and way.published is not None:
-            way.published = min(way.published, way.received)  # it is recorded later
         stations = ["sequenced", *(["published"] if self._expects_proxies else []), "received"]
         for station in stations:
             seconds = getattr(way, station)
@@ -276,6 +173,24 @@ class Prober:
                 lambda: client.find(TYPE, data) is not None, client
             )
         return way.received is not None
+
+    def _follow(self, client: Client, data: str) -> Way:
+        """Send a probe and follow it until it is received, or the time is over."""
+        way = Way(committed=self._send(data))
+        sent = time.perf_counter()
+        until = sent + self._timeout
+        while time.perf_counter() < until:
+            self._look(way, data, sent)
+            if way.received is None and (event := client.find(TYPE, data)):
+                way.received = max(0.0, event.at - sent)
+                until = min(until, time.perf_counter() + _RECORD_SECONDS)
+            is_published = way.published is not None or not self._expects_proxies
+            if way.sequenced is not None and is_published and way.received is not None:
+                break
+            time.sleep(_LOOK_SECONDS)
+        if way.received is not None and way.published is not None:
+            way.published = min(way.published, way.received)  # it is recorded later
+        return way
 
     @property
     def _expects_proxies(self) -> bool:
@@ -308,10 +223,9 @@ class Prober:
         if not self.measured.is_proxied:
             return True
         began = time.perf_counter()
-        comment = doctor.CONTINUED.strip(": \n")
 
         def is_continued() -> bool:
-            return client.find(":", comment) is not None
+            return client.find(":", _CONTINUED) is not None
 
         if client.wait(is_continued, self._timeout):
             self.measured.continued = time.perf_counter() - began
@@ -403,6 +317,11 @@ class _NotSent(Exception):
 
     def __init__(self, error: DatabaseError) -> None:
         self.error = error
+
+
+def _count_links(events: Iterable[Received]) -> int:
+    """How often the stream was continued by its next link."""
+    return sum(event.type == ":" and event.data == _CONTINUED for event in events)
 
 
 def _parse(text: str) -> dict[str, Any] | None:

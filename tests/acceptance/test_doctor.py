@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +25,7 @@ from tests.support.copied import copied
 from tests.support.database import Database, new_database
 from tests.support.environment import DIRECTORY, KEY, child_environment
 from tests.support.http_service import HttpService, respond
+from tests.support.network import Network
 from tests.support.terminal import Terminal
 from tests.support.way import World, begin_probes_anew
 
@@ -230,6 +233,53 @@ def a_proxy_that_cannot_be_reached(world: World) -> list[str]:
     return at(world.url)
 
 
+def a_suspended_publisher(world: World) -> list[str]:
+    world.serve()
+    world.publish()
+    assert world.publisher is not None
+    os.kill(world.publisher.pid, signal.SIGSTOP)
+    world.stack.callback(world.stop_publishing)
+    return at(world.url)
+
+
+def a_control_port_that_hangs(world: World) -> list[str]:
+    network = world.stack.enter_context(Network(world.pushpin.control_port))
+    url = f"{network.url}?key={KEY}"
+    network.deaf()
+    world.serve()
+    world.publish(PG_EVENTSTREAM_TEST_GRIP_URL=url)
+    world.settings = {"GRIP_URL": url}
+    return at(world.url)
+
+
+def a_slow_control_port(world: World) -> list[str]:
+    network = world.stack.enter_context(Network(world.pushpin.control_port))
+    network.delay(0.8)
+    url = f"{network.url}?key={KEY}"
+    world.serve()
+    world.publish(PG_EVENTSTREAM_TEST_GRIP_URL=url)
+    world.settings = {"GRIP_URL": url}
+    return [f"--through={world.url}", "--timeout=15"]
+
+
+def a_way_around_the_proxy(world: World) -> list[str]:
+    world.serve("wsgi")
+    return at(f"http://127.0.0.1:{world.app_port}/events/")
+
+
+def through_a_network(break_it: Callable[[Network], None]) -> Callable[[World], list[str]]:
+    """Break the network between client and proxy."""
+
+    def network(world: World) -> list[str]:
+        broken = world.stack.enter_context(Network(world.pushpin.port))
+        break_it(broken)
+        world.serve()
+        world.publish()
+        return [f"--through={broken.url}/events/", "--timeout=8"]
+
+    return network
+
+
 def a_message_rate(world: World) -> list[str]:
     proxy = world.proxy(message_rate=2500)
     world.serve()
@@ -352,7 +402,58 @@ BREAKAGES = {
     "a prefix is removed": Breakage(
         a_prefix_that_is_removed, "next-link-not-found", "broken", "FORCE_SCRIPT_NAME",
     ),
+    "503 at next links": Breakage(
+        with_application(
+            MIDDLEWARE=[*settings.MIDDLEWARE, "tests.project.middleware.busy_at_next_links"]
+        ),
+        "next-link-fails", "broken", "pg_eventstream.next_links",
+        is_slow=True,
+    ),
+    "no GRIP_URL": Breakage(
+        with_application(GRIP_URL=None), "no-grip-url", "broken", "Set GRIP_URL",
+    ),
+    "another issuer": Breakage(
+        with_application(GRIP_URL=f"http://127.0.0.1:1?key={KEY}&verify-iss=another"),
+        "wrong-issuer", "broken", "sig_iss",
+    ),
+    "not through the proxy": Breakage(
+        a_way_around_the_proxy, "no-proxy", "broken", "proxy's address",
+    ),
+    # On the way
+    "through another proxy": Breakage(
+        with_a_healthy_way(lambda world: f"{world.proxy().url}/events/"),
+        "not-received", "broken", "one of the proxies of GRIP_URL",
+        is_slow=True,
+    ),
+    "what is sent is delayed": Breakage(
+        through_a_network(lambda network: network.delay(1.5)),
+        "buffered", "degraded", "CDNs",
+        is_slow=True,
+    ),
+    "the connection breaks": Breakage(
+        through_a_network(lambda network: network.cut_after(4000)), "lost", "broken", "logs",
+        is_slow=True,
+    ),
+    "another last id": Breakage(
+        with_a_healthy_way(
+            lambda world: world.nginx('proxy_set_header Last-Event-ID "earliest";')
+        ),
+        "resumed-wrongly", "broken", "same version",
+        is_slow=True,
+    ),
     # The publisher
+    "a suspended publisher": Breakage(
+        a_suspended_publisher, "not-sequenced", "broken", "Start the publisher",
+        is_slow=True,
+    ),
+    "a control port that hangs": Breakage(
+        a_control_port_that_hangs, "not-published", "broken", "push_in_http_port",
+        is_slow=True,
+    ),
+    "a slow control port": Breakage(
+        a_slow_control_port, "late", "degraded", "log of the publisher",
+        is_slow=True,
+    ),
     "no publisher": Breakage(
         no_publisher, "publisher-gone", "broken", "manage.py eventstream_publisher",
     ),
@@ -368,7 +469,7 @@ BREAKAGES = {
         is_slow=True,
     ),
     "a proxy that cannot be reached": Breakage(
-        a_proxy_that_cannot_be_reached, "not-published", "broken", "push_in_http_port",
+        a_proxy_that_cannot_be_reached, "proxy-unreachable", "broken", "GRIP_URL",
         is_slow=True,
     ),
     "a message_rate before Pushpin 1.40": Breakage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from io import StringIO
 from typing import Any
@@ -179,7 +179,7 @@ def stamped(content: str, salt: str, age: float = 0) -> str:
         return signing.TimestampSigner(salt=salt).sign(content)
 
 
-TOKENS = {
+TOKENS: dict[str, tuple[Callable[[], str], str]] = {
     "empty": (lambda: "", "key"),
     "any text": (lambda: "5", "key"),
     "not signed": (lambda: "open:1abcde:x", "key"),

@@ -48,3 +48,13 @@ def with_a_slow_clock(get_response: Middleware) -> Middleware:
     now = time.time
     time.time = lambda: now() - 600
     return get_response
+
+
+def busy_at_next_links(get_response: Middleware) -> Middleware:
+    """A server that is too busy, but only for the proxy's own requests."""
+
+    def middleware(request: HttpRequest) -> HttpResponse:
+        is_link = "/next-" in request.path
+        return HttpResponse("Busy.", status=503) if is_link else get_response(request)
+
+    return middleware

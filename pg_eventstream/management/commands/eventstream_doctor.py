@@ -16,7 +16,8 @@ from pg_eventstream.management.base import DatabaseCommand
 from pg_eventstream.operate.address import check_url, find_url
 from pg_eventstream.operate.diagnosis import diagnose
 from pg_eventstream.operate.findings import COULD_NOT_LOOK, EXIT_CODES, Finding, judge, verdict
-from pg_eventstream.operate.probes import Measured, Prober
+from pg_eventstream.operate.measured import Measured
+from pg_eventstream.operate.probes import Prober
 from pg_eventstream.operate.screen import render_findings
 from pg_eventstream.operate.state import read_state
 from pg_eventstream.postgres.connector import explain
