@@ -8,12 +8,12 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 
-from pg_eventstream.postgres.locks import LOCK_SPACE, SEQUENCE_LOCK
+from pg_eventstream.postgres.locks import LOCK_SPACE, PRUNE_LOCK, SEQUENCE_LOCK
 from pg_eventstream.servers.postgres import Postgres
 from pg_eventstream.servers.processes import children, wait_until
 from tests.support.database import Database
@@ -257,14 +257,18 @@ def while_it_sweeps(stage: Stage) -> Iterator[PublisherProcess]:
     due = (
         "FROM pg_eventstream_event AS e JOIN pg_eventstream_stream AS s ON s.event_id = e.id"
         " WHERE s.sequenced_at < now() - interval '6 seconds'"
+        "   AND s.position <= (SELECT max(position) FROM pg_eventstream_proxy)"
     )
-    # Nobody prunes until the row is locked, so it cannot be gone before.
-    stage.lead().kill()
-    sessions = f"SELECT count(*) {OURS} AND application_name = 'pg_eventstream prune'"
-    wait_until(lambda: not stage.database.value(sessions), timeout=30)
-    wait_until(lambda: stage.database.value(f"SELECT count(*) {due}") > 10, timeout=30)
     last = f"SELECT e.id {due} ORDER BY s.position OFFSET 5 LIMIT 1 FOR KEY SHARE OF e"
-    with locked(stage.database, last):
+    pruning = f"SELECT count(*) {OURS} AND application_name = 'pg_eventstream prune'"
+    with ExitStack() as stack:
+        # Nobody prunes until the row is locked, so it cannot be gone before.
+        with locked(stage.database, f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})"):
+            ordinary = stage.lead()
+            wait_until(lambda: stage.database.value(f"SELECT count(*) {due}") > 10, timeout=60)
+            stack.enter_context(locked(stage.database, last))
+            ordinary.kill()
+            wait_until(lambda: not stage.database.value(pruning), timeout=30)
         publisher = stage.lead()
         wait_for_waiting(stage.database, "prune")
         yield publisher
