@@ -70,6 +70,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "E017": ({"EVENTSTREAM_MAX_AGE": 0}, "streams publisher"),
     "E018": ({"EVENTSTREAM_REPLAY_AGE": 0}, "streams publisher"),
     "E019": ({"DATABASE_ROUTERS": [f"{HERE}.DeniesAll"]}, ""),
+    "E022": ({"EVENTSTREAM_METRICS_TOKEN": "short"}, ""),
     "W001": ({"GRIP_URL": "http://localhost:5561"}, ""),
     "W002": ({"EVENTSTREAM_REDIS": {"host": "localhost"}}, ""),
     "W003": ({"GRIP_URL": "http://localhost:5561?key=changeme"}, ""),
