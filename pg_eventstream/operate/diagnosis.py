@@ -255,7 +255,7 @@ def _judge_steady(measured: Measured, steady: Steady) -> Iterator[Finding]:
         f"A single event arrives within {single or 0:.3f} seconds, but at {steady.rate:.0f} a"
         f" second half of the events take more than {steady.p50:.3f} seconds"
     )
-    if measured.is_proxied:
+    if measured.is_proxied and (single or 0) < _SLOW_SECONDS:
         yield degraded(
             "message-rate",
             f"{delays}. Pushpin before 1.40 does so if its message_rate is not 0: it holds events"
@@ -265,7 +265,9 @@ def _judge_steady(measured: Measured, steady: Steady) -> Iterator[Finding]:
         )
     else:
         yield degraded(
-            "slow", f"{delays}.", "Look which process is busy: the application, or the database."
+            "slow",
+            f"{delays}.",
+            "Look which process is busy: the publisher, the proxy, the application, the database.",
         )
 
 

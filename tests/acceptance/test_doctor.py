@@ -18,7 +18,7 @@ from django.core.management import CommandError, call_command
 
 from pg_eventstream.operate import probes
 from pg_eventstream.servers.postgres import Postgres
-from pg_eventstream.servers.processes import free_port
+from pg_eventstream.servers.processes import free_port, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project import settings
 from tests.support.copied import copied
@@ -254,10 +254,16 @@ def a_control_port_that_hangs(world: World) -> list[str]:
 
 def a_slow_control_port(world: World) -> list[str]:
     network = world.stack.enter_context(Network(world.pushpin.control_port))
-    network.delay(0.8)
     url = f"{network.url}?key={KEY}"
     world.serve()
     world.publish(PG_EVENTSTREAM_TEST_GRIP_URL=url)
+    behind = """
+        SELECT count(*) FROM pg_eventstream_stream
+         WHERE position > (SELECT position FROM pg_eventstream_proxy WHERE name = %s)
+    """
+    # A new proxy gets the probes of earlier tests first.
+    wait_until(lambda: world.database.value(behind, [network.url]) == 0, timeout=20)
+    network.delay(1.2)
     world.settings = {"GRIP_URL": url}
     return [f"--through={world.url}", "--timeout=15"]
 
