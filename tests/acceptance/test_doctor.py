@@ -497,9 +497,16 @@ def test_breakage_is_named_with_what_to_change(
     breakage = BREAKAGES[which]
     if breakage.code != "message-rate":
         monkeypatch.setattr(probes, "COUNT", 25)
-    result = world.ask_doctor(*breakage.break_it(world))
+    arguments = breakage.break_it(world)
+    result = world.ask_doctor(*arguments)
+    if breakage.code == "message-rate":
+        # On a busy machine, the publisher's batches can be more than 25 ms apart.
+        for _ in range(3):
+            if result["findings"]:
+                break
+            result = world.ask_doctor(*arguments)
     found = {finding["code"]: finding for finding in result["findings"]}
-    assert breakage.code in found, result
+    assert breakage.code in found, json.dumps(result)
     assert found[breakage.code]["level"] == breakage.level
     assert breakage.advice in found[breakage.code]["remedy"]
     assert result["findings"][0]["level"] == result["verdict"]
