@@ -8,6 +8,7 @@ the migrations as applied without creating a table. A check reports both, and ``
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from django.apps import AppConfig
@@ -122,6 +123,14 @@ class Migration(migrations.Migration):
             cursor.execute("SELECT to_regclass('pg_eventstream_event') IS NULL")
             if cursor.fetchone() == (True,):
                 raise CommandError(str(recorded_without_tables(alias)))
+
+
+def lock_table(name: str) -> migrations.RunSQL:
+    """Lock a table for the rest of the migration, without making others wait for the lock."""
+    sql = Path(models.__file__).with_name("sql") / "lock_table.sql"
+    return migrations.RunSQL(
+        sql.read_text(encoding="utf-8").format(table=name), migrations.RunSQL.noop
+    )
 
 
 def recorded_without_tables(alias: str) -> Problem:

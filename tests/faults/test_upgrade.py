@@ -32,6 +32,7 @@ pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
 #: The last commits with exactly the migrations up to these.
 COMMITS = {
+    "0006": "95378dcb777ea179c188a82a0f0d25d5608f47dc",
     "0005": "03bc6b9766ff250d96e625479200a6b17fefa39b",
     "0001": "f1b391250490b4468b8c0344d206e99eb54945c9",
 }
@@ -70,6 +71,13 @@ class Upgrade:
     def __init__(self, database: Database, old_code: OldCode, pushpin: Pushpin) -> None:
         self.database = database
         self.old_code, self.migrated = old_code
+        # They were elsewhere in older commits.
+        in_project = (self.old_code / "tests/project/settings.py").exists()
+        project = "tests.project" if in_project else "tests"
+        self._old_settings, self.old_application = (
+            f"{project}.settings",
+            f"{project}.asgi:application",
+        )
         self._pushpin = pushpin
         self.run("migrate", "--run-syncdb", old=True)
         assert self.newest == self.migrated
@@ -87,8 +95,7 @@ class Upgrade:
             self._pushpin,
             PG_EVENTSTREAM_TEST_DSN=self.database.dsn,
             PYTHONPATH=str(self.old_code if old else ROOT),
-            # The place of the settings in these commits.
-            DJANGO_SETTINGS_MODULE="tests.settings" if old else "tests.project.settings",
+            DJANGO_SETTINGS_MODULE=self._old_settings if old else "tests.project.settings",
             PGAPPNAME="old" if old else "new",
         )
 
@@ -232,7 +239,7 @@ def test_processes_of_the_old_code_continue_through_the_migrations(
 ) -> None:
     database = upgrade.database
     server = upgrade.process(
-        *("the old application server", "-m", "uvicorn", "tests.asgi:application"),
+        *("the old application server", "-m", "uvicorn", upgrade.old_application),
         *(f"--port={app_port}", "--log-level=warning"),
         old=True,
     )

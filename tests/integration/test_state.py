@@ -358,7 +358,10 @@ def test_publisher_of_another_database_of_the_server_is_seen(database: Database)
         ("ALTER TABLE pg_eventstream_event DISABLE TRIGGER ALL", "pg_eventstream.E021"),
         ("DROP FUNCTION pg_eventstream_sequence()", "pg_eventstream.E020"),
         ("DROP TABLE pg_eventstream_report", "pg_eventstream.I001"),
-        ("DELETE FROM django_migrations WHERE name = '0007_operation'", "pg_eventstream.I001"),
+        (
+            "DELETE FROM django_migrations WHERE name = '0009_stream_committed_at'",
+            "pg_eventstream.I001",
+        ),
     ],
 )
 def test_state_is_read_where_something_is_missing(
