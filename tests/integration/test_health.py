@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,12 +22,12 @@ from pg_eventstream.operate.metrics import registry
 from pg_eventstream.operate.server import serving
 from pg_eventstream.operate.state import Problem, State
 from pg_eventstream.postgres.connector import Connector
-from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.publisher.vitals import Stage
 from pg_eventstream.servers.processes import HOST, free_port, wait_until
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
+from tests.support.publisher import running_publisher
 from tests.support.states import HEALTHY, PROXY, state
 
 
@@ -119,23 +118,10 @@ def test_main_loop_that_is_stuck_is_not_live_unless_the_database_is_the_reason(
 # The vitals of a real publisher
 
 
-@contextmanager
-def running(connector: Connector | None = None) -> Iterator[Publisher]:
-    publisher = Publisher(connector or Connector("default"))
-    thread = threading.Thread(target=publisher.run)
-    thread.start()
-    try:
-        yield publisher
-    finally:
-        publisher.stop()
-        thread.join(20)
-        assert not thread.is_alive()
-
-
 def test_vitals_follow_the_publisher(
     database: Database, control: ControlPort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running() as leader, running() as standby:
+    with running_publisher() as leader, running_publisher() as standby:
         wait_until(
             lambda: (
                 {leader.vitals.stage, standby.vitals.stage} == {Stage.LEADING, Stage.STANDING_BY}
@@ -162,7 +148,7 @@ def test_thread_that_ends_is_noticed(
     database: Database, control: ControlPort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Pruner, "run", lambda *arguments: None)
-    with running() as publisher:
+    with running_publisher() as publisher:
         wait_until(lambda: publisher.vitals.ended_threads == ["pruner"], timeout=20)
     assert publisher.vitals.ended_threads == []
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import psycopg
 import pytest
 from django.test import override_settings
 
-from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.postgres.listener import BELL, NEWS
 from pg_eventstream.postgres.locks import (
     BELL_LOCK,
@@ -24,6 +21,7 @@ from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.faults import wait_for_waiting
+from tests.support.publisher import running_publisher
 from tests.support.roles import granted
 
 INSERT = "INSERT INTO public.pg_eventstream_event (channel, data) VALUES ('c', 'x')"
@@ -268,19 +266,6 @@ def test_who_listens_learns_that_something_was_sent_and_nothing_else(
     assert sorted((n.channel, n.payload) for n in heard) == [(BELL, ""), (NEWS, "")]
 
 
-@contextmanager
-def publisher_in_thread() -> Iterator[Publisher]:
-    publisher = Publisher(Connector("default"))
-    thread = threading.Thread(target=publisher.run)
-    thread.start()
-    try:
-        yield publisher
-    finally:
-        publisher.stop()
-        thread.join(20)
-        assert not thread.is_alive()
-
-
 def test_who_takes_the_lock_of_the_sweep_keeps_it_from_pruning_until_the_session_ends(
     database: Database, stranger: psycopg.Connection[tuple[object, ...]]
 ) -> None:
@@ -324,7 +309,7 @@ def test_who_takes_the_locks_delays_events_until_the_session_ends_and_does_nothi
 
     take(LEADER_LOCK)
     take(BELL_LOCK)
-    with publisher_in_thread() as publisher:
+    with running_publisher() as publisher:
         send(3)  # does not wait
         wait_until(lambda: "standing by" in caplog.text, timeout=20)
         assert publisher._doorbell is None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 from django.test import override_settings
@@ -17,11 +15,11 @@ from pg_eventstream.limits import Limits
 from pg_eventstream.operate.state import MOST_COUNTED, ProxyState, State, read_state
 from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher import daemon
-from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.processes import wait_until
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
+from tests.support.publisher import running_publisher
 from tests.support.roles import as_role, make_old
 from tests.support.rounds import publish_once
 
@@ -178,18 +176,6 @@ def test_proxies_are_asked_whether_they_accept_a_batch(
     assert control.items == []
 
 
-@contextmanager
-def running(limits: Limits) -> Iterator[Publisher]:
-    publisher = Publisher(Connector("default", limits=limits))
-    thread = threading.Thread(target=publisher.run)
-    thread.start()
-    try:
-        yield publisher
-    finally:
-        publisher.stop()
-        thread.join(10)
-
-
 def wait_for(condition: Callable[[State], object]) -> None:
     wait_until(lambda: bool(condition(read_state())), timeout=20, check=0.05)
 
@@ -200,10 +186,10 @@ def test_leader_standbys_and_what_the_leader_reports(
     limits = Limits(heartbeat=0.1, standby=0.1)
     with (
         override_settings(GRIP_PREFIX="mine-", EVENTSTREAM_SAFETY_POLL=60),
-        running(limits) as leader,
+        running_publisher(limits) as leader,
     ):
         wait_for(lambda state: state.leader and state.report)
-        with running(limits):
+        with running_publisher(limits):
             wait_for(lambda state: len(state.standbys) == 1)
             state = read_state()
             assert state.leader is not None
@@ -233,7 +219,7 @@ def test_heart_of_a_publisher_that_sleeps_for_long_beats_without_sequencing(
 ) -> None:
     with (
         override_settings(EVENTSTREAM_SAFETY_POLL=safety_poll),
-        running(Limits(heartbeat=0.05)) as publisher,
+        running_publisher(Limits(heartbeat=0.05)) as publisher,
     ):
         wait_for(lambda state: state.awake is False)
         doorbell = publisher._doorbell
