@@ -30,7 +30,7 @@ from .checks.tables import SEND_AGAIN
 from .conf import conf
 from .errors import InvalidEvent
 from .models import Event
-from .operate import browse
+from .operate.events import browse
 from .operate.findings import judge
 from .operate.screen import render
 from .operate.state import read_state

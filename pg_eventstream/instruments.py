@@ -1,7 +1,7 @@
 """Counters and histograms for Prometheus, in the default registry of prometheus-client.
 
 They count what happens in this process. Without prometheus-client (the extra ``metrics``), they do
-nothing. What can be read from the database is not counted here: see `operate.metrics`.
+nothing. What can be read from the database is not counted here: see `operate.prometheus.metrics`.
 
 No label contains a channel or a user, so their number stays small. In prometheus-client's
 multiprocess mode (``PROMETHEUS_MULTIPROC_DIR``), they are summed over all processes.

@@ -64,7 +64,7 @@ def metrics(request: HttpRequest) -> HttpResponseBase:
         response["WWW-Authenticate"] = 'Bearer realm="metrics"'
         return response
     try:
-        from .operate.metrics import encode
+        from .operate.prometheus.metrics import encode
     except ImportError:
         text = "prometheus-client is not installed: pip install 'pg-eventstream[metrics]'\n"
         return HttpResponse(text, status=501, content_type="text/plain")
@@ -92,7 +92,7 @@ def _may_see_metrics(request: HttpRequest) -> bool:
 @lru_cache(maxsize=1)
 def _metrics_registry() -> CollectorRegistry:
     """One for all requests, so that those at the same time cause one read."""
-    from .operate.metrics import latest_state, registry
+    from .operate.prometheus.metrics import latest_state, registry
 
     return registry(latest_state(), with_counters=False)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from django.core.management import CommandError, call_command
 
-from pg_eventstream.operate import probes
+from pg_eventstream.operate.doctor import probes
 from pg_eventstream.servers.postgres import Postgres
 from pg_eventstream.servers.processes import free_port, wait_until
 from pg_eventstream.servers.pushpin import Pushpin

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from pg_eventstream import operate
 from pg_eventstream.grip import signature
-from pg_eventstream.operate import findings, opening
+from pg_eventstream.operate import findings
+from pg_eventstream.operate.doctor import opening
 from tests.support.documentation import text_of
 
 PAGE = "docs/production/diagnoses.md"
 _SOURCE = "".join(
-    path.read_text(encoding="utf-8") for path in Path(operate.__path__[0]).glob("*.py")
+    path.read_text(encoding="utf-8") for path in Path(operate.__path__[0]).rglob("*.py")
 )
 
 

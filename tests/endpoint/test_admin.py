@@ -22,7 +22,7 @@ from django.test import Client, override_settings
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from pg_eventstream.operate import browse
+from pg_eventstream.operate.events import browse
 from pg_eventstream.operate.state import read_state
 from tests.project import admin_settings
 from tests.support.database import Database

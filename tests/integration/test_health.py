@@ -15,11 +15,11 @@ import psycopg
 import pytest
 from django.core.management import CommandError, call_command
 
-from pg_eventstream.operate import health, server
-from pg_eventstream.operate.health import Health
-from pg_eventstream.operate.latest import Latest
-from pg_eventstream.operate.metrics import registry
-from pg_eventstream.operate.server import serving
+from pg_eventstream.operate.prometheus import health, server
+from pg_eventstream.operate.prometheus.health import Health
+from pg_eventstream.operate.prometheus.latest import Latest
+from pg_eventstream.operate.prometheus.metrics import registry
+from pg_eventstream.operate.prometheus.server import serving
 from pg_eventstream.operate.state import Problem, State
 from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.publisher.pruner import Pruner
@@ -27,7 +27,7 @@ from pg_eventstream.publisher.vitals import Stage
 from pg_eventstream.servers.processes import HOST, free_port, wait_until
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
-from tests.support.publisher import running_publisher
+from tests.support.publisher_thread import running_publisher
 from tests.support.states import HEALTHY, PROXY, state
 
 

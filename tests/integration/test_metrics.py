@@ -18,8 +18,8 @@ from django.urls import path
 from prometheus_client.parser import text_string_to_metric_families
 
 from pg_eventstream import send_event, views
-from pg_eventstream.operate.latest import Latest
-from pg_eventstream.operate.metrics import GAUGES, encode, latest_state, registry
+from pg_eventstream.operate.prometheus.latest import Latest
+from pg_eventstream.operate.prometheus.metrics import GAUGES, encode, latest_state, registry
 from pg_eventstream.operate.state import Problem, State, Waiting
 from tests.support.control_port import ControlPort
 from tests.support.database import Database

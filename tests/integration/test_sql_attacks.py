@@ -21,7 +21,7 @@ from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.faults import wait_for_waiting
-from tests.support.publisher import running_publisher
+from tests.support.publisher_thread import running_publisher
 from tests.support.roles import granted
 
 INSERT = "INSERT INTO public.pg_eventstream_event (channel, data) VALUES ('c', 'x')"

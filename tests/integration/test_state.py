@@ -19,7 +19,7 @@ from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.servers.processes import wait_until
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
-from tests.support.publisher import running_publisher
+from tests.support.publisher_thread import running_publisher
 from tests.support.roles import as_role, make_old
 from tests.support.rounds import publish_once
 

@@ -1,16 +1,11 @@
-"""A publisher in a separate process, or on a thread of this one."""
+"""A publisher in a separate process."""
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from pg_eventstream.limits import LIMITS, Limits
-from pg_eventstream.postgres.connector import Connector
-from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.servers.processes import Process, wait_until
 
 #: The messages about a proxy in its log.
@@ -54,17 +49,3 @@ class PublisherProcess(Process):
 
 #: Makes publishers that end with the test (the fixture ``new_publisher``).
 NewPublisher = Callable[..., PublisherProcess]
-
-
-@contextmanager
-def running_publisher(limits: Limits = LIMITS) -> Iterator[Publisher]:
-    """Run a publisher on a thread, until the end of the block."""
-    publisher = Publisher(Connector("default", limits=limits))
-    thread = threading.Thread(target=publisher.run)
-    thread.start()
-    try:
-        yield publisher
-    finally:
-        publisher.stop()
-        thread.join(20)
-        assert not thread.is_alive()

@@ -8,8 +8,8 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
-from pg_eventstream.operate.address import check_url, find_url
-from pg_eventstream.operate.client import with_parameter
+from pg_eventstream.operate.doctor.address import check_url, find_url
+from pg_eventstream.operate.doctor.client import with_parameter
 from pg_eventstream.views import events
 
 PUSHPIN = {"GRIP_URL": "http://localhost:5561?key=k"}

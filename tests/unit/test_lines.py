@@ -10,8 +10,8 @@ import pytest
 from django.utils.timezone import localtime
 
 from pg_eventstream.errors import InvalidRequest
-from pg_eventstream.operate.lines import as_json, as_text, escape, shorten
-from pg_eventstream.operate.tail import TailedEvent, parse_since
+from pg_eventstream.operate.events.lines import as_json, as_text, escape, shorten
+from pg_eventstream.operate.events.tail import TailedEvent, parse_since
 
 NOW = datetime.now(timezone.utc)
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\n\x9b31m\u202eevil\u2028\x00\x7f\ud800"

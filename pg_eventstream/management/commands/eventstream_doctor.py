@@ -13,11 +13,11 @@ from django.db import DatabaseError
 
 from pg_eventstream import views
 from pg_eventstream.management.base import DatabaseCommand
-from pg_eventstream.operate.address import check_url, find_url
-from pg_eventstream.operate.diagnosis import diagnose
+from pg_eventstream.operate.doctor.address import check_url, find_url
+from pg_eventstream.operate.doctor.diagnosis import diagnose
+from pg_eventstream.operate.doctor.measured import Measured
+from pg_eventstream.operate.doctor.probes import Prober
 from pg_eventstream.operate.findings import COULD_NOT_LOOK, EXIT_CODES, Finding, judge, verdict
-from pg_eventstream.operate.measured import Measured
-from pg_eventstream.operate.probes import Prober
 from pg_eventstream.operate.screen import render_findings
 from pg_eventstream.operate.state import read_state
 from pg_eventstream.postgres.connector import explain

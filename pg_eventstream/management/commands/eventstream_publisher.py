@@ -64,9 +64,9 @@ class Command(DatabaseCommand):
 @contextmanager
 def _serve(host: str, port: int, vitals: Vitals, connector: Connector) -> Iterator[None]:
     try:
-        from pg_eventstream.operate.health import Health
-        from pg_eventstream.operate.metrics import latest_state, registry
-        from pg_eventstream.operate.server import serving
+        from pg_eventstream.operate.prometheus.health import Health
+        from pg_eventstream.operate.prometheus.metrics import latest_state, registry
+        from pg_eventstream.operate.prometheus.server import serving
     except ImportError as e:
         raise CommandError(
             "--metrics-port needs prometheus-client. Install it with: pip install"

@@ -13,8 +13,8 @@ from django.core.management.base import CommandError
 
 from pg_eventstream.channels import problem_of_name
 from pg_eventstream.management.base import DatabaseCommand
-from pg_eventstream.operate.lines import as_json, as_text
-from pg_eventstream.operate.tail import Tail, TailedEvent, parse_since
+from pg_eventstream.operate.events.lines import as_json, as_text
+from pg_eventstream.operate.events.tail import Tail, TailedEvent, parse_since
 from pg_eventstream.postgres.connector import Connector
 
 #: Characters of the data that are read for a terminal: more than a line of it has.

@@ -12,7 +12,7 @@ from django.urls import NoReverseMatch, URLResolver, get_resolver, reverse
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
-from ..conf import conf
+from ...conf import conf
 
 #: The default ports of Pushpin and of ``manage.py runserver``.
 PUSHPIN_PORT, RUNSERVER_PORT = 7999, 8000

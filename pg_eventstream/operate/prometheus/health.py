@@ -12,11 +12,11 @@ from typing import Protocol
 
 import psycopg
 
-from ..liveness import LATE_SECONDS
-from ..postgres.connector import Connector
+from ...liveness import LATE_SECONDS
+from ...postgres.connector import Connector
+from ..state import State
 from .latest import Latest
 from .metrics import CANNOT_READ, is_led, reason
-from .state import State
 
 #: A main loop that has not moved for this long is stuck, unless a statement runs that long.
 _STUCK_SECONDS = 60.0

@@ -20,7 +20,7 @@ from urllib3.exceptions import (
     SSLError,
 )
 
-from .. import sse
+from ... import sse
 
 # The most that is kept of a response that is no stream.
 _BODY_BYTES = 10_000

@@ -22,11 +22,11 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from ..liveness import LATE_SECONDS
-from ..postgres.connector import Connector, explain
-from ..rarely import Rarely
+from ...liveness import LATE_SECONDS
+from ...postgres.connector import Connector, explain
+from ...rarely import Rarely
+from ..state import State, read_state
 from .latest import Latest
-from .state import State, read_state
 
 logger = logging.getLogger(__name__)
 

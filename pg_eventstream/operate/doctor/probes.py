@@ -18,9 +18,9 @@ from urllib.parse import urljoin
 
 from django.db import DatabaseError, connections, transaction
 
-from .. import doctor, send
-from ..channels import DOCTOR
-from ..conf import conf, proxy_name
+from ... import doctor, send
+from ...channels import DOCTOR
+from ...conf import conf, proxy_name
 from .client import Answer, Client, Received, Trouble, get, with_parameter
 from .measured import Measured, Steady, Way
 

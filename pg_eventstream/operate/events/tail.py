@@ -16,16 +16,16 @@ from typing import Any, Final
 
 import psycopg
 
-from .. import sse
-from ..backoff import Backoff
-from ..channels import is_reliable
-from ..conf import conf, proxy_name
-from ..errors import InvalidRequest
-from ..postgres.connector import Connector, explain, fetch_one
-from ..postgres.listener import NEWS, Listener
-from ..postgres.locks import LEADER_LOCK
-from ..postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
-from ..postgres.threads import return_connections
+from ... import sse
+from ...backoff import Backoff
+from ...channels import is_reliable
+from ...conf import conf, proxy_name
+from ...errors import InvalidRequest
+from ...postgres.connector import Connector, explain, fetch_one
+from ...postgres.listener import NEWS, Listener
+from ...postgres.locks import LEADER_LOCK
+from ...postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
+from ...postgres.threads import return_connections
 from .places import FetchRow, first_since
 
 _PAGE_EVENTS = 500

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from django.utils import timezone
 
-from .. import sse
+from ... import sse
 from .tail import TailedEvent
 
 #: Ends a text that is shortened.

@@ -10,11 +10,11 @@ import psycopg
 from django.conf import settings
 from django.db import DatabaseError
 
-from ..conf import conf
-from ..grip.next_links import EXEMPT
-from ..postgres.connector import explain
+from ...conf import conf
+from ...grip.next_links import EXEMPT
+from ...postgres.connector import explain
+from ..findings import Finding
 from . import opening
-from .findings import Finding
 from .measured import Measured, Steady, Way
 from .opening import broken, degraded
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from django.db import connections
 
-from ..channels import is_reliable
-from ..postgres.sequence import CURSOR, Cursor
-from ..sse import make_id
+from ...channels import is_reliable
+from ...postgres.sequence import CURSOR, Cursor
+from ...sse import make_id
 from .places import first_since
 
 PAGE_EVENTS = 100

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 from django.conf import settings
 
-from ..conf import conf
+from ...conf import conf
+from ..findings import Finding
 from .client import Answer, Trouble
-from .findings import Finding
 from .measured import Measured
 
 
