@@ -80,7 +80,7 @@ def _sections(state: State) -> Iterator[tuple[str, Iterator[str]]]:
     if state.proxies:
         yield "Proxies", (_proxy(proxy) for proxy in state.proxies)
     if state.hubs or not state.proxies:
-        yield "Streams", iter([f"{state.hubs} processes stream without a proxy now"])
+        yield "Streams", iter([f"processes that stream without a proxy now: {state.hubs}"])
     yield "Pruning", _pruning(state)
     yield "Vacuum", _vacuum(state)
     yield "Tables", _tables(state)
@@ -126,9 +126,9 @@ def _publisher(state: State) -> Iterator[str]:
             f"session {one.pid}" + (f" at {one.address}" if one.address else "")
             for one in state.standbys
         )
-        yield f"{len(state.standbys)} stand by: {places}"
+        yield f"standing by: {places}"
     elif leader is not None:
-        yield "no other stands by"
+        yield "standing by: none"
 
 
 def _events(state: State) -> Iterator[str]:
@@ -136,12 +136,12 @@ def _events(state: State) -> Iterator[str]:
     yield f"{state.position:,} put in order so far{incarnation}"
     count = state.waiting.count
     if count is None:
-        yield "how many wait to be put in order cannot be told"
+        yield "waiting to be put in order: cannot be told"
     elif count:
         age = _age(state.waiting.oldest_seconds or 0)
-        yield f"{_count(count)} wait to be put in order, the oldest for {age}"
+        yield f"waiting to be put in order: {_count(count)}, the oldest for {age}"
     else:
-        yield "none waits to be put in order"
+        yield "waiting to be put in order: none"
     if state.unseen:
         yield f"{state.unseen} of the newest 1,000 were not seen by the trigger"
 

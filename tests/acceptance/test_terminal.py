@@ -81,9 +81,9 @@ def test_status_on_a_terminal_fits_is_coloured_redraws_and_ends_on_ctrl_c(
         terminal.wait_for("no-publisher")
         assert max(map(len, terminal.lines)) <= 80
         assert "\x1b[31;1mBROKEN" in terminal.output  # red and bold
-        terminal.wait_for("none waits to be put in order")
+        terminal.wait_for("waiting to be put in order: none")
         database.send("c")
-        terminal.wait_for("1 wait to be put in order")
+        terminal.wait_for("waiting to be put in order: 1")
         # Each time, the screen is drawn again from its upper left corner.
         assert terminal.output.count("\x1b[H") >= 2
         terminal.interrupt()

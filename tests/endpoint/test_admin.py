@@ -339,7 +339,7 @@ def test_state_is_what_the_command_shows(database: Database, login: Login) -> No
         if line.startswith("BROKEN: ") and "proxy" not in line:
             assert line in shown
     assert "BROKEN: no-publisher" in shown
-    assert "1 wait to be put in order" in shown
+    assert "waiting to be put in order: 1" in shown
 
 
 def test_state_that_cannot_be_read(database: Database, login: Login) -> None:

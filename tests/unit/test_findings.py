@@ -212,9 +212,9 @@ def test_healthy_screen() -> None:
     text = render(HEALTHY, [])
     assert text.splitlines()[0].startswith("pg_eventstream ")
     for words in (
-        ": HEALTHY ", "web1:4711 leads since 2026-11-27 12:00", "none waits to be put in order",
+        ": HEALTHY ", "web1:4711 leads since 2026-11-27 12:00", "waiting to be put in order: none",
         "http://proxy:5561: answers; has acknowledged 1,000; nothing behind",
-        "events are kept for 24 h; the oldest is 22 h old", "no other stands by",
+        "events are kept for 24 h; the oldest is 22 h old", "standing by: none",
         "nothing holds it back", "1.1 TB", "5,000,000,000 rows",
     ):  # fmt: skip
         assert words in re.sub(r"\s+", " ", text), words
