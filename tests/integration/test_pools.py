@@ -179,7 +179,9 @@ def test_ordinary_requests_get_a_connection_despite_many_streams(
     over = threading.Event()
 
     def come_and_go(n: int) -> None:
-        while not over.is_set():
+        opened = 0
+        while not over.is_set() or opened < 10:
+            opened += 1
             with SSEClient(f"{url}events/", [f"{channel}{n}"]) as client:
                 client.wait_open(timeout=60)
 
@@ -205,4 +207,5 @@ def test_ordinary_requests_get_a_connection_despite_many_streams(
         for client in stay:
             assert [event.data for event in client.wait_count(3)] == ["0", "1", "2"]
         sessions = "FROM pg_stat_activity WHERE datname = current_database()"
-        assert database.value(f"SELECT count(*) {sessions}") < 40
+        # Django can keep one for each of the 36 ordinary requests. There were 92 streams or more.
+        assert database.value(f"SELECT count(*) {sessions}") < 60
