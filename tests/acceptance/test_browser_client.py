@@ -130,7 +130,7 @@ class Sender:
                 number += 1
 
 
-@both_kinds
+@pytest.mark.parametrize("kind", ["module", _CLASSIC], indirect=True)
 def test_no_event_is_missing_or_repeated_whichever_connection_breaks(
     application: Process,
     app_port: int,

@@ -61,11 +61,16 @@ def without_programs(environment: dict[str, str], directory: Path) -> dict[str, 
     return {**environment, "PATH": str(programs)}
 
 
-@pytest.fixture(params=MODES)
+# Each test has one mode that is tried often.
+SELDOM = (pytest.mark.faults, pytest.mark.thorough)
+
+
+@pytest.fixture
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.parametrize("mode", ["pushpin", pytest.param("direct", marks=SELDOM)], indirect=True)
 def test_check_finds_every_event_once_in_order_and_none_rolled_back(
     mode: str, directory: Path, environment: dict[str, str], without_programs: dict[str, str]
 ) -> None:
@@ -149,6 +154,7 @@ def press(page: Page, how: str, message: str) -> None:
     )
 
 
+@pytest.mark.parametrize("mode", ["direct", pytest.param("pushpin", marks=SELDOM)], indirect=True)
 def test_page_shows_committed_events_and_continues_after_a_restart(
     mode: str, demo: Callable[[], tuple[Process, str]], page: Page
 ) -> None:

@@ -81,6 +81,8 @@ def test_both_a_publisher_and_servers_at_once_are_safe(
         assert client.connections == 1
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_four_servers_serve_every_client_everything_once_in_order_despite_database_faults(
     database: Database, serve: Serve, channel: str
 ) -> None:

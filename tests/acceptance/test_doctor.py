@@ -407,6 +407,7 @@ BREAKAGES = {
     ),
     "a prefix is removed": Breakage(
         a_prefix_that_is_removed, "next-link-not-found", "broken", "FORCE_SCRIPT_NAME",
+        is_slow=True,
     ),
     "503 at next links": Breakage(
         with_application(

@@ -160,6 +160,8 @@ def test_nothing_fires_while_all_is_well_and_probes_and_alerts_turn_when_it_is_n
 TOKEN = "a-token-for-tests-" + "x" * 20
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_application_reports_that_the_publisher_was_stopped_or_cannot_listen(
     database: Database,
     publisher: PublisherProcess,

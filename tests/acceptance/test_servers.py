@@ -55,6 +55,9 @@ SERVERS = {
 }
 
 
+SELDOM = (pytest.mark.faults, pytest.mark.thorough)
+
+
 class Server(Process):
     """A server, which keeps its port when it is restarted."""
 
@@ -129,7 +132,13 @@ def tell(server: Server, number: signal.Signals) -> None:
         os.kill(server.pid, number)
 
 
-@pytest.mark.parametrize("kind", [name for name in SERVERS if name != "runserver"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("uvicorn", "daphne", "hypercorn", "granian", "gunicorn"),
+        *(pytest.param(kind, marks=SELDOM) for kind in ("uvicorn with workers", "gunicorn asgi")),
+    ],
+)
 def test_server_that_is_stopped_ends_at_once_and_its_clients_continue_at_the_next(
     database: Database, serve: Serve, kind: str, channel: str
 ) -> None:
@@ -191,9 +200,6 @@ def by_limit(kind: str, option: str, *marks: pytest.MarkDecorator) -> Any:
 
 def by_hanging_up(kind: str, *marks: pytest.MarkDecorator) -> Any:
     return pytest.param(kind, (), hang_up, id=f"{kind} SIGHUP", marks=marks)
-
-
-SELDOM = (pytest.mark.faults, pytest.mark.thorough)
 
 
 @pytest.mark.parametrize(

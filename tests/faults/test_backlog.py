@@ -95,6 +95,7 @@ def test_backlog_of_very_many_events_starts_at_once_and_in_bounded_memory(
     assert peak < MEMORY_MB
 
 
+@pytest.mark.thorough
 def test_publisher_that_is_stopped_in_a_backlog_keeps_what_it_has_sequenced(
     database: Database,
     new_publisher: NewPublisher,
