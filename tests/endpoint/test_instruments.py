@@ -11,7 +11,7 @@ from django.db import connections
 from django.test import override_settings
 
 from pg_eventstream import channel_permission_changed, send_events
-from pg_eventstream.errors import EventPermissionError, InvalidRequest, ResumeNotAllowed
+from pg_eventstream.errors import EventPermissionError
 from pg_eventstream.streams import direct
 from pg_eventstream.streams.replay import parse_start
 from pg_eventstream.users import user_id
@@ -114,15 +114,16 @@ def stream(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("last_event_id", RECOVERIES)
+# One that is refused is so before it streams.
+@pytest.mark.parametrize(
+    "last_event_id",
+    [given for given, counts in RECOVERIES.items() if "refused" not in str(counts)],
+)
 def test_stream_without_a_proxy_counts_the_same(
     database: Database, channel: str, last_event_id: str
 ) -> None:
     send(database, channel, 3)
-    try:
-        after = parse_start(last_event_id.format(c=channel), [channel])
-    except (InvalidRequest, ResumeNotAllowed):
-        pytest.skip("counted before it streams")
+    after = parse_start(last_event_id.format(c=channel), [channel])
 
     async def work(pieces: AsyncIterator[bytes]) -> None:
         await anext(pieces)
