@@ -47,10 +47,10 @@ def check_tables(databases: Iterable[str] | None = None, **kwargs: Any) -> Itera
 
 
 def _check_database(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
-    tables = _names_of_tables()
-    missing = _fetch(connection, _MISSING_TABLES, [tables])
-    if len(missing) == len(tables) and connection.alias != conf.database_alias:
-        return  # It is allowed to hold the tables, but need not.
+    if connection.alias != conf.database_alias:
+        tables = _names_of_tables()
+        if len(_fetch(connection, _MISSING_TABLES, [tables])) == len(tables):
+            return  # It is allowed to hold the tables, but need not.
     found = [*check_schema(connection)]
     yield from found
     # The trigger fires at COMMIT.

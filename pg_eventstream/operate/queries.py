@@ -48,6 +48,15 @@ def fetch(
         return None
 
 
+#: The sessions that hold the leader's lock. `lead` explains the lock.
+LEADERS = f"""
+    SELECT pid FROM pg_locks
+     WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock'
+       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+       AND classid = 'pg_eventstream_event'::regclass AND objid = {LEADER_LOCK}
+       AND objsubid = 2
+"""  # noqa: S608
+
 SERVER = """
     SELECT clock_timestamp(), current_setting('server_version'), pg_is_in_recovery(),
            pg_notification_queue_usage()
@@ -123,18 +132,12 @@ PROXIES = f"""
 """  # noqa: S608
 
 #: The sessions of publishers, and whether each holds the leader's lock. Columns that may not be
-#: seen are null. `lead` explains the lock.
+#: seen are null.
 SESSIONS = f"""
     SELECT a.pid, coalesce(a.application_name, ''), host(a.client_addr), a.backend_start,
            lock.pid IS NOT NULL
       FROM pg_stat_activity AS a
-      LEFT JOIN (
-           SELECT pid FROM pg_locks
-            WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock'
-              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-              AND classid = 'pg_eventstream_event'::regclass AND objid = {LEADER_LOCK}
-              AND objsubid = 2
-           ) AS lock ON lock.pid = a.pid
+      LEFT JOIN ({LEADERS}) AS lock ON lock.pid = a.pid
      WHERE lock.pid IS NOT NULL
         OR a.datname = current_database() AND a.application_name = '{PUBLISHER_SESSION}'
      ORDER BY a.pid

@@ -202,7 +202,7 @@ def _explain_unverified(measured: Measured) -> Finding | None:
     return broken(
         code,
         f"The request came through a GRIP proxy, but its signature does not count: {reason}. So the"
-        " application does not use the proxy: under ASGI it streams by itself, and under WSGI it"
+        " application does not use the proxy: under ASGI it streams directly, and under WSGI it"
         " answers 501.",
         remedy,
     )
@@ -212,7 +212,7 @@ def _no_proxy(url: str) -> Finding:
     if getattr(settings, "GRIP_PROXY_REQUIRED", False):
         why = "GRIP_PROXY_REQUIRED allows no other way"
     else:
-        why = "under WSGI the application cannot stream by itself"
+        why = "under WSGI the application cannot stream directly"
     to_proxy = "the proxy's address" if conf.grip_proxies else "a proxy, and set GRIP_URL"
     return broken(
         "no-proxy",

@@ -21,11 +21,12 @@ from ...backoff import Backoff
 from ...channels import is_reliable
 from ...conf import conf, proxy_name
 from ...errors import InvalidRequest
+from ...liveness import LATE_SECONDS
 from ...postgres.connector import Connector, explain, fetch_one
 from ...postgres.listener import NEWS, Listener
-from ...postgres.locks import LEADER_LOCK
 from ...postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
 from ...postgres.threads import return_connections
+from ..queries import HUB_SESSION, LEADERS
 from .places import FetchRow, first_since
 
 _PAGE_EVENTS = 500
@@ -358,22 +359,16 @@ class Tail:
         # Through a pooler, a publisher has no lock for long, and only its heartbeat shows.
         (is_sequenced,) = fetch_one(
             connection,
-            """
-            SELECT EXISTS (
-                   SELECT FROM pg_locks
-                    WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock'
-                      AND database = (SELECT oid FROM pg_database
-                                       WHERE datname = current_database())
-                      AND classid = 'pg_eventstream_event'::regclass AND objid = %s
-                      AND objsubid = 2)
+            f"""
+            SELECT EXISTS ({LEADERS})
                 OR EXISTS (
                    SELECT FROM pg_stat_activity
-                    WHERE datname = current_database() AND application_name = 'pg_eventstream hub')
+                    WHERE datname = current_database() AND application_name = %s)
                 OR EXISTS (
                    SELECT FROM pg_eventstream_publisher
-                    WHERE heartbeat > statement_timestamp() - interval '30 seconds')
-            """,
-            [LEADER_LOCK],
+                    WHERE heartbeat > statement_timestamp() - make_interval(secs => %s))
+            """,  # noqa: S608
+            [HUB_SESSION, LATE_SECONDS],
         )
         if not is_sequenced:
             self._said_nobody = True
