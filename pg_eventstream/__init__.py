@@ -11,6 +11,7 @@ The path of an event:
     endpoint        opens and continues streams; `views` has the Django views
     static/         the browser client
     events          reads events in Python
+    consumers/      functions of the project that handle each event once, in order
 
 Shared by these:
 

@@ -5,6 +5,10 @@ EventStreamError
 ├── InvalidRequest        the request for a stream is malformed
 ├── ResumeNotAllowed      a client resumes after a stream-error
 ├── EventsPruned          a subscription asks for events that have been pruned
+│   └── ConsumerMissedEvents   a consumer does: they were pruned before it had handled them
+├── CheckpointAhead       a consumer has handled more events than there are
+├── UnknownConsumer       there is no consumer of this name, or it has another name now
+├── ConsumerStopped       a consumer cannot go on before a person has decided
 ├── EventPermissionError  the user may not read some of the requested channels
 ├── NotLeading            another publisher leads, and only the leader publishes
 └── NotPublished          eventstream_publisher --once could not publish everything
@@ -44,6 +48,42 @@ class EventsPruned(EventStreamError):
             f"The next events of {', '.join(channels)} have been pruned. Read the current state"
             f" again, and continue from {last_event_id!r}."
         )
+
+
+class ConsumerMissedEvents(EventsPruned):
+    """Events up to ``position`` were pruned before the consumer had handled them."""
+
+    def __init__(self, consumer: str, slot: int, position: int) -> None:
+        self.channels = []
+        self.last_event_id = ""
+        self.position = position
+        EventStreamError.__init__(
+            self,
+            f"Events that the consumer {consumer!r} had not handled were pruned, up to position"
+            f" {position} (slot {slot}). Repair what it has made of the events, and let it"
+            f" continue: manage.py eventstream_consumers reset {consumer} --to earliest",
+        )
+
+
+class CheckpointAhead(EventStreamError):
+    """A consumer has handled more events than there are: the stream was emptied or restored."""
+
+    def __init__(self, consumer: str, slot: int, position: int, last: int) -> None:
+        super().__init__(
+            f"The consumer {consumer!r} has handled events up to position {position} (slot {slot}),"
+            f" but of these the stream has only those up to {last}: it was emptied, restored or"
+            " replaced. Repair what the consumer has made of the events, and let it continue:"
+            f" manage.py eventstream_consumers reset {consumer} --to {max(last, 0)}, or --to"
+            " earliest",
+        )
+
+
+class UnknownConsumer(EventStreamError):
+    """There is no consumer of this name, or it has another name now."""
+
+
+class ConsumerStopped(EventStreamError):
+    """A consumer cannot go on before a person has decided. The message says what to do."""
 
 
 class EventPermissionError(EventStreamError):

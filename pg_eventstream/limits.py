@@ -58,6 +58,18 @@ class Limits:
     proxy_connect: float = 3.0
     proxy_answer: float = 10.0
 
+    # Consumers
+
+    #: The interval of sharing slots among processes, and of looking for hanging handlers.
+    share: float = 0.5
+    #: How long progress over events that a consumer does not handle stays unwritten.
+    checkpoint: float = 1.0
+    #: How often an event is tried again after a serialization failure or a deadlock, before that
+    #: counts as an attempt.
+    transient: int = 10
+    #: The wait for handlers when a process stops; after that, their transactions are rolled back.
+    handler: float = 20.0
+
     # Items
 
     #: Pushpin refuses a body over 1,000,000 bytes (src/handler/handlerengine.cpp).

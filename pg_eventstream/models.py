@@ -1,7 +1,7 @@
 """The tables. `Event` is the public contract: an INSERT into it sends an event.
 
 Senders only insert; they take no lock that another sender waits for. All other tables are written
-by the database functions in ``sql/`` and by the publisher, never by application code.
+by the database functions in ``sql/``, by the publisher and by consumers, never by application code.
 """
 
 from __future__ import annotations
@@ -341,3 +341,124 @@ class Report(Loadable):
 
     def __str__(self) -> str:
         return self.name
+
+
+class Consumer(Loadable):
+    """A durable consumer, as its code declares it. The other tables refer to its id, so that it can
+    be renamed.
+    """
+
+    id = models.AutoField(primary_key=True)
+    name = models.CharField(max_length=255, unique=True)
+    former_names = TextArrayField(
+        default=list, db_default=[], help_text="Code that has one of these is too old to run."
+    )
+    channels = TextArrayField(
+        default=list, db_default=[], help_text="With no prefixes either, it handles all channels."
+    )
+    prefixes = TextArrayField(default=list, db_default=[])
+    paused = models.BooleanField(default=False, db_default=False)
+    epoch = models.BigIntegerField(
+        default=0, db_default=0, help_text="Increases when anything but handling changes it."
+    )
+    created = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        permissions = [("operate_consumer", "Can pause, resume, reset and remove consumers")]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Checkpoint(Loadable):
+    """How far one slot of a consumer has handled the stream: all up to ``position``.
+
+    One row per slot, whose key changes with each write. So it is found at once by its key, even if
+    a session holds an old snapshot and none of its dead versions can be vacuumed. The row is
+    written first in each transaction that handles events: this locks it and compares it with what
+    the process believes, so that no event is handled twice.
+
+    ``epoch`` is that of the consumer. Whatever pauses, resets, or otherwise changes a consumer
+    increases it in all of the consumer's checkpoints, so that no transaction that began before can
+    commit.
+    """
+
+    pk = models.CompositePrimaryKey("consumer_id", "slot", "epoch", "position")
+    consumer = models.ForeignKey(
+        Consumer, on_delete=models.DO_NOTHING, db_constraint=False, db_index=False, related_name="+"
+    )
+    slot = models.SmallIntegerField()
+    epoch = models.BigIntegerField()
+    position = models.BigIntegerField()
+    incarnation = models.BigIntegerField(help_text="In which this position counts.")
+
+    def __str__(self) -> str:
+        return f"consumer {self.consumer_id}, slot {self.slot}: {self.position}"
+
+
+class Slot(Loadable):
+    """What is known about one slot of a consumer, besides its checkpoint. Written rarely."""
+
+    pk = models.CompositePrimaryKey("consumer_id", "slot")
+    consumer = models.ForeignKey(
+        Consumer, on_delete=models.DO_NOTHING, db_constraint=False, db_index=False, related_name="+"
+    )
+    slot = models.SmallIntegerField()
+    holder = models.TextField(
+        default="",
+        db_default="",
+        help_text="host:pid of who handles its events. Empty if it stopped in order.",
+    )
+    heartbeat = models.DateTimeField(null=True)
+    failing = models.BigIntegerField(
+        null=True, help_text="The position of the event whose attempts are counted."
+    )
+    attempts = models.IntegerField(default=0, db_default=0)
+    error = models.TextField(default="", db_default="")
+    retry_at = models.DateTimeField(null=True, help_text="Null if it is stopped, or nothing fails.")
+    stopped = models.BooleanField(default=False, db_default=False)
+    lost = models.BigIntegerField(
+        null=True, help_text="The last event that was pruned before this slot could handle it."
+    )
+    replay_to = models.BigIntegerField(
+        null=True, help_text="Events up to this position had been handled before a reset."
+    )
+
+    def __str__(self) -> str:
+        return f"consumer {self.consumer_id}, slot {self.slot}"
+
+
+class Parked(Loadable):
+    """An event that a consumer could not handle: a copy, which pruning does not take."""
+
+    id = models.BigAutoField(primary_key=True)
+    consumer = models.ForeignKey(
+        Consumer, on_delete=models.DO_NOTHING, db_constraint=False, db_index=False, related_name="+"
+    )
+    slot = models.SmallIntegerField()
+    position = models.BigIntegerField()
+    channel = models.CharField(max_length=255)
+    number = models.BigIntegerField(help_text="The number in the event's id.")
+    type = models.CharField(max_length=255)
+    data = models.TextField()
+    meta = models.JSONField(null=True)
+    created = models.DateTimeField()
+    committed_at = models.DateTimeField(null=True)
+    error = models.TextField()
+    traceback = models.TextField()
+    attempts = models.IntegerField()
+    parked_at = models.DateTimeField(db_default=Now())
+    retry = models.BooleanField(
+        default=False, db_default=False, help_text="Whether the slot's holder shall try it again."
+    )
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["consumer", "channel", "position"], name="pg_eventstream_parked_event"
+            )
+        ]
+        permissions = [("retry_parked", "Can retry and skip parked events")]
+
+    def __str__(self) -> str:
+        return f"{self.channel}:{self.number}"

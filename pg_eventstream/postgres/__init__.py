@@ -9,6 +9,7 @@ sessions.
     threads      a few threads that read the database for the event loop
     locks        the advisory locks
     sequence     puts committed events in order
+    slots        the 16 slots of a consumer
     report       what processes say about themselves
 
 Imports only `limits` from the package.

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 BELL = "pg_eventstream"
 #: The channel that sequence() notifies when there are new rows in the stream.
 NEWS = "pg_eventstream_news"
+#: The channel that is notified when a consumer was paused, reset, or otherwise changed.
+CONSUMERS = "pg_eventstream_consumers"
 
 #: The seconds between two polls if LISTEN does not work.
 DEAF_POLL = 0.1

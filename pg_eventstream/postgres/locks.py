@@ -11,3 +11,19 @@ BELL_LOCK, LEADER_LOCK = 1, 2
 
 #: Held by a transaction that sequences or that prunes: one at a time.
 SEQUENCE_LOCK, PRUNE_LOCK = 3, 4
+
+#: Above this are the locks of consumers, 32 numbers for each: `consumer_lock`.
+_CONSUMERS = 64
+_PER_CONSUMER = 32
+#: Held in share mode by each process that runs the consumer. Below it are its slots.
+MEMBER = 16
+
+
+def consumer_lock(consumer_id: int, slot: int) -> int:
+    """The lock that a process holds while it handles the events of a slot, or `MEMBER`."""
+    return _CONSUMERS + _PER_CONSUMER * consumer_id + slot
+
+
+def owner_of(lock: int) -> tuple[int, int]:
+    """The consumer and the slot of `consumer_lock`."""
+    return divmod(lock - _CONSUMERS, _PER_CONSUMER)

@@ -119,6 +119,44 @@ def _is_sequenced(connection: Connection, snapshot: str) -> bool:
     return bool(row and row[0])
 
 
+def reached(connection: Connection, snapshot: str) -> int | None:
+    """The last position, if all events that are visible in the snapshot are sequenced.
+
+    None if some are not. It needs no right to sequence, and reads little: the conditions are those
+    of pg_eventstream_sequence().
+    """
+    is_waiting, position = fetch_one(connection, _REACHED, {"snapshot": snapshot})
+    return None if is_waiting else int(position or 0)
+
+
+_REACHED = """
+    WITH c AS MATERIALIZED (
+        SELECT position, snapshot, until, done,
+               cluster = (SELECT system_identifier FROM pg_control_system()) AS known
+          FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1
+    )
+    SELECT EXISTS (SELECT FROM c WHERE NOT known)
+           OR EXISTS (
+              SELECT FROM c CROSS JOIN LATERAL pg_snapshot_xip(c.snapshot) AS part (xid)
+               CROSS JOIN LATERAL (
+                     SELECT FROM pg_eventstream_outbox
+                      WHERE xid = part.xid
+                        AND seq > CASE WHEN pg_visible_in_snapshot(part.xid, c.until)
+                                       THEN c.done ELSE 0 END
+                      OFFSET 0) AS o
+               WHERE pg_visible_in_snapshot(part.xid, %(snapshot)s::pg_snapshot))
+           OR EXISTS (
+              SELECT FROM c CROSS JOIN LATERAL (
+                     SELECT xid FROM pg_eventstream_outbox
+                      WHERE xid >= pg_snapshot_xmax(c.snapshot) ORDER BY xid, seq OFFSET 0) AS o
+               WHERE pg_visible_in_snapshot(o.xid, %(snapshot)s::pg_snapshot))
+           OR NOT EXISTS (SELECT FROM c) AND EXISTS (
+              SELECT FROM pg_eventstream_outbox
+               WHERE pg_visible_in_snapshot(xid, %(snapshot)s::pg_snapshot)),
+           (SELECT position FROM c)
+"""
+
+
 def last_position(connection: Connection) -> int:
     """The position of the newest event in the stream; 0 if there was none yet."""
     (position,) = fetch_one(connection, f"SELECT max(position) FROM {CURSOR} AS c")  # noqa: S608

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from argparse import ArgumentParser, _SubParsersAction
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -103,11 +104,18 @@ COMMANDS = sorted(path.stem for path in (PACKAGE / "management" / "commands").gl
 
 
 def options_of(command: BaseCommand, base: BaseCommand) -> set[str]:
-    def named(one: BaseCommand) -> set[str]:
-        parser = one.create_parser("manage.py", "command")
-        return {name for action in parser._actions for name in action.option_strings}
+    def named(parser: ArgumentParser) -> set[str]:
+        names: set[str] = set()
+        for action in parser._actions:
+            names.update(action.option_strings)
+            if isinstance(action, _SubParsersAction):
+                names.update(*map(named, action.choices.values()))
+        return names
 
-    return named(command) - named(base)
+    def parser_of(one: BaseCommand) -> ArgumentParser:
+        return one.create_parser("manage.py", "command")
+
+    return named(parser_of(command)) - named(parser_of(base))
 
 
 def test_commands() -> None:

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
 #: The last commits with exactly the migrations up to these.
 COMMITS = {
+    "0009": "c108e64fffea03b41cd8e56516ebccb20cf3a930",
     "0006": "95378dcb777ea179c188a82a0f0d25d5608f47dc",
     "0005": "03bc6b9766ff250d96e625479200a6b17fefa39b",
     "0001": "f1b391250490b4468b8c0344d206e99eb54945c9",

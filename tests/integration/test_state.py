@@ -40,7 +40,7 @@ def test_new_database(database: Database) -> None:
     assert state.listens
     assert not state.is_standby
     assert abs(state.clock_seconds) < 5
-    assert len(state.tables) == 8
+    assert len(state.tables) == 12
 
 
 def test_waiting_events_are_those_that_the_next_call_puts_in_order(database: Database) -> None:
@@ -375,7 +375,7 @@ def test_role_without_rights_sees_what_everybody_sees(database: Database) -> Non
     assert state.unreadable == ["outbox", "publisher", "proxy"]
     assert (state.waiting.count, state.unseen, state.publisher) == (None, None, None)
     assert state.server_version
-    assert len(state.tables) == 8
+    assert len(state.tables) == 12
     # All but the numbers that were drawn for events.
     tables = "event, stream, outbox, cursor, publisher, proxy".replace(", ", ", pg_eventstream_")
     database.execute(f"GRANT SELECT ON pg_eventstream_{tables} TO stranger")

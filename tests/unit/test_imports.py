@@ -68,13 +68,16 @@ MAY_IMPORT = {
 }
 #: The modules that a folder must not import.
 MUST_NOT_IMPORT = {
-    "grip": ["streams", "publisher", "endpoint", "views", "management", "operate"],
-    "streams": ["grip", "publisher", "endpoint", "views", "management", "operate"],
-    "publisher": ["streams", "endpoint", "views", "management", "operate"],
+    "grip": ["streams", "publisher", "endpoint", "views", "management", "operate", "consumers"],
+    "streams": ["grip", "publisher", "endpoint", "views", "management", "operate", "consumers"],
+    "publisher": ["streams", "endpoint", "views", "management", "operate", "consumers"],
     "tables": ["grip", "streams", "publisher", "endpoint", "views"],
     "operate": ["publisher", "views", "management", "admin"],
-    "send": ["operate"],
-    "endpoint": ["operate"],
+    "consumers": [
+        *("grip", "streams", "publisher", "endpoint", "views", "management", "admin", "operate")
+    ],
+    "send": ["operate", "consumers"],
+    "endpoint": ["operate", "consumers"],
     "demo": ["publisher", "grip", "streams", "postgres"],
 }
 

@@ -1,0 +1,24 @@
+"""Durable consumers: functions that handle each event once, in order.
+
+    declare      the decorator, and the list of all consumers
+    event        events as consumers get them; old versions of their data
+    checkpoints  what is stored: how far each slot is, what fails
+    reader       reads a page of the stream
+    handling     the transaction of a handler
+    runner       handles the events of the slots that a process holds, on one thread per consumer
+    parked       events that could not be handled
+    share        distributes the slots among processes, and sequences where no publisher does
+    worker       one process: the runners, and the watch over handlers that hang
+    supervisor   starts the processes, and replaces those that end
+    waiting      waits until a consumer has handled what was committed
+
+A consumer has 16 slots (`postgres.slots`), each with a checkpoint of its own. A process holds the
+session lock of a slot while it handles the slot's events.
+
+Imports neither `publisher`, `streams`, `grip` nor `operate`.
+"""
+
+from .declare import Consumer, Retry, consumer
+from .event import ConsumedEvent, upcast
+
+__all__ = ["ConsumedEvent", "Consumer", "Retry", "consumer", "upcast"]

@@ -1,0 +1,318 @@
+"""What consumers store: how far each slot is, what fails, and parked events.
+
+All functions take a psycopg connection. Those that handle events run on Django's, in the
+transaction of the handler; others need one in autocommit mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import psycopg
+
+from ..errors import UnknownConsumer
+from ..postgres.connector import fetch_one
+from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
+from ..postgres.sequence import CURSOR
+from ..postgres.slots import SLOTS
+from .declare import Consumer
+
+Connection = psycopg.Connection[Any]
+
+#: The characters of an error and of a traceback that are stored.
+ERROR_LENGTH, TRACEBACK_LENGTH = 2000, 20_000
+
+#: The position after which a consumer begins. Imported events have positions below 1.
+EARLIEST = f"""
+    SELECT coalesce((SELECT position - 1 FROM pg_eventstream_stream ORDER BY position LIMIT 1),
+                    (SELECT position FROM {CURSOR} AS c), 0)
+"""  # noqa: S608
+LATEST = f"SELECT coalesce((SELECT position FROM {CURSOR} AS c), 0)"  # noqa: S608
+
+#: A consumer's checkpoints: the row with the highest key of each slot.
+CHECKPOINTS = f"""
+    (SELECT checkpoint.*
+       FROM generate_series(0, {SLOTS - 1}) AS of (slot)
+      CROSS JOIN LATERAL (
+            SELECT * FROM pg_eventstream_checkpoint
+             WHERE consumer_id = {{consumer_id}} AND slot = of.slot
+             ORDER BY epoch DESC, position DESC LIMIT 1) AS checkpoint)
+"""  # noqa: S608
+
+
+class Move(NamedTuple):
+    """A checkpoint's old key and its new position."""
+
+    slot: int
+    epoch: int
+    old: int
+    new: int
+
+
+@dataclass(slots=True)
+class SlotState:
+    """What is stored about a slot when a process takes it."""
+
+    slot: int
+    epoch: int
+    position: int
+    incarnation: int
+    #: The process that had the slot and has not released it. None if it stopped in order.
+    last_holder: str | None
+    failing: int | None
+    attempts: int
+    error: str
+    retry_seconds: float | None
+    stopped: bool
+    replay_to: int | None
+
+
+def register(connection: Connection, consumer: Consumer) -> int:
+    """Create the consumer's rows, unless they exist. Returns its id.
+
+    Raises `UnknownConsumer` if the consumer has another name now.
+    """
+    with connection.transaction():
+        found = connection.execute(
+            """
+            UPDATE pg_eventstream_consumer SET channels = %(channels)s, prefixes = %(prefixes)s
+             WHERE name = %(name)s AND (channels, prefixes) <> (%(channels)s, %(prefixes)s)
+            """,
+            _filters(consumer),
+        )
+        row = connection.execute(
+            "SELECT id FROM pg_eventstream_consumer WHERE name = %s", [consumer.name]
+        ).fetchone()
+        if row is None:
+            return _create(connection, consumer)
+        if found.rowcount:
+            # What is pruned without being handled is decided by these.
+            _lock_out_pruner(connection)
+        return int(row[0])
+
+
+def _create(connection: Connection, consumer: Consumer) -> int:
+    renamed = connection.execute(
+        "SELECT name FROM pg_eventstream_consumer WHERE %s = ANY(former_names)", [consumer.name]
+    ).fetchone()
+    if renamed is not None:
+        raise UnknownConsumer(
+            f"The consumer {consumer.name!r} was renamed to {renamed[0]!r}. Rename it in the code,"
+            f" too ({consumer.place}); or, for a new consumer, choose a name that was not used"
+            " before."
+        )
+    # From here on, the pruner sees the checkpoints.
+    _lock_out_pruner(connection)
+    (start,) = fetch_one(connection, EARLIEST if consumer.start == "earliest" else LATEST)
+    row = connection.execute(
+        """
+        INSERT INTO pg_eventstream_consumer (name, channels, prefixes)
+        VALUES (%(name)s, %(channels)s, %(prefixes)s) ON CONFLICT (name) DO NOTHING RETURNING id
+        """,
+        _filters(consumer),
+    ).fetchone()
+    if row is None:  # another process was faster
+        (consumer_id,) = fetch_one(
+            connection, "SELECT id FROM pg_eventstream_consumer WHERE name = %s", [consumer.name]
+        )
+        return int(consumer_id)
+    connection.execute(
+        f"""
+        INSERT INTO pg_eventstream_checkpoint (consumer_id, slot, epoch, position, incarnation)
+        SELECT %s, slot, 0, %s, coalesce((SELECT incarnation FROM {CURSOR} AS c), 0)
+          FROM generate_series(0, {SLOTS - 1}) AS slot
+        """,  # noqa: S608
+        [row[0], start],
+    )
+    connection.execute(
+        "INSERT INTO pg_eventstream_slot (consumer_id, slot)"
+        " SELECT %s, slot FROM generate_series(0, %s) AS slot",
+        [row[0], SLOTS - 1],
+    )
+    return int(row[0])
+
+
+def _lock_out_pruner(connection: Connection) -> None:
+    connection.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
+
+
+def _filters(consumer: Consumer) -> dict[str, Any]:
+    return {
+        "name": consumer.name,
+        "channels": list(consumer.channels),
+        "prefixes": list(consumer.prefixes),
+    }
+
+
+def take(
+    connection: Connection, consumer_id: int, slots: Iterable[int], holder: str
+) -> list[SlotState]:
+    """Write down who handles the events of these slots. Returns what is stored about them."""
+    rows = connection.execute(
+        f"""
+        WITH old AS MATERIALIZED (
+            SELECT * FROM pg_eventstream_slot
+             WHERE consumer_id = %(id)s AND slot = ANY(%(slots)s) ORDER BY slot FOR UPDATE
+        ), taken AS (
+            UPDATE pg_eventstream_slot AS s
+               SET holder = %(holder)s, heartbeat = statement_timestamp()
+              FROM old WHERE (s.consumer_id, s.slot) = (old.consumer_id, old.slot)
+        )
+        SELECT slot, c.epoch, c.position, c.incarnation, nullif(nullif(old.holder, %(holder)s), ''),
+               old.failing, old.attempts, old.error,
+               greatest(extract(epoch FROM old.retry_at - statement_timestamp()), 0)::float8,
+               old.stopped, old.replay_to
+          FROM old JOIN {CHECKPOINTS.format(consumer_id="%(id)s")} AS c USING (slot)
+         ORDER BY slot
+        """,  # noqa: S608
+        {"id": consumer_id, "slots": list(slots), "holder": holder},
+    ).fetchall()
+    return [SlotState(*row) for row in rows]
+
+
+def release(connection: Connection, consumer_id: int, slots: Iterable[int], holder: str) -> None:
+    """Write down that this holder has stopped in order, so that no attempt is counted."""
+    connection.execute(
+        "UPDATE pg_eventstream_slot SET holder = ''"
+        " WHERE consumer_id = %s AND slot = ANY(%s) AND holder = %s",
+        [consumer_id, list(slots), holder],
+    )
+
+
+def beat(connection: Connection, held: Iterable[tuple[int, int]], holder: str) -> None:
+    """Write down that the holder of these slots, each with its consumer, is at work."""
+    consumers, slots = zip(*held, strict=True)
+    connection.execute(
+        """
+        UPDATE pg_eventstream_slot AS s SET heartbeat = statement_timestamp()
+          FROM unnest(%s::int[], %s::smallint[]) AS held (consumer_id, slot)
+         WHERE (s.consumer_id, s.slot) = (held.consumer_id, held.slot) AND s.holder = %s
+        """,
+        [list(consumers), list(slots), holder],
+    )
+
+
+def move(connection: Connection, consumer_id: int, moves: list[Move], incarnation: int) -> bool:
+    """Move checkpoints. Returns False if another process or a command has moved one of them.
+
+    The rows stay locked until the transaction ends. If another transaction has locked one, this
+    waits for it, and then compares with what that has written (PostgreSQL: READ COMMITTED).
+    """
+    if len(moves) == 1:
+        slot, epoch, old, new = moves[0]
+        moved = connection.execute(
+            """
+            UPDATE pg_eventstream_checkpoint SET position = %s, incarnation = %s
+             WHERE consumer_id = %s AND slot = %s AND epoch = %s AND position = %s
+            """,
+            [new, incarnation, consumer_id, slot, epoch, old],
+        )
+    else:
+        slots, epochs, olds, news = (list(column) for column in zip(*moves, strict=True))
+        moved = connection.execute(
+            """
+            UPDATE pg_eventstream_checkpoint AS c SET position = m.new, incarnation = %s
+              FROM unnest(%s::smallint[], %s::bigint[], %s::bigint[], %s::bigint[])
+                   AS m (slot, epoch, old, new)
+             WHERE c.consumer_id = %s AND c.slot = m.slot AND c.epoch = m.epoch
+               AND c.position = m.old
+            """,
+            [incarnation, slots, epochs, olds, news, consumer_id],
+        )
+    return moved.rowcount == len(moves)
+
+
+def lock(connection: Connection, consumer_id: int, slot: int, epoch: int, position: int) -> bool:
+    """Lock a checkpoint without moving it. Returns False if it was moved."""
+    row = connection.execute(
+        "SELECT FROM pg_eventstream_checkpoint WHERE consumer_id = %s AND slot = %s AND epoch = %s"
+        " AND position = %s FOR UPDATE",
+        [consumer_id, slot, epoch, position],
+    ).fetchone()
+    return row is not None
+
+
+def record_failure(
+    connection: Connection,
+    consumer_id: int,
+    slot: int,
+    *,
+    position: int | None,
+    attempts: int,
+    error: str,
+    retry_seconds: float | None = None,
+    stopped: bool = False,
+) -> None:
+    """Write down why a slot does not go on, and when it tries again."""
+    connection.execute(
+        """
+        UPDATE pg_eventstream_slot
+           SET failing = %s, attempts = %s, error = %s, stopped = %s,
+               retry_at = statement_timestamp() + make_interval(secs => %s)
+         WHERE consumer_id = %s AND slot = %s
+        """,
+        [
+            position,
+            attempts,
+            storable(error, ERROR_LENGTH),
+            stopped,
+            retry_seconds,
+            consumer_id,
+            slot,
+        ],
+    )
+
+
+def forget_failure(connection: Connection, consumer_id: int, slot: int) -> None:
+    connection.execute(
+        """
+        UPDATE pg_eventstream_slot
+           SET failing = NULL, attempts = 0, error = '', stopped = false, retry_at = NULL
+         WHERE consumer_id = %s AND slot = %s
+        """,
+        [consumer_id, slot],
+    )
+
+
+def park(
+    connection: Connection,
+    consumer_id: int,
+    slot: int,
+    position: int,
+    *,
+    error: str,
+    traceback: str,
+    attempts: int,
+) -> bool:
+    """Copy an event, so that pruning does not take it. Returns False if it is already pruned."""
+    parked = connection.execute(
+        """
+        INSERT INTO pg_eventstream_parked (consumer_id, slot, position, channel, number, type, data,
+                                           meta, created, committed_at, error, traceback, attempts)
+        SELECT %s, %s, s.position, s.channel, s.eid + coalesce(s.incarnation, 0), e.type, e.data,
+               e.meta, e.created, s.committed_at, %s, %s, %s
+          FROM pg_eventstream_stream AS s JOIN pg_eventstream_event AS e ON e.id = s.event_id
+         WHERE s.position = %s
+        ON CONFLICT (consumer_id, channel, position)
+        DO UPDATE SET error = excluded.error, traceback = excluded.traceback,
+                      attempts = excluded.attempts, parked_at = excluded.parked_at, retry = false
+        """,
+        [
+            consumer_id,
+            slot,
+            storable(error, ERROR_LENGTH),
+            storable(traceback, TRACEBACK_LENGTH),
+            attempts,
+            position,
+        ],
+    )
+    return parked.rowcount == 1
+
+
+def storable(text: str, length: int) -> str:
+    """The text without what PostgreSQL cannot store, and its end if it is longer."""
+    if len(text) > length:
+        text = "…" + text[1 - length :]
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()

@@ -1,0 +1,168 @@
+"""Parked events: those that a consumer could not handle."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+
+from django.db import transaction
+
+from . import checkpoints
+from .checkpoints import Connection, storable
+from .declare import Consumer
+from .event import event_id
+from .handling import SlotLost, check_transaction, describe, raw_connection
+from .reader import make_event
+
+logger = logging.getLogger(__name__)
+
+_REQUESTED = """
+    SELECT id, slot, position, channel, number, type, data, meta::text, created, committed_at,
+           attempts
+      FROM pg_eventstream_parked
+     WHERE consumer_id = %s AND retry AND slot = ANY(%s)
+     ORDER BY position LIMIT 100
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedEvent:
+    """A parked event that is to be tried again."""
+
+    id: int
+    slot: int
+    position: int
+    channel: str
+    number: int
+    type: str
+    data: str
+    meta: str | None
+    created: datetime
+    committed_at: datetime | None
+    attempts: int
+
+
+def requested(
+    connection: Connection, consumer_id: int, slots: Collection[int]
+) -> list[ParkedEvent]:
+    """Events that a command has asked to try again, in order. Up to 100."""
+    rows = connection.execute(_REQUESTED, [consumer_id, list(slots)]).fetchall()
+    return [ParkedEvent(*row) for row in rows]
+
+
+def channels_of(
+    connection: Connection, consumer_id: int, slots: Collection[int]
+) -> dict[int, set[str]]:
+    """The channels of parked events, by slot."""
+    rows = connection.execute(
+        "SELECT DISTINCT slot, channel FROM pg_eventstream_parked"
+        " WHERE consumer_id = %s AND slot = ANY(%s)",
+        [consumer_id, list(slots)],
+    ).fetchall()
+    channels: defaultdict[int, set[str]] = defaultdict(set)
+    for slot, channel in rows:
+        channels[slot].add(channel)
+    return channels
+
+
+def retry(
+    alias: str,
+    consumer: Consumer,
+    consumer_id: int,
+    place: tuple[int, int, int],
+    event: ParkedEvent,
+) -> bool:
+    """Try a parked event once. Returns whether it was handled; otherwise it stays parked.
+
+    ``place`` is the slot with its epoch and position. Raises `SlotLost` if the process does not
+    hold it any more.
+    """
+    connection = raw_connection(alias)
+    # First, so that an event that ends the process is not tried again without being asked.
+    begun = connection.execute(
+        "UPDATE pg_eventstream_parked SET retry = false, attempts = attempts + 1"
+        " WHERE id = %s AND retry",
+        [event.id],
+    )
+    if not begun.rowcount:
+        return False
+    try:
+        with transaction.atomic(using=alias):
+            connection = raw_connection(alias)
+            if not checkpoints.lock(connection, consumer_id, *place):
+                raise SlotLost
+            deleted = connection.execute(
+                "DELETE FROM pg_eventstream_parked WHERE id = %s", [event.id]
+            )
+            if not deleted.rowcount:
+                return False
+            consumer.handler(
+                make_event(
+                    event.channel,
+                    event.number,
+                    event.type,
+                    event.data,
+                    event.meta,
+                    event.position,
+                    event.created,
+                    event.committed_at,
+                    replayed=False,
+                    attempt=event.attempts + 1,
+                )
+            )
+            check_transaction(alias, connection)
+    except SlotLost:
+        raise
+    except (Exception, SystemExit) as e:  # noqa: BLE001
+        _still_parked(raw_connection(alias), consumer, consumer_id, event, e)
+        return False
+    logger.info(
+        "consumer %s: parked event %s is handled",
+        consumer.name,
+        event_id(event.channel, event.number),
+        extra={
+            "event": "parked-event-handled",
+            "consumer": consumer.name,
+            "position": event.position,
+        },
+    )
+    return True
+
+
+def _still_parked(
+    connection: Connection,
+    consumer: Consumer,
+    consumer_id: int,
+    event: ParkedEvent,
+    error: BaseException,
+) -> None:
+    connection.execute(
+        "UPDATE pg_eventstream_parked SET error = %s, traceback = %s WHERE id = %s",
+        [
+            storable(describe(error), checkpoints.ERROR_LENGTH),
+            storable("".join(traceback.format_exception(error)), checkpoints.TRACEBACK_LENGTH),
+            event.id,
+        ],
+    )
+    if consumer.on_failure == "park-channel":
+        # Its later events wait for it.
+        connection.execute(
+            "UPDATE pg_eventstream_parked SET retry = false"
+            " WHERE consumer_id = %s AND channel = %s AND retry",
+            [consumer_id, event.channel],
+        )
+    logger.warning(
+        "consumer %s: parked event %s failed again: %s",
+        consumer.name,
+        event_id(event.channel, event.number),
+        describe(error),
+        extra={
+            "event": "parked-event-failed",
+            "consumer": consumer.name,
+            "position": event.position,
+        },
+    )

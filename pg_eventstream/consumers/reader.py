@@ -1,0 +1,184 @@
+"""Reads a page of the stream, once for all slots of a process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import psycopg
+
+from ..channels import is_reliable
+from ..postgres.sequence import CURSOR, Cursor
+from ..postgres.slots import SLOTS, follows_sql, slot_of, slot_sql
+from ..sse import INCARNATION
+from .declare import Consumer
+from .event import ConsumedEvent, event_id
+
+Connection = psycopg.Connection[Any]
+
+#: The positions of a page.
+PAGE_POSITIONS = 500
+# Larger data are read when the event is handled.
+_DATA_BYTES = 64_000
+
+# One statement, so that events that are missing and what the pruner wrote about them are seen
+# together. Events are looked up one by one (OFFSET 0), so that no statistics lead to reading all.
+_PAGE = f"""
+    WITH page AS MATERIALIZED (
+        SELECT * FROM pg_eventstream_stream
+         WHERE position > %(after)s ORDER BY position LIMIT %(limit)s
+    )
+    SELECT c.*, k.*, page.*, found.*
+      FROM (SELECT) AS always
+      LEFT JOIN {CURSOR} AS c ON true
+      LEFT JOIN (
+           SELECT name, epoch, paused,
+                  ARRAY(SELECT ARRAY[slot, lost] FROM pg_eventstream_slot
+                         WHERE consumer_id = %(id)s AND lost IS NOT NULL) AS lost
+             FROM pg_eventstream_consumer WHERE id = %(id)s
+           ) AS k ON true
+      LEFT JOIN (SELECT max(position), count(*) FROM page) AS page (last, count) ON true
+      LEFT JOIN (
+           SELECT s.position, s.channel, s.eid + coalesce(s.incarnation, 0), e.type,
+                  CASE WHEN octet_length(e.data) <= {_DATA_BYTES} THEN e.data END, e.meta::text,
+                  e.created, s.committed_at
+             FROM page AS s
+            CROSS JOIN LATERAL (
+                  SELECT * FROM pg_eventstream_event WHERE id = s.event_id OFFSET 0) AS e
+            WHERE {follows_sql("s.channel", "%(channels)s::text[]", "%(prefixes)s::text[]")}
+              AND (%(slots)s::int[] IS NULL OR {slot_sql("s.channel")} = ANY(%(slots)s::int[]))
+           ) AS found ON true
+     ORDER BY found.position
+"""  # noqa: S608
+
+_DATA = """
+    SELECT e.data
+      FROM pg_eventstream_stream AS s JOIN pg_eventstream_event AS e ON e.id = s.event_id
+     WHERE s.position = %s
+"""
+
+
+@dataclass(slots=True)
+class Row:
+    """An event of the stream that a consumer has to handle. ``data`` is None if it is large."""
+
+    position: int
+    channel: str
+    number: int
+    type: str
+    data: str | None
+    meta: str | None
+    created: datetime
+    committed_at: datetime | None
+
+    @property
+    def slot(self) -> int:
+        return slot_of(self.channel)
+
+    def event(self, data: str, *, replayed: bool, attempt: int) -> ConsumedEvent:
+        return make_event(
+            self.channel,
+            self.number,
+            self.type,
+            data,
+            self.meta,
+            self.position,
+            self.created,
+            self.committed_at,
+            replayed=replayed,
+            attempt=attempt,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The events of some positions, and what was stored about the consumer at the same moment."""
+
+    rows: list[Row]
+    #: The last position of the page.
+    last: int
+    #: Whether there are no more.
+    is_last: bool
+    cursor: Cursor
+    #: The consumer's present name. None if it was removed.
+    name: str | None
+    epoch: int
+    paused: bool
+    #: By slot, the last position that was pruned before it was handled.
+    lost: dict[int, int]
+
+
+def read_page(
+    connection: Connection,
+    consumer: Consumer,
+    consumer_id: int,
+    after: int,
+    slots: Collection[int],
+) -> Page:
+    """Read the events after a position that belong to the slots."""
+    found = connection.execute(
+        _PAGE,
+        {
+            "id": consumer_id,
+            "after": after,
+            "limit": PAGE_POSITIONS,
+            "channels": list(consumer.channels),
+            "prefixes": list(consumer.prefixes),
+            "slots": None if len(slots) == SLOTS else list(slots),
+        },
+    ).fetchall()
+    name, epoch, paused, lost, last, count = found[0][4:10]
+    rows = [Row(*row[10:]) for row in found if row[10] is not None]
+    cursor = Cursor.of(*found[0][:4])
+    is_last = count < PAGE_POSITIONS
+    if is_last:
+        # Rows at the end may be pruned already. All later positions are above the cursor.
+        last = max(after if last is None else last, cursor.position)
+    reliable = {channel: is_reliable(channel) for channel in {row.channel for row in rows}}
+    return Page(
+        rows=[row for row in rows if reliable[row.channel]],
+        last=last,
+        is_last=is_last,
+        cursor=cursor,
+        name=name,
+        epoch=epoch or 0,
+        paused=bool(paused),
+        lost=dict(lost or ()),
+    )
+
+
+def read_data(connection: Connection, position: int) -> str | None:
+    """The data of an event. None if it is pruned."""
+    row = connection.execute(_DATA, [position]).fetchone()
+    return row and row[0]
+
+
+def make_event(
+    channel: str,
+    number: int,
+    event_type: str,
+    data: str,
+    meta: str | None,
+    position: int,
+    created: datetime,
+    committed_at: datetime | None,
+    *,
+    replayed: bool,
+    attempt: int,
+) -> ConsumedEvent:
+    return ConsumedEvent(
+        event_id(channel, number),
+        channel,
+        number % INCARNATION,
+        event_type,
+        data,
+        None if meta is None else json.loads(meta),
+        position,
+        created,
+        committed_at,
+        replayed,
+        attempt,
+    )

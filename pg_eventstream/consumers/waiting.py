@@ -1,0 +1,85 @@
+"""Waits until a consumer has handled what was committed."""
+
+from __future__ import annotations
+
+import time
+
+from django.db import connections
+from django.db.transaction import TransactionManagementError
+
+from ..backoff import Backoff
+from ..conf import conf
+from ..postgres.connector import fetch_one
+from ..postgres.sequence import reached
+from ..postgres.slots import follows_sql, slot_sql
+from .checkpoints import CHECKPOINTS, Connection
+from .declare import Consumer
+from .handling import raw_connection
+
+_FIRST, _LONGEST = 0.005, 0.1
+
+#: The slots that have not handled an event up to a position.
+_UNHANDLED = f"""
+    SELECT c.slot
+      FROM pg_eventstream_consumer AS k
+     CROSS JOIN LATERAL {CHECKPOINTS.format(consumer_id="k.id")} AS c
+     WHERE k.name = %(name)s AND c.position < %(position)s
+       AND EXISTS (
+           SELECT FROM (SELECT channel FROM pg_eventstream_stream
+                         WHERE position > c.position AND position <= %(position)s
+                         ORDER BY position OFFSET 0) AS s
+            WHERE {follows_sql("s.channel", "%(channels)s::text[]", "%(prefixes)s::text[]")}
+              AND {slot_sql("s.channel")} = c.slot)
+"""  # noqa: S608
+
+
+def wait(consumer: Consumer, timeout: float) -> bool:
+    """See `Consumer.wait`."""
+    alias = conf.database
+    refuse_in_transaction(alias, "wait()")
+    connection = raw_connection(alias)
+    (snapshot,) = fetch_one(connection, "SELECT pg_current_snapshot()::text")
+    deadline = time.monotonic() + timeout
+    backoff = Backoff(_FIRST, _LONGEST)
+    position: int | None = None
+    while True:
+        if position is None:
+            position = reached(connection, snapshot)
+        if position is not None and is_handled(connection, consumer, position):
+            return True
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(backoff.next(), left))
+
+
+def is_handled(connection: Connection, consumer: Consumer, position: int) -> bool:
+    """Whether the consumer has handled, or parked, all its events up to a position."""
+    exists = connection.execute(
+        "SELECT FROM pg_eventstream_consumer WHERE name = %s", [consumer.name]
+    ).fetchone()
+    return exists is not None and not unhandled(connection, consumer, position)
+
+
+def unhandled(connection: Connection, consumer: Consumer, position: int) -> set[int]:
+    """The slots that have not handled all their events up to a position."""
+    rows = connection.execute(
+        _UNHANDLED,
+        {
+            "name": consumer.name,
+            "position": position,
+            "channels": list(consumer.channels),
+            "prefixes": list(consumer.prefixes),
+        },
+    ).fetchall()
+    return {slot for (slot,) in rows}
+
+
+def refuse_in_transaction(alias: str, what: str) -> None:
+    """Raise `TransactionManagementError` in an atomic block, whose events are not committed."""
+    if connections[alias].in_atomic_block:
+        raise TransactionManagementError(
+            f"{what} concerns committed events, and this is in transaction.atomic(), so its own"
+            " events are not committed. Call it after the block. In a TestCase, use"
+            " captured_events(deliver=True)."
+        )

@@ -1,0 +1,329 @@
+"""One process that runs consumers: a thread for each, and this loop, which watches over them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from typing import Any
+
+import psycopg
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.signals import connection_created
+
+from ..backoff import Backoff
+from ..checks import first_use
+from ..conf import conf
+from ..errors import ConsumerStopped
+from ..postgres.connector import Connector, explain, fetch_one, plain_sql
+from ..postgres.listener import BELL, CONSUMERS, NEWS
+from ..postgres.sequence import reached
+from ..postgres.watchdog import WatchedConnection
+from . import checkpoints
+from .declare import Consumer
+from .event import event_id
+from .runner import Runner
+from .share import Share
+from .waiting import refuse_in_transaction, unhandled
+
+logger = logging.getLogger(__name__)
+
+_ONCE_POLL = 0.05
+#: The exit status of a process that was ended because a handler took too long.
+HANGS = 75
+
+
+def holder_name() -> str:
+    """The name of this process in the tables: host, pid, and what makes it unique."""
+    return f"{socket.gethostname()}:{os.getpid()}/{secrets.token_hex(3)}"
+
+
+class Worker:
+    """Runs consumers until `stop` is called.
+
+    ``alias`` is the database of the events, on which handlers run. ``connector`` is where its
+    locks are held, which must be the same database over a direct connection.
+    """
+
+    def __init__(
+        self, consumers: Iterable[Consumer], alias: str, connector: Connector | None = None
+    ) -> None:
+        first_use.report()
+        conf.check_numbers()
+        self._alias = alias
+        self._connector = connector or Connector(alias)
+        self._limits = self._connector.limits
+        self._consumers = list(consumers)
+        self._stopping = threading.Event()
+        self._share: Share | None = None
+        self._runners: list[Runner] = []
+        self._threads: list[threading.Thread] = []
+        self.holder = holder_name()
+
+    def stop(self) -> None:
+        """Finish the transactions of the handlers, and return from `run`."""
+        self._stopping.set()
+        for runner in self._runners:
+            runner.stop()
+        share = self._share
+        if share is not None:
+            share.listener.wake()
+
+    def run(self) -> None:
+        """Handle events until stopped. Errors of the database do not end it.
+
+        Raises `UnknownConsumer` if a consumer has another name now, and `NeedsDirectConnection`.
+        """
+        backoff = Backoff(*self._limits.reconnect)
+        connection_created.connect(_notice_death)
+        try:
+            while not self._stopping.is_set():
+                try:
+                    with self._connector.connect("consumers") as connection:
+                        self._start(connection)
+                        backoff.reset()
+                        self._work(connection)
+                except psycopg.Error as e:
+                    if self._stopping.is_set():
+                        break
+                    logger.warning(
+                        "consumers: database: %s; connecting again",
+                        explain(e),
+                        extra={"event": "database-lost", "part": "consumers"},
+                    )
+                for runner in self._runners:
+                    runner.lose()
+                self._stopping.wait(backoff.next() if not self._stopping.is_set() else 0)
+        finally:
+            self._end()
+            connection_created.disconnect(_notice_death)
+
+    def _start(self, connection: WatchedConnection) -> None:
+        if self._runners:
+            return
+        for consumer in self._consumers:
+            consumer_id = checkpoints.register(connection, consumer)
+            runner = Runner(consumer, consumer_id, self._alias, self.holder, self._limits)
+            self._runners.append(runner)
+            thread = threading.Thread(
+                target=runner.run, name=f"consumer {consumer.name}", daemon=True
+            )
+            self._threads.append(thread)
+        for thread in self._threads:
+            thread.start()
+        logger.info(
+            "consumers %s: %s: running",
+            self.holder,
+            ", ".join(consumer.name for consumer in self._consumers),
+            extra={"event": "consumers-running", "holder": self.holder},
+        )
+
+    def _work(self, connection: WatchedConnection) -> None:
+        self._share = share = Share(connection, self._runners)
+        with closing(share):
+            rung = {BELL, NEWS, CONSUMERS}
+            beat_at = poll_at = time.monotonic()
+            while not self._stopping.is_set():
+                now = time.monotonic()
+                if now >= poll_at:
+                    # The safety poll, in case a notification was lost.
+                    poll_at = now + (conf.safety_poll or float("inf"))
+                    rung |= {BELL, NEWS}
+                if BELL in rung:
+                    share.sequence()
+                if rung:
+                    for runner in self._runners:
+                        runner.wake(requests=CONSUMERS in rung)
+                share.balance()
+                if now >= beat_at:
+                    beat_at = now + self._limits.heartbeat
+                    self._beat(connection)
+                self._end_if_hanging(connection)
+                rung = share.listener.wait(self._limits.share)
+        self._share = None
+
+    def _beat(self, connection: WatchedConnection) -> None:
+        """Write down which runners have moved lately; one whose handler hangs has not."""
+        moved_after = time.monotonic() - self._limits.heartbeat
+        held = [
+            (runner.consumer_id, slot)
+            for runner in self._runners
+            if runner.moved_at >= moved_after
+            for slot in runner.slots
+        ]
+        if held:
+            checkpoints.beat(connection, held, self.holder)
+
+    def _end_if_hanging(self, connection: WatchedConnection) -> None:
+        """End the process if a handler has worked on an event for too long."""
+        for runner in self._runners:
+            working, timeout = runner.working, runner.consumer.timeout
+            if working is None or timeout is None:
+                continue
+            row, since = working
+            if time.monotonic() < since + timeout:
+                continue
+            logger.error(
+                "consumer %s: event %s: its handler has not returned after %g seconds; this"
+                " process ends, and another takes over",
+                runner.consumer.name,
+                event_id(row.channel, row.number),
+                timeout,
+                extra={
+                    "event": "handler-hangs",
+                    "consumer": runner.consumer.name,
+                    "position": row.position,
+                },
+            )
+            runner.note_hanging(connection, row, _stack_of(runner.thread_id))
+            for other in self._runners:
+                checkpoints.release(connection, other.consumer_id, other.slots, self.holder)
+            logging.shutdown()
+            os._exit(HANGS)
+
+    def run_once(self) -> int:
+        """Handle all events that are committed by now. Returns how many this process has handled.
+
+        Slots that other processes have are left to these, and waited for. Raises `ConsumerStopped`
+        if a consumer is paused or has stopped at an event, and what `run` raises.
+        """
+        patience = self._limits.command_patience
+        connection_created.connect(_notice_death)
+        try:
+            with self._connector.connect("consumers", patience=patience) as connection:
+                self._start(connection)
+                with closing(Share(connection, self._runners)) as share:
+                    self._share = share
+                    position = _sequence_committed(connection, share)
+                    for runner in self._runners:
+                        runner.wake(requests=True)
+                    while not self._stopping.is_set() and any(
+                        unhandled(connection, consumer, position) for consumer in self._consumers
+                    ):
+                        share.balance()
+                        self._end_if_hanging(connection)
+                        _refuse_stopped(connection, self._consumers, position)
+                        share.listener.wait(_ONCE_POLL)
+        finally:
+            self._share = None
+            self._end()
+            connection_created.disconnect(_notice_death)
+        return sum(runner.handled for runner in self._runners)
+
+    def _end(self) -> None:
+        for runner in self._runners:
+            runner.stop()
+        deadline = time.monotonic() + self._limits.handler
+        for thread in self._threads:
+            thread.join(max(0, deadline - time.monotonic()))
+        working = [
+            runner
+            for runner, thread in zip(self._runners, self._threads, strict=True)
+            if thread.is_alive()
+        ]
+        if not working:
+            return
+        names = ", ".join(runner.consumer.name for runner in working)
+        logger.warning(
+            "consumers %s: stopped while %s handled an event, whose transaction is rolled back",
+            self.holder,
+            names,
+            extra={"event": "consumers-stopped", "holder": self.holder},
+        )
+        # This is no fault of the event, so that no attempt is to be counted.
+        with suppress(psycopg.Error), self._connector.connect("consumers", patience=1) as other:
+            for runner in working:
+                checkpoints.release(other, runner.consumer_id, runner.slots, self.holder)
+
+
+def _stack_of(thread_id: int | None) -> str:
+    frame = sys._current_frames().get(thread_id or 0)
+    return "".join(traceback.format_stack(frame)) if frame else ""
+
+
+def _notice_death(connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
+    """Let PostgreSQL end statements of this process soon after it has died.
+
+    Otherwise they would keep their locks until they end, and nobody could take over.
+    """
+    if connection.vendor == "postgresql":
+        with suppress(psycopg.Error), connection.cursor() as cursor:
+            cursor.execute("SET client_connection_check_interval = '1s'")
+
+
+def drain(consumer: Consumer) -> int:
+    """See `Consumer.drain`."""
+    alias = conf.database
+    refuse_in_transaction(alias, "drain()")
+    connector = Connector(alias)
+    with connector.connect("consumers", patience=connector.limits.command_patience) as connection:
+        consumer_id = checkpoints.register(connection, consumer)
+        runner = Runner(consumer, consumer_id, alias, holder_name(), connector.limits)
+        runner.raises = True
+        with closing(Share(connection, [runner])) as share:
+            try:
+                position = _sequence_committed(connection, share)
+                while unhandled(connection, consumer, position):
+                    share.balance()
+                    if runner.step() or not runner.slots:
+                        _refuse_stopped(connection, [consumer], position)
+                        share.listener.wait(_ONCE_POLL)
+            finally:
+                runner.close()
+    return runner.handled
+
+
+def _sequence_committed(connection: WatchedConnection, share: Share) -> int:
+    """Wait until all events that are committed now are in order. Returns the last position."""
+    (snapshot,) = fetch_one(connection, "SELECT pg_current_snapshot()::text")
+    deadline = time.monotonic() + connection.limits.command_patience
+    while True:
+        share.sequence()
+        position = reached(connection, snapshot)
+        if position is not None:
+            return position
+        if time.monotonic() >= deadline:
+            raise ConsumerStopped(
+                "Committed events are not put in order: no publisher does it, and this role may"
+                " not. Start eventstream_publisher, or grant this role the rights of a sequencer"
+                f" ({plain_sql()}/grants.sql)."
+            )
+        share.listener.wait(_ONCE_POLL)
+
+
+def _refuse_stopped(
+    connection: WatchedConnection, consumers: list[Consumer], position: int
+) -> None:
+    """Raise `ConsumerStopped` if nothing but paused and stopped slots is left."""
+    reasons: list[str] = []
+    for consumer in consumers:
+        left = unhandled(connection, consumer, position)
+        rows = connection.execute(
+            """
+            SELECT slot, paused, error
+              FROM pg_eventstream_consumer AS k JOIN pg_eventstream_slot ON consumer_id = k.id
+             WHERE name = %s AND slot = ANY(%s) AND (paused OR stopped)
+            """,
+            [consumer.name, list(left)],
+        ).fetchall()
+        if {slot for slot, _, _ in rows} != left:
+            return
+        if any(paused for _, paused, _ in rows):
+            reasons.append(
+                f"The consumer {consumer.name!r} is paused. To let it continue: manage.py"
+                f" eventstream_consumers resume {consumer.name}"
+            )
+        else:
+            reasons += [
+                f"The consumer {consumer.name!r} has stopped (slot {slot}): {error}"
+                for slot, _, error in rows
+            ]
+    if reasons:
+        raise ConsumerStopped("\n".join(reasons))
