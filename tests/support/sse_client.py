@@ -126,6 +126,9 @@ class SSEClient:
         if self.last_event_id:
             headers["Last-Event-ID"] = self.last_event_id
         try:
+            connection.connect()
+            if self._closed:  # before there was a socket that `drop` could shut down
+                return
             connection.request("GET", f"{parts.path}?{query}", headers=headers)
             response = connection.getresponse()
             self.statuses.append(response.status)
