@@ -10,6 +10,7 @@
     share        distributes the slots among processes, and sequences where no publisher does
     worker       one process: the runners, and the watch over handlers that hang
     supervisor   starts the processes, and replaces those that end
+    progress     how far all consumers are, and what keeps them
     waiting      waits until a consumer has handled what was committed
 
 A consumer has 16 slots (`postgres.slots`), each with a checkpoint of its own. A process holds the

@@ -12,6 +12,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import autodiscover_modules
 
 from ..channels import RESERVED, is_reliable, problem_of_name
+from ..postgres.slots import follows
 from .event import ConsumedEvent, place_of
 
 #: The name of the module that is imported from each installed app.
@@ -84,10 +85,7 @@ class Consumer:
 
     def follows(self, channel: str) -> bool:
         """Whether it handles the events of the channel. Reserved and unreliable ones: never."""
-        if channel.startswith(RESERVED):
-            return False
-        named = channel in self.channels or channel.startswith(self.prefixes or ("\r",))
-        return (named or not (self.channels or self.prefixes)) and is_reliable(channel)
+        return follows(channel, self.channels, self.prefixes) and is_reliable(channel)
 
     def before_reset(self, function: Callable[[], object]) -> Callable[[], object]:
         """Call ``function`` when the consumer is reset, in the same transaction: a decorator.

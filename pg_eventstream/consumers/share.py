@@ -19,6 +19,7 @@ from .. import instruments
 from ..errors import EventStreamError
 from ..postgres.listener import BELL, CONSUMERS, NEWS, Listener
 from ..postgres.locks import (
+    CONSUMER_LOCKS,
     LEADER_LOCK,
     LOCK_SPACE,
     MEMBER,
@@ -34,14 +35,7 @@ from .runner import Runner
 logger = logging.getLogger(__name__)
 
 _HAS_NO_LEADER = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
-_LOCKS = f"""
-    SELECT objid::bigint, pid = pg_backend_pid()
-      FROM pg_locks
-     WHERE locktype = 'advisory' AND granted
-       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-       AND classid = 'pg_eventstream_event'::regclass AND objid >= {consumer_lock(0, 0)}
-       AND objsubid = 2
-"""  # noqa: S608
+_LOCKS = f"SELECT lock, pid = pg_backend_pid() FROM {CONSUMER_LOCKS} AS held"  # noqa: S608
 _may_not_sequence = Rarely()
 
 

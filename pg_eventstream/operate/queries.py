@@ -6,47 +6,12 @@ not have removed what was pruned. They run on a standby as well.
 
 from __future__ import annotations
 
-from typing import Any
-
-import psycopg
-
 from ..postgres.locks import BELL_LOCK, LEADER_LOCK
 from ..postgres.sequence import CURSOR
+from ..postgres.sequence import WAITING as _WAITING
 
 #: The application name of the sessions of publishers and of processes that stream without a proxy.
 PUBLISHER_SESSION, HUB_SESSION = "pg_eventstream leader", "pg_eventstream hub"
-
-# With statistics from before a burst, the planner would read and sort whole tables.
-_SET_UP = """
-    SET LOCAL enable_seqscan = off;
-    SET LOCAL enable_bitmapscan = off;
-    SET LOCAL enable_sort = off;
-    SET LOCAL enable_hashagg = on;
-    SET LOCAL jit = off
-"""
-# What a role may not see, and what is missing before all migrations are applied.
-_UNKNOWN = (
-    psycopg.errors.InsufficientPrivilege,
-    psycopg.errors.UndefinedTable,
-    psycopg.errors.UndefinedColumn,
-    psycopg.errors.UndefinedFunction,
-)
-
-
-def fetch(
-    connection: psycopg.Connection[Any], query: str, params: Any = None
-) -> list[tuple[Any, ...]] | None:
-    """The rows of a query; None if this role may not see them, or if the tables are missing.
-
-    Raises `psycopg.Error` for all other reasons.
-    """
-    try:
-        with connection.transaction():
-            connection.execute(_SET_UP)
-            return connection.execute(query, params).fetchall()
-    except _UNKNOWN:
-        return None
-
 
 #: The sessions that hold the leader's lock. `lead` explains the lock.
 LEADERS = f"""
@@ -68,37 +33,6 @@ REPORTS = """
 """
 
 POSITION = f"SELECT position, incarnation FROM {CURSOR} AS c"  # noqa: S608
-
-# The events that are committed and not sequenced, up to a limit. The conditions are those of
-# pg_eventstream_sequence().
-_WAITING = """
-    c AS MATERIALIZED (
-        SELECT position, snapshot, until, done,
-               cluster = (SELECT system_identifier FROM pg_control_system()) AS known
-          FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1
-    ),
-    waiting AS MATERIALIZED (
-        (SELECT o.event_id, o.committed_at
-           FROM c CROSS JOIN LATERAL pg_snapshot_xip(c.snapshot) AS part (xid)
-          CROSS JOIN LATERAL (
-                SELECT * FROM pg_eventstream_outbox
-                 WHERE xid = part.xid
-                   AND seq > CASE WHEN pg_visible_in_snapshot(part.xid, c.until)
-                                  THEN c.done ELSE 0 END
-                 OFFSET 0) AS o
-          WHERE known)
-        UNION ALL
-        (SELECT o.event_id, o.committed_at
-           FROM c CROSS JOIN LATERAL (
-                SELECT * FROM pg_eventstream_outbox
-                 WHERE xid >= pg_snapshot_xmax(c.snapshot) ORDER BY xid, seq OFFSET 0) AS o
-          WHERE known)
-        UNION ALL
-        (SELECT event_id, committed_at FROM pg_eventstream_outbox
-          WHERE NOT EXISTS (SELECT FROM c) ORDER BY xid, seq)
-        LIMIT %(most)s
-    )
-"""
 
 #: The number of waiting events, up to a limit, and the age of the oldest of these. The number is
 #: null where the transaction ids in the tables are those of another cluster, until events are

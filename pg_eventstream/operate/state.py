@@ -24,6 +24,7 @@ from ..conf import conf, proxy_name
 from ..grip.proxy import Proxy, Refused, Unavailable
 from ..limits import LIMITS, Limits
 from ..liveness import PUBLISHER as LAST_PUBLISHER
+from ..postgres import monitor
 from ..postgres.connector import Connector, fetch_one
 from ..postgres.report import DOCTOR, PRUNER, PUBLISHER
 from . import queries
@@ -256,7 +257,7 @@ class _Reader:
         self.unreadable: list[str] = []
 
     def _fetch(self, query: str, params: Any = None, table: str = "") -> list[tuple[Any, ...]]:
-        rows = queries.fetch(self._connection, query, params)
+        rows = monitor.fetch(self._connection, query, params)
         if rows is None and table:
             self.unreadable.append(table)
         return rows or []
@@ -282,10 +283,10 @@ class _Reader:
         last_id = found[0][0] or 0
         params = {"most": MOST_COUNTED, "pruned": pruned, "part": _NEAR_PART}
         near = {**params, "after": last_id - _NEWEST}
-        rows = queries.fetch(self._connection, queries.UNSEEN_NEAR, near)
+        rows = monitor.fetch(self._connection, queries.UNSEEN_NEAR, near)
         if rows:
             far = {**params, "ids": [row[0] for row in rows], "part": _FAR_PART}
-            rows = queries.fetch(self._connection, queries.UNSEEN_FAR, far)
+            rows = monitor.fetch(self._connection, queries.UNSEEN_FAR, far)
         return None if rows is None else len(rows)
 
     def publisher(self) -> tuple[str | None, datetime | None, float | None]:

@@ -10,6 +10,7 @@ sessions.
     locks        the advisory locks
     sequence     puts committed events in order
     slots        the 16 slots of a consumer
+    monitor      queries that only look
     report       what processes say about themselves
 
 Imports only `limits` from the package.

@@ -27,3 +27,14 @@ def consumer_lock(consumer_id: int, slot: int) -> int:
 def owner_of(lock: int) -> tuple[int, int]:
     """The consumer and the slot of `consumer_lock`."""
     return divmod(lock - _CONSUMERS, _PER_CONSUMER)
+
+
+#: The locks of all consumers that sessions hold, and the pids of these.
+CONSUMER_LOCKS = f"""
+    (SELECT objid::bigint AS lock, pid
+       FROM pg_locks
+      WHERE locktype = 'advisory' AND granted
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND classid = 'pg_eventstream_event'::regclass AND objid >= {consumer_lock(0, 0)}
+        AND objsubid = 2)
+"""  # noqa: S608

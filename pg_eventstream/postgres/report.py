@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 PUBLISHER, PRUNER, DOCTOR = "publisher", "pruner", "doctor"
 
 
+def consumer_report(consumer_id: int) -> str:
+    """The name of the report about a handler that works for long."""
+    return f"consumer {consumer_id}"
+
+
 def write_report(connection: psycopg.Connection[Any], name: str, content: dict[str, Any]) -> None:
     """Replace the report. A role that may not write it logs that, and continues.
 

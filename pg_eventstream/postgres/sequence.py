@@ -161,3 +161,35 @@ def last_position(connection: Connection) -> int:
     """The position of the newest event in the stream; 0 if there was none yet."""
     (position,) = fetch_one(connection, f"SELECT max(position) FROM {CURSOR} AS c")  # noqa: S608
     return int(position or 0)
+
+
+#: A WITH clause for the events that are committed and not sequenced, up to a limit. The conditions
+#: are those of pg_eventstream_sequence().
+WAITING = """
+    c AS MATERIALIZED (
+        SELECT position, snapshot, until, done,
+               cluster = (SELECT system_identifier FROM pg_control_system()) AS known
+          FROM pg_eventstream_cursor ORDER BY position DESC LIMIT 1
+    ),
+    waiting AS MATERIALIZED (
+        (SELECT o.event_id, o.channel, o.committed_at
+           FROM c CROSS JOIN LATERAL pg_snapshot_xip(c.snapshot) AS part (xid)
+          CROSS JOIN LATERAL (
+                SELECT * FROM pg_eventstream_outbox
+                 WHERE xid = part.xid
+                   AND seq > CASE WHEN pg_visible_in_snapshot(part.xid, c.until)
+                                  THEN c.done ELSE 0 END
+                 OFFSET 0) AS o
+          WHERE known)
+        UNION ALL
+        (SELECT o.event_id, o.channel, o.committed_at
+           FROM c CROSS JOIN LATERAL (
+                SELECT * FROM pg_eventstream_outbox
+                 WHERE xid >= pg_snapshot_xmax(c.snapshot) ORDER BY xid, seq OFFSET 0) AS o
+          WHERE known)
+        UNION ALL
+        (SELECT event_id, channel, committed_at FROM pg_eventstream_outbox
+          WHERE NOT EXISTS (SELECT FROM c) ORDER BY xid, seq)
+        LIMIT %(most)s
+    )
+"""

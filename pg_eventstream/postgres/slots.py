@@ -8,9 +8,13 @@ channel's slot never changes: SHA-256 is the same in every version of PostgreSQL
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 SLOTS = 16
+
+# As `channels.RESERVED`.
+_RESERVED = "pg_eventstream:"
 
 
 @lru_cache(maxsize=65_536)
@@ -24,14 +28,22 @@ def slot_sql(channel: str) -> str:
     return f"mod(get_byte(sha256(convert_to({channel}, 'UTF8')), 0), {SLOTS})"
 
 
+def follows(channel: str, channels: Sequence[str], prefixes: Sequence[str]) -> bool:
+    """Whether a consumer handles a channel, if that is reliable. Without both, it handles all."""
+    if channel.startswith(_RESERVED):
+        return False
+    named = channel in channels or channel.startswith(tuple(prefixes) or ("\r",))
+    return named or not (channels or prefixes)
+
+
 def follows_sql(channel: str, channels: str, prefixes: str) -> str:
-    """Whether a consumer handles a channel, in SQL.
+    """The same in SQL.
 
     ``channels`` and ``prefixes`` are arrays of text, both empty for all channels. Reserved channels
     are never handled.
     """
     return f"""
-        (NOT starts_with({channel}, 'pg_eventstream:')
+        (NOT starts_with({channel}, '{_RESERVED}')
          AND ({channel} = ANY({channels})
               OR {channels} = '{{}}' AND {prefixes} = '{{}}'
               OR EXISTS (SELECT FROM unnest({prefixes}) AS prefix
