@@ -151,18 +151,7 @@ class Process:
                 log = stack.enter_context(self.log_path.open("ab"))
                 self._log_start = log.tell()
             stack.enter_context(_delay_signals())
-            self._child = subprocess.Popen(
-                self.arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=None if self._environment is None else dict(self._environment),
-                cwd=self._directory,
-                start_new_session=True,  # Ctrl-C reaches only us; we stop the servers in order
-                user=self._user,
-                group=None if self._user is None else pwd.getpwnam(self._user).pw_gid,
-                extra_groups=None if self._user is None else [],
-            )
+            self._child = self._popen(log)
             self._session_ended = False
             self._guard = subprocess.Popen(
                 ["sh", "-c", _GUARD, "guard", self._orphan_signal.name[3:], str(self._child.pid)],
@@ -170,6 +159,20 @@ class Process:
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
+
+    def _popen(self, log: IO[bytes] | None) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=None if self._environment is None else dict(self._environment),
+            cwd=self._directory,
+            start_new_session=True,  # Ctrl-C reaches only us; we stop the servers in order
+            user=self._user,
+            group=None if self._user is None else pwd.getpwnam(self._user).pw_gid,
+            extra_groups=None if self._user is None else [],
+        )
 
     def _signal_all(self, number: signal.Signals) -> bool:
         """Signal all processes of the child's session. Returns whether there were any.

@@ -10,10 +10,11 @@ from contextlib import ExitStack
 import pytest
 
 from pg_eventstream import send_event
-from pg_eventstream.servers.processes import HOST, Process, accepts, free_port
+from pg_eventstream.servers.processes import HOST, accepts, free_port
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment, settings_everywhere
+from tests.support.forked import ForkedProcess
 from tests.support.long_names import SETTINGS, SHAPES, names
 from tests.support.publisher import PublisherProcess
 from tests.support.sse_client import SSEClient
@@ -48,7 +49,7 @@ def serve(database: Database) -> Iterator[Callable[..., int]]:
     with ExitStack() as stack:
 
         def start(command: str, port: int, environment: dict[str, str]) -> int:
-            process = Process(
+            process = ForkedProcess(
                 command.split()[0],
                 [sys.executable, "-m", *command.format(port=port).split()],
                 log_path=DIRECTORY / f"long-{database.name}.log",

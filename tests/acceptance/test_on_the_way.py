@@ -14,11 +14,12 @@ import pytest
 from django.test import override_settings
 
 from pg_eventstream import send_events
-from pg_eventstream.servers.processes import Process, accepts
+from pg_eventstream.servers.processes import accepts
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project import settings
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
+from tests.support.forked import ForkedProcess
 from tests.support.origin import Origin, behind_a_proxy, log_in
 from tests.support.publisher import PublisherProcess
 from tests.support.sse_client import SSEClient
@@ -119,7 +120,7 @@ def way(
 ) -> Iterator[Way]:
     way = WAYS[request.param]
     arguments = [argument.format(port=app_port) for argument in SERVERS[way.server]]
-    process = Process(
+    process = ForkedProcess(
         f"the application server ({way.server})",
         [sys.executable, "-m", *arguments, *way.arguments],
         log_path=DIRECTORY / "app.log",

@@ -32,6 +32,7 @@ from tests.project.asgi import application
 from tests.support.browser import Browser
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
+from tests.support.forked import ForkedProcess
 from tests.support.load import Load
 from tests.support.origin import log_in
 from tests.support.sse_client import SSEClient
@@ -58,7 +59,7 @@ SERVERS = {
 SELDOM = (pytest.mark.faults, pytest.mark.thorough)
 
 
-class Server(Process):
+class Server(ForkedProcess):
     """A server, which keeps its port when it is restarted."""
 
     def __init__(

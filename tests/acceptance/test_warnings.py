@@ -14,11 +14,12 @@ from pg_eventstream import liveness, send_event
 from pg_eventstream.grip import next_links
 from pg_eventstream.grip import signature as signatures
 from pg_eventstream.rarely import Rarely
-from pg_eventstream.servers.processes import Process, accepts, wait_until
+from pg_eventstream.servers.processes import accepts, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.project import settings
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, KEY, child_environment
+from tests.support.forked import ForkedProcess
 from tests.support.logged import OTHER_KEY, START, Log, look
 from tests.support.origin import behind_a_proxy
 from tests.support.publisher import NewPublisher, PublisherProcess
@@ -37,7 +38,7 @@ def afresh(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
 
 
-class Server(Process):
+class Server(ForkedProcess):
     """The application behind the proxy, and its log."""
 
     @property

@@ -17,6 +17,7 @@ import pytest
 from pg_eventstream.operate import findings
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support import breakages as broken
+from tests.support import forked
 from tests.support.breakages import NO_PROXY, Environment, Installation
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
@@ -36,14 +37,10 @@ def it(
 
 def run_status(environment: Environment, *arguments: str) -> tuple[int, str]:
     """Run the command. Returns its exit status and all that it says."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "django", "eventstream_status", *arguments],
-        env={**child_environment(), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-        check=False,
+        {**child_environment(), **environment},
+        merged=True,
     )
     return done.returncode, done.stdout
 

@@ -10,6 +10,7 @@ from typing import Any
 from pg_eventstream.servers.processes import Process, accepts, free_port
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.environment import DIRECTORY, child_environment
+from tests.support.forked import ForkedProcess
 
 _PROGRAMS = {
     "asgi": "uvicorn tests.project.asgi:application --port={port} --log-level=warning",
@@ -26,7 +27,7 @@ def application(
     **environment: str,
 ) -> Process:
     """Start a server, behind the proxy if there is one, and wait until it accepts connections."""
-    process = Process(
+    process = ForkedProcess(
         f"the application server ({kind})",
         [sys.executable, "-m", *_PROGRAMS[kind].format(port=port).split()],
         log_path=log_path,

@@ -22,7 +22,7 @@ from tests.support.control_port import ControlPort
 from tests.support.copied import copied
 from tests.support.database import TEMPLATE, Database
 from tests.support.environment import DIRECTORY, publishes_to
-from tests.support.faults import SEQUENCING, locked, suspended
+from tests.support.faults import OURS, SEQUENCING, locked, suspended
 from tests.support.pgbouncer import pgbouncer
 from tests.support.publisher import NewPublisher, PublisherProcess
 from tests.support.roles import as_role, granted, make_old
@@ -87,6 +87,9 @@ def leader_suspended(it: Installation) -> Iterator[Environment]:
     leader = it.lead()
     it.publisher().start()  # which cannot take over
     with suspended(leader):
+        # Its last statement can contain a heartbeat.
+        working = f"SELECT count(*) {OURS} AND state <> 'idle'"
+        wait_until(lambda: it.database.value(working) == 0, timeout=30)
         it.database.execute(HEARTBEAT)  # a minute passes
         yield it.environment
 

@@ -12,8 +12,9 @@ from types import TracebackType
 
 from django.conf import settings as settings_of_tests
 
-from pg_eventstream.servers.processes import Process, accepts
+from pg_eventstream.servers.processes import accepts
 from pg_eventstream.servers.pushpin import Pushpin
+from tests.support import forked
 from tests.support.database import Database
 from tests.support.environment import KEY
 from tests.support.publisher import PublisherProcess
@@ -79,11 +80,16 @@ class Project:
         return done.stdout
 
     def manage(self, *arguments: str, text: str = "") -> str:
-        return self.run(sys.executable, "-W", "error", "-m", "django", *arguments, text=text)
+        command = [sys.executable, "-W", "error", "-m", "django", *arguments]
+        if text:
+            return self.run(*command, text=text)
+        done = forked.run(command, self.environment, self.directory)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
 
     def start(self, *arguments: str, ready: Callable[[], bool] | None = None) -> None:
         """Start a management command that runs until the project ends."""
-        process = Process(
+        process = forked.ForkedProcess(
             arguments[0],
             [sys.executable, "-m", "django", *arguments],
             log_path=self.directory / f"{arguments[0]}.log",

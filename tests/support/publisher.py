@@ -6,14 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pg_eventstream.servers.processes import Process, wait_until
+from pg_eventstream.servers.processes import wait_until
+from tests.support.forked import ForkedProcess
 
 #: The messages about a proxy in its log.
 BACK = "takes events again"
 UNREACHABLE = "cannot be reached: "
 
 
-class PublisherProcess(Process):
+class PublisherProcess(ForkedProcess):
     """``manage.py eventstream_publisher`` in a separate process."""
 
     def __init__(self, log_path: Path, environment: dict[str, str], *arguments: str) -> None:
@@ -33,7 +34,7 @@ class PublisherProcess(Process):
         """The number of lines in the log that contain the text."""
         return sum(text in line for line in self.log.splitlines())
 
-    def wait_for_log(self, text: str, timeout: float = 20) -> None:
+    def wait_for_log(self, text: str, timeout: float = 60) -> None:
         try:
             wait_until(lambda: text in self.log or not self.running, timeout=timeout)
         except TimeoutError:

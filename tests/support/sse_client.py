@@ -87,17 +87,17 @@ class SSEClient:
             with suppress(OSError):  # already closed
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def wait_open(self, timeout: float = 20) -> SSEClient:
+    def wait_open(self, timeout: float = 60) -> SSEClient:
         """Wait until the stream is open."""
         self.wait_for(lambda: any(e.type == "stream-open" for e in self.control), timeout)
         return self
 
-    def wait_count(self, count: int, timeout: float = 30) -> list[Received]:
+    def wait_count(self, count: int, timeout: float = 60) -> list[Received]:
         """Wait until ``count`` events have arrived. Returns the events."""
         self.wait_for(lambda: len(self.events) >= count, timeout)
         return self.events
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 30) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 60) -> None:
         with self._changed:
             assert self._changed.wait_for(condition, timeout), (
                 f"after {timeout} s: {len(self.events)} events, the last {self.events[-3:]},"

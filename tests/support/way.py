@@ -19,6 +19,7 @@ from django.test import override_settings
 from pg_eventstream.channels import DOCTOR
 from pg_eventstream.servers.processes import Process, accepts, free_port
 from pg_eventstream.servers.pushpin import Pushpin
+from tests.support import forked
 from tests.support.application import application
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, KEY, child_environment
@@ -137,15 +138,9 @@ class World:
 
     def run_doctor(self, *arguments: str, dsn: str = "") -> subprocess.CompletedProcess[str]:
         """Run the command in a separate process."""
-        return subprocess.run(
+        return forked.run(
             [sys.executable, "-m", "django", "eventstream_doctor", *arguments],
-            env=child_environment(
-                self.pushpin, **({"PG_EVENTSTREAM_TEST_DSN": dsn} if dsn else {})
-            ),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+            child_environment(self.pushpin, **({"PG_EVENTSTREAM_TEST_DSN": dsn} if dsn else {})),
         )
 
     def ask_doctor(self, *arguments: str) -> dict[str, Any]:
