@@ -56,7 +56,7 @@ def test_events_of_senders_behind_a_pooler_are_delivered_promptly(
         check=True,
         timeout=60,
     )
-    client.wait_count(20, timeout=5)
+    client.wait_count(20)
     with psycopg.connect(pooled) as connection:
         for n in range(20, 30):
             connection.execute(
@@ -65,7 +65,7 @@ def test_events_of_senders_behind_a_pooler_are_delivered_promptly(
                 prepare=False,
             )
             connection.commit()
-            client.wait_count(n + 1, timeout=5)
+            client.wait_count(n + 1)
     assert [event.data for event in client.events] == [str(n) for n in range(30)]
 
 

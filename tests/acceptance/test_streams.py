@@ -229,7 +229,7 @@ def test_100_clients_that_reconnect_at_once_are_up_to_date_within_seconds(
     clients = [stream(channel, last_event_id=f"{channel}:0") for _ in range(100)]
     for client in clients:
         client.wait_count(len(sent))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20  # by separate links, it would be 30
 
     # They share their next link; separate links are fetched at most 10 per second.
     publisher.kill()
@@ -240,7 +240,7 @@ def test_100_clients_that_reconnect_at_once_are_up_to_date_within_seconds(
     proxy.post(items.Batch([], [items.hint(channel)]).body)
     for client in clients:
         assert texts(client.wait_count(len(sent) + 1)) == [*sent, "never published"]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 9  # by separate links, it would be 10
 
 
 def test_reset_stream_continues_with_live_events(

@@ -88,7 +88,7 @@ def leader_suspended(it: Installation) -> Iterator[Environment]:
     it.publisher().start()  # which cannot take over
     with suspended(leader):
         # Its last statement can contain a heartbeat.
-        working = f"SELECT count(*) {OURS} AND state <> 'idle'"
+        working = f"SELECT count(*) {OURS} AND state = 'active'"
         wait_until(lambda: it.database.value(working) == 0, timeout=30)
         it.database.execute(HEARTBEAT)  # a minute passes
         yield it.environment
