@@ -21,6 +21,9 @@ from .declare import Consumer
 
 Connection = psycopg.Connection[Any]
 
+# A setting that lasts as long as a transaction.
+_MARK = "pg_eventstream.handling"
+
 #: The characters of an error and of a traceback that are stored.
 ERROR_LENGTH, TRACEBACK_LENGTH = 2000, 20_000
 
@@ -194,13 +197,22 @@ def beat(connection: Connection, held: Iterable[tuple[int, int]], holder: str) -
     )
 
 
-def move(connection: Connection, consumer_id: int, moves: list[Move], incarnation: int) -> bool:
+def move(
+    connection: Connection,
+    consumer_id: int,
+    moves: list[Move],
+    incarnation: int,
+    *,
+    is_locked: bool = False,
+) -> bool:
     """Move checkpoints. Returns False if another process or a command has moved one of them.
+
+    With ``is_locked`` also if this is not the transaction any more in which `lock` was called.
 
     The rows stay locked until the transaction ends. If another transaction has locked one, this
     waits for it, and then compares with what that has written (PostgreSQL: READ COMMITTED).
     """
-    if len(moves) == 1:
+    if len(moves) == 1 and not is_locked:
         slot, epoch, old, new = moves[0]
         moved = connection.execute(
             """
@@ -212,26 +224,41 @@ def move(connection: Connection, consumer_id: int, moves: list[Move], incarnatio
     else:
         slots, epochs, olds, news = (list(column) for column in zip(*moves, strict=True))
         moved = connection.execute(
-            """
+            f"""
             UPDATE pg_eventstream_checkpoint AS c SET position = m.new, incarnation = %s
               FROM unnest(%s::smallint[], %s::bigint[], %s::bigint[], %s::bigint[])
                    AS m (slot, epoch, old, new)
              WHERE c.consumer_id = %s AND c.slot = m.slot AND c.epoch = m.epoch
                AND c.position = m.old
-            """,
-            [incarnation, slots, epochs, olds, news, consumer_id],
+               AND (NOT %s OR current_setting('{_MARK}', true) = 'on')
+            """,  # noqa: S608
+            [incarnation, slots, epochs, olds, news, consumer_id, is_locked],
         )
     return moved.rowcount == len(moves)
 
 
-def lock(connection: Connection, consumer_id: int, slot: int, epoch: int, position: int) -> bool:
-    """Lock a checkpoint without moving it. Returns False if it was moved."""
-    row = connection.execute(
-        "SELECT FROM pg_eventstream_checkpoint WHERE consumer_id = %s AND slot = %s AND epoch = %s"
-        " AND position = %s FOR UPDATE",
-        [consumer_id, slot, epoch, position],
-    ).fetchone()
-    return row is not None
+def lock(connection: Connection, consumer_id: int, moves: list[Move]) -> bool:
+    """Lock checkpoints before they are moved. Returns False if one of them was moved.
+
+    It also marks the transaction: see `is_marked`.
+    """
+    slots, epochs, olds, _ = (list(column) for column in zip(*moves, strict=True))
+    locked = connection.execute(
+        f"""
+        SELECT set_config('{_MARK}', 'on', true) FROM pg_eventstream_checkpoint AS c
+          JOIN unnest(%s::smallint[], %s::bigint[], %s::bigint[]) AS m (slot, epoch, old)
+            ON c.slot = m.slot AND c.epoch = m.epoch AND c.position = m.old
+         WHERE c.consumer_id = %s FOR UPDATE OF c
+        """,  # noqa: S608
+        [slots, epochs, olds, consumer_id],
+    )
+    return locked.rowcount == len(moves)
+
+
+def is_marked(connection: Connection) -> bool:
+    """Whether this is still the transaction in which `lock` was called."""
+    (mark,) = fetch_one(connection, f"SELECT current_setting('{_MARK}', true)")
+    return bool(mark == "on")
 
 
 def record_failure(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 import django.db
@@ -18,12 +18,19 @@ from .checkpoints import Connection, Move
 _TRANSIENT = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
 
 
+ENDED = "The handler ended its transaction with a statement of its own (COMMIT or ROLLBACK)."
+
+
 class SlotLost(Exception):
     """Another process or a command has moved the checkpoint."""
 
 
 class HandlerError(EventStreamError):
     """The handler left the transaction in a state in which it cannot be committed."""
+
+
+class TransactionEnded(HandlerError):
+    """The handler ended the transaction by itself, so it could be committed."""
 
 
 def raw_connection(alias: str) -> Connection:
@@ -36,20 +43,39 @@ def raw_connection(alias: str) -> Connection:
 
 @contextmanager
 def moving(
-    alias: str, consumer_id: int, moves: list[Move], incarnation: int, forget: list[int]
+    alias: str,
+    consumer_id: int,
+    moves: list[Move],
+    incarnation: int,
+    *,
+    is_locked: bool = False,
+    forget: Iterable[int] = (),
 ) -> Iterator[Connection]:
-    """A transaction that moves checkpoints. Raises `SlotLost` if they were moved by others.
+    """A transaction that moves checkpoints. Raises `SlotLost` if others have moved them.
 
+    With ``is_locked`` it locks them first and moves them last, and raises `TransactionEnded` if the
+    transaction was ended in between. Without, it moves them first, which saves a statement.
     ``forget`` are slots whose failures are over if it commits.
     """
     with transaction.atomic(using=alias):
         connection = raw_connection(alias)
-        if not checkpoints.move(connection, consumer_id, moves, incarnation):
+        if is_locked:
+            is_held = checkpoints.lock(connection, consumer_id, moves)
+        else:
+            is_held = checkpoints.move(connection, consumer_id, moves, incarnation)
+        if not is_held:
             raise SlotLost
-        for slot in forget:
-            checkpoints.forget_failure(connection, consumer_id, slot)
         yield connection
         check_transaction(alias, connection)
+        if is_locked and not checkpoints.move(
+            connection, consumer_id, moves, incarnation, is_locked=True
+        ):
+            if not checkpoints.is_marked(connection):
+                raise TransactionEnded(ENDED)
+            raise SlotLost
+        # Last, because other threads write to this row.
+        for slot in forget:
+            checkpoints.forget_failure(connection, consumer_id, slot)
 
 
 def check_transaction(alias: str, connection: Connection) -> None:
@@ -70,9 +96,7 @@ def check_transaction(alias: str, connection: Connection) -> None:
             " error outside of that."
         )
     if status != psycopg.pq.TransactionStatus.INTRANS:
-        raise HandlerError(
-            "The handler ended its transaction with a statement of its own (COMMIT or ROLLBACK)."
-        )
+        raise TransactionEnded(ENDED)
     if wrapper.needs_rollback:
         raise HandlerError(
             "The handler returned, but has called transaction.set_rollback(True), or has caught an"

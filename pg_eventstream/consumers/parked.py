@@ -12,7 +12,7 @@ from datetime import datetime
 from django.db import transaction
 
 from . import checkpoints
-from .checkpoints import Connection, storable
+from .checkpoints import Connection, Move, storable
 from .declare import Consumer
 from .event import event_id
 from .handling import SlotLost, check_transaction, describe, raw_connection
@@ -73,13 +73,13 @@ def retry(
     alias: str,
     consumer: Consumer,
     consumer_id: int,
-    place: tuple[int, int, int],
+    place: Move,
     event: ParkedEvent,
 ) -> bool:
     """Try a parked event once. Returns whether it was handled; otherwise it stays parked.
 
-    ``place`` is the slot with its epoch and position. Raises `SlotLost` if the process does not
-    hold it any more.
+    ``place`` is the slot's checkpoint, which does not move. Raises `SlotLost` if the process does
+    not hold it any more.
     """
     connection = raw_connection(alias)
     # First, so that an event that ends the process is not tried again without being asked.
@@ -93,7 +93,7 @@ def retry(
     try:
         with transaction.atomic(using=alias):
             connection = raw_connection(alias)
-            if not checkpoints.lock(connection, consumer_id, *place):
+            if not checkpoints.lock(connection, consumer_id, [place]):
                 raise SlotLost
             deleted = connection.execute(
                 "DELETE FROM pg_eventstream_parked WHERE id = %s", [event.id]

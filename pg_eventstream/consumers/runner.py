@@ -30,7 +30,9 @@ from .checkpoints import Move, SlotState
 from .declare import Consumer
 from .event import event_id
 from .handling import (
+    ENDED,
     SlotLost,
+    TransactionEnded,
     describe,
     forget_connection,
     is_broken,
@@ -111,6 +113,8 @@ class Runner:
         #: The event that is being handled, and since when, by `time.monotonic`.
         self.working: tuple[Row, float] | None = None
         self.thread_id: int | None = None
+        #: Of the session in which that is done.
+        self.backend_pid: int | None = None
         #: When it last came round its loop, by `time.monotonic`.
         self.moved_at = time.monotonic()
         self.handled = 0
@@ -194,6 +198,9 @@ class Runner:
 
         Whoever takes over parks the event, if that was the last attempt.
         """
+        if self.backend_pid is not None:
+            # It could hold locks that this, and the process that takes over, would wait for.
+            connection.execute("SELECT pg_terminate_backend(%s)", [self.backend_pid])
         held = self._held[row.slot]
         attempts = (held.attempts if held.failing == row.position else 0) + 1
         error = f"The handler had not returned after {self.consumer.timeout:g} seconds.\n{trace}"
@@ -321,10 +328,13 @@ class Runner:
         channels = parked.channels_of(connection, self.consumer_id, slots)
         with self._lock:
             self._look_for_requests = True
-            for slot in slots:
-                self._held.pop(slot, None)
+            before = {slot: self._held.pop(slot, None) for slot in slots}
             for state in states:
                 self._held[state.slot] = self._hold(state, channels.get(state.slot, set()))
+        for slot, known in before.items():
+            held = self._held.get(slot)
+            if known and held and held.epoch == known.epoch and held.position < known.position:
+                self._count_undone(held, known.position)
 
     def _hold(self, state: SlotState, channels: set[str]) -> _Held:
         now = time.monotonic()
@@ -446,28 +456,36 @@ class Runner:
     def _handle_page(self) -> None:
         while self._page and not self._is_stale and not self._interrupted():
             now = self.moved_at = time.monotonic()
-            size = 1 if self._singly else self.consumer.batch
             rows: list[Row] = []
-            while self._page and len(rows) < size:
+            while self._page and len(rows) < (1 if self._singly else self.consumer.batch):
                 row = self._page.popleft()
                 held = self._held[row.slot]
                 if held.is_blocked(now):
                     continue  # its slot reads it again
-                if held.suspect_to is not None and not self._clear_suspicion(held, row):
-                    continue
+                if rows and self._is_special(held, row):
+                    self._page.appendleft(row)
+                    break
+                if held.suspect_to is not None:
+                    self._count_death(held, row)
                 if held.failing == row.position and held.attempts >= self.consumer.retry.attempts:
                     self._give_up(held, row, held.error, "")
-                    continue
-                if row.channel in held.parked_channels:
-                    if rows:
-                        self._page.appendleft(row)
-                        break
+                elif row.channel in held.parked_channels:
                     self._park_after(held, row)
-                    continue
-                rows.append(row)
+                else:
+                    rows.append(row)
+                    if held.failing == row.position:
+                        break
             if rows:
+                self._singly = max(0, self._singly - 1)
                 self._handle(rows)
-                self._singly = max(0, self._singly - len(rows))
+
+    def _is_special(self, held: _Held, row: Row) -> bool:
+        """Whether the event cannot be handled in one transaction with others."""
+        return (
+            held.suspect_to is not None
+            or held.failing == row.position
+            or row.channel in held.parked_channels
+        )
 
     def _interrupted(self) -> bool:
         return self._stopping.is_set() or self._has_changes()
@@ -496,7 +514,16 @@ class Runner:
             for slot, position in last.items()
         ]
         forget = [slot for slot in last if self._held[slot].failing is not None]
-        return moving(self._alias, self.consumer_id, moves, self._cursor.incarnation, forget)
+        return moving(
+            self._alias,
+            self.consumer_id,
+            moves,
+            self._cursor.incarnation,
+            # Of several events, one whose handler ends the transaction must not commit a checkpoint
+            # above those that follow. One that failed may have done so.
+            is_locked=len(rows) > 1 or bool(forget),
+            forget=forget,
+        )
 
     def _call(self, connection: psycopg.Connection[Any], held: _Held, row: Row) -> None:
         data = row.data
@@ -506,6 +533,7 @@ class Runner:
                 raise ConsumerMissedEvents(self.consumer.name, held.slot, row.position)
         attempts = held.attempts if held.failing == row.position else 0
         event = row.event(data, replayed=row.position <= held.replay_to, attempt=attempts + 1)
+        self.backend_pid = connection.info.backend_pid
         self.working = row, time.monotonic()
         try:
             self.consumer.handler(event)
@@ -536,7 +564,7 @@ class Runner:
             for slot, end in ends.items()
         ]
         try:
-            with moving(self._alias, self.consumer_id, moves, self._cursor.incarnation, []):
+            with moving(self._alias, self.consumer_id, moves, self._cursor.incarnation):
                 pass
         except SlotLost:
             self._is_stale = True
@@ -551,13 +579,20 @@ class Runner:
     def _failed(self, rows: list[Row], error: BaseException) -> None:
         """A transaction was rolled back, or its connection was lost."""
         wrapper = connections[self._alias]
-        if is_broken(wrapper):
+        if is_broken(wrapper) or isinstance(error, TransactionEnded):
             # It could have been committed in spite of this. If the database does not answer now,
             # this raises, and nobody is to blame but the database.
-            forget_connection(wrapper)
+            if is_broken(wrapper):
+                forget_connection(wrapper)
             before = {row.slot: self._held[row.slot].position for row in rows}
             self._take([*self._held])
             if any(self._held[slot].position != position for slot, position in before.items()):
+                logger.error(
+                    "consumer %s: committed, in spite of: %s",
+                    self.consumer.name,
+                    describe(error),
+                    extra={"event": "transaction-ended", "consumer": self.consumer.name},
+                )
                 return
         self._requeue()
         if self.raises:
@@ -573,6 +608,19 @@ class Runner:
         [row] = rows
         text = "".join(traceback.format_exception(error))
         self._count_attempt(self._held[row.slot], row, describe(error), text)
+
+    def _count_undone(self, held: _Held, position: int) -> None:
+        """An event that seemed to be handled was not: its handler ended the transaction."""
+        attempts = (held.attempts if held.failing == position else 0) + 1
+        held.failing, held.attempts, held.error = position, attempts, ENDED
+        checkpoints.record_failure(
+            self._connection(),
+            self.consumer_id,
+            held.slot,
+            position=position,
+            attempts=attempts,
+            error=ENDED,
+        )
 
     def _requeue(self) -> None:
         """Read again what was not handled."""
@@ -660,11 +708,11 @@ class Runner:
         error = f"An earlier event of the channel {row.channel!r} is parked."
         self._park(held, row, error, "", 0)
 
-    def _clear_suspicion(self, held: _Held, row: Row) -> bool:
-        """The last holder died. Whether its first event that was not handled can be tried."""
+    def _count_death(self, held: _Held, row: Row) -> None:
+        """The last holder died. It could have been this event, which is the next to be handled."""
         suspect_to, held.suspect_to = held.suspect_to, None
         if suspect_to is None or row.position > suspect_to:
-            return True  # it came later
+            return  # it came later
         # Any of the events of a batch can be the cause.
         self._singly = max(self._singly, self.consumer.batch)
         attempts = (held.attempts if held.failing == row.position else 0) + 1
@@ -678,7 +726,6 @@ class Runner:
             error=error,
         )
         held.failing, held.attempts, held.error = row.position, attempts, error
-        return True
 
     # Requests
 
@@ -691,7 +738,7 @@ class Runner:
         events = parked.requested(self._connection(), self.consumer_id, [*self._held])
         for event in events:
             held = self._held[event.slot]
-            place = held.slot, held.epoch, held.position
+            place = Move(held.slot, held.epoch, held.position, held.position)
             try:
                 parked.retry(self._alias, self.consumer, self.consumer_id, place, event)
             except SlotLost:

@@ -72,7 +72,7 @@ class Handled:
             self._database.value("SELECT count(*) FROM handled WHERE consumer = %s", [consumer])
         )
 
-    def wait(self, consumer: str, count: int, timeout: float = 60) -> None:
+    def wait(self, consumer: str, count: int, timeout: float = 20) -> None:
         """Wait until so many events are handled."""
         try:
             wait_until(lambda: self.count(consumer) >= count, timeout=timeout)
