@@ -41,7 +41,7 @@ class Conf:
         Call it before starting something that reads them later, in a thread or during a stream.
         """
         _ = (self.retention, self.replay_age, self.safety_poll, self.max_age)
-        _ = (self.channel_limit, self.next_link_timeout)
+        _ = (self.channel_limit, self.next_link_timeout, self.consumer_hold)
 
     @property
     def database(self) -> str:
@@ -70,6 +70,16 @@ class Conf:
         None keeps events of any age.
         """
         return _duration("EVENTSTREAM_RETENTION", timedelta(hours=24), "to keep all events")
+
+    @property
+    def consumer_hold(self) -> timedelta:
+        """How long an event that a consumer has not handled is kept past the retention.
+
+        It counts from when the event was sequenced. Default: 7 days. A number is in seconds.
+        """
+        hold = _duration("EVENTSTREAM_CONSUMER_HOLD", timedelta(days=7), None)
+        assert hold is not None  # noqa: S101
+        return hold
 
     @property
     def replay_age(self) -> timedelta | None:
@@ -194,10 +204,13 @@ def proxy_name(config: dict[str, Any]) -> str:
     return urlunsplit((uri.scheme, uri.netloc.rpartition("@")[2], uri.path.rstrip("/"), "", ""))
 
 
-def _duration(name: str, default: timedelta | None, without: str) -> timedelta | None:
-    """Read a setting that is a timedelta or a number of seconds."""
+def _duration(name: str, default: timedelta | None, without: str | None) -> timedelta | None:
+    """Read a setting that is a timedelta or a number of seconds.
+
+    ``without`` says what None means. If it is None, None is refused.
+    """
     value = getattr(settings, name, default)
-    if value is None:
+    if value is None and without is not None:
         return None
     # Compared as a timedelta, as it is used: a number that rounds to zero is refused, too.
     with suppress(OverflowError, ValueError):
@@ -206,7 +219,8 @@ def _duration(name: str, default: timedelta | None, without: str) -> timedelta |
             return age
     raise ImproperlyConfigured(
         f"{name} must be a timedelta or a number of seconds, greater than zero and at most"
-        f" {_MOST_DAYS:,} days, or None {without}; it is {shortened(value)}."
+        f" {_MOST_DAYS:,} days{'' if without is None else f', or None {without}'}; it is"
+        f" {shortened(value)}."
     )
 
 

@@ -43,6 +43,12 @@ _NUMBERS = [
         "pg_eventstream.E003",
     ),
     (
+        "consumer_hold",
+        "Consumers hold pruning of what they have not handled, and this is where it ends. The"
+        " default is timedelta(days=7).",
+        "pg_eventstream.E023",
+    ),
+    (
         "replay_age",
         "Remove the setting to let clients begin with any event that is kept.",
         "pg_eventstream.E018",

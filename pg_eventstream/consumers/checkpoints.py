@@ -16,7 +16,7 @@ from ..errors import UnknownConsumer
 from ..postgres.connector import fetch_one
 from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
 from ..postgres.sequence import CURSOR
-from ..postgres.slots import SLOTS
+from ..postgres.slots import CHECKPOINTS, SLOTS
 from .declare import Consumer
 
 Connection = psycopg.Connection[Any]
@@ -33,16 +33,6 @@ EARLIEST = f"""
                     (SELECT position FROM {CURSOR} AS c), 0)
 """  # noqa: S608
 LATEST = f"SELECT coalesce((SELECT position FROM {CURSOR} AS c), 0)"  # noqa: S608
-
-#: A consumer's checkpoints: the row with the highest key of each slot.
-CHECKPOINTS = f"""
-    (SELECT checkpoint.*
-       FROM generate_series(0, {SLOTS - 1}) AS of (slot)
-      CROSS JOIN LATERAL (
-            SELECT * FROM pg_eventstream_checkpoint
-             WHERE consumer_id = {{consumer_id}} AND slot = of.slot
-             ORDER BY epoch DESC, position DESC LIMIT 1) AS checkpoint)
-"""  # noqa: S608
 
 
 class Move(NamedTuple):

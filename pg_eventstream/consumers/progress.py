@@ -17,8 +17,7 @@ from ..postgres import monitor
 from ..postgres.locks import CONSUMER_LOCKS, MEMBER, owner_of
 from ..postgres.report import consumer_report
 from ..postgres.sequence import CURSOR, WAITING
-from ..postgres.slots import SLOTS, follows, follows_sql, slot_of, slot_sql
-from .checkpoints import CHECKPOINTS
+from ..postgres.slots import CHECKPOINTS, SLOTS, follows, follows_sql, slot_of, slot_sql
 from .event import event_id
 
 Connection = psycopg.Connection[Any]

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,7 @@ class Runner:
         """Handle the events of these slots, whose locks this process has."""
         with self._lock:
             self._granted |= {*slots}
+            self.is_idle = False
         self._wake.set()
 
     def ask_back(self, slots: Iterable[int]) -> None:
@@ -229,8 +230,16 @@ class Runner:
         forget_connection(connections[self._alias])
         return backoff.next()
 
+    def has_read(self, position: int) -> bool:
+        """Whether it has read all events up to a position, or cannot now."""
+        with self._lock:
+            read = all(held.read_to >= position for held in self._held.values())
+            return not self._granted and (read or self.is_idle)
+
     def close(self) -> None:
-        """Release all slots."""
+        """Write down how far all slots are, and release them."""
+        with suppress(django.db.Error, psycopg.Error):  # it is read again
+            self._write_progress([*self._held.values()])
         with self._lock:
             slots = [*self._held, *self._granted]
             self._held.clear()
@@ -530,7 +539,7 @@ class Runner:
         if data is None:
             data = read_data(connection, row.position)
             if data is None:
-                raise ConsumerMissedEvents(self.consumer.name, held.slot, row.position)
+                raise SlotLost  # it is pruned, and the next page tells
         attempts = held.attempts if held.failing == row.position else 0
         event = row.event(data, replayed=row.position <= held.replay_to, attempt=attempts + 1)
         self.backend_pid = connection.info.backend_pid
@@ -677,7 +686,7 @@ class Runner:
     def _park(self, held: _Held, row: Row, error: str, trace: str, attempts: int) -> None:
         try:
             with self._transaction([row]) as connection:
-                checkpoints.park(
+                if not checkpoints.park(
                     connection,
                     self.consumer_id,
                     held.slot,
@@ -685,7 +694,8 @@ class Runner:
                     error=error,
                     traceback=trace,
                     attempts=attempts,
-                )
+                ):
+                    raise SlotLost  # it is pruned, and the next page tells
         except SlotLost:
             self._is_stale = True
             return

@@ -11,8 +11,8 @@ from ..backoff import Backoff
 from ..conf import conf
 from ..postgres.connector import fetch_one
 from ..postgres.sequence import reached
-from ..postgres.slots import follows_sql, slot_sql
-from .checkpoints import CHECKPOINTS, Connection
+from ..postgres.slots import CHECKPOINTS, follows_sql, slot_sql
+from .checkpoints import Connection
 from .declare import Consumer
 from .handling import raw_connection
 

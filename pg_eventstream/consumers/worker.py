@@ -202,10 +202,13 @@ class Worker:
                 with closing(Share(connection, self._runners)) as share:
                     self._share = share
                     position = _sequence_committed(connection, share)
+                    share.balance()
                     for runner in self._runners:
                         runner.wake(requests=True)
-                    while not self._stopping.is_set() and any(
-                        unhandled(connection, consumer, position) for consumer in self._consumers
+                    # Also read what they do not follow: otherwise it counts as not handled.
+                    while not self._stopping.is_set() and not (
+                        all(runner.has_read(position) for runner in self._runners)
+                        and not any(unhandled(connection, c, position) for c in self._consumers)
                     ):
                         share.balance()
                         self._end_if_hanging(connection)
@@ -270,7 +273,9 @@ def drain(consumer: Consumer) -> int:
         with closing(Share(connection, [runner])) as share:
             try:
                 position = _sequence_committed(connection, share)
-                while unhandled(connection, consumer, position):
+                share.balance()
+                # Also read what it does not follow: otherwise that counts as not handled.
+                while not runner.has_read(position) or unhandled(connection, consumer, position):
                     share.balance()
                     if runner.step() or not runner.slots:
                         _refuse_stopped(connection, [consumer], position)

@@ -11,10 +11,33 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
+from .sequence import CURSOR
+
 SLOTS = 16
 
 # As `channels.RESERVED`.
 _RESERVED = "pg_eventstream:"
+#: A consumer's checkpoints: the row with the highest key of each slot.
+CHECKPOINTS = f"""
+    (SELECT checkpoint.*
+       FROM generate_series(0, {SLOTS - 1}) AS of (slot)
+      CROSS JOIN LATERAL (
+            SELECT * FROM pg_eventstream_checkpoint
+             WHERE consumer_id = {{consumer_id}} AND slot = of.slot
+             ORDER BY epoch DESC, position DESC LIMIT 1) AS checkpoint)
+"""  # noqa: S608
+
+#: All slots of all consumers, with the position up to which each has handled the present stream:
+#: its checkpoint, or less if that belongs to another stream (`sequence.Cursor.valid`).
+HANDLED = f"""
+    (SELECT k.id AS consumer_id, k.name, k.channels, k.prefixes, c.slot,
+            least(c.position, coalesce(present.position, 0),
+                  CASE WHEN c.incarnation <> coalesce(present.incarnation, 0)
+                       THEN coalesce(present.began, 0) END) AS position
+       FROM pg_eventstream_consumer AS k
+      CROSS JOIN LATERAL {CHECKPOINTS.format(consumer_id="k.id")} AS c
+       LEFT JOIN {CURSOR} AS present ON true)
+"""  # noqa: S608
 
 
 @lru_cache(maxsize=65_536)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -14,11 +15,13 @@ import psycopg
 from ..channels import DOCTOR, PERMISSION_CHANGES, is_reliable
 from ..conf import conf
 from ..limits import Limits
-from ..postgres.connector import Connector, explain, fetch_one
+from ..postgres.connector import Connector, explain, fetch_one, plain_sql
 from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
 from ..postgres.report import PRUNER, write_report
 from ..postgres.sequence import CURSOR, UNKNOWN, Cursor
+from ..postgres.slots import HANDLED, follows_sql, slot_sql
 from ..postgres.threads import return_connections
+from ..rarely import Rarely
 from .unseen import UnseenEvents
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,11 @@ _REMEMBER_EVENTS = 1000
 # rows for each batch. Before PostgreSQL 18, a node that is switched off here but is unavoidable
 # adds 1e10 to the cost, for which JIT would compile a batch for longer than it runs. No batch waits
 # for the disk, because rows that a crash restores are pruned again.
+#
+# A statement after the lock must see what was committed while this waited for it: through a pooler,
+# the session can have another default.
 _SET_UP = """
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
     SET LOCAL enable_seqscan = off;
     SET LOCAL enable_bitmapscan = off;
     SET LOCAL enable_sort = off;
@@ -53,6 +60,9 @@ _SET_UP = """
 # one is left below. It also does so regularly, so that a search for its oldest row does not read
 # many dead rows that are not vacuumed. Recording it with each batch would cost more than all the
 # rest.
+#
+# It also tells whether an event is kept because a consumer has not handled it, and whether such an
+# event is older than the consumers may hold it.
 _PRUNE = """
     WITH looked_at AS MATERIALIZED ({looked_at}),
     old AS MATERIALIZED (SELECT * FROM looked_at WHERE old),
@@ -79,11 +89,79 @@ _PRUNE = """
     deleted_places AS (
         DELETE FROM pg_eventstream_stream
          WHERE position = ANY(ARRAY(SELECT position FROM old))
-    )
+    ){lost}
     SELECT count(*) FILTER (WHERE old),
-           coalesce(min(position) FILTER (WHERE NOT old) - 1, max(position))
+           coalesce(min(position) FILTER (WHERE NOT old) - 1, max(position)),
+           {tell}
       FROM looked_at
 """
+
+# The events past the retention. All consumers have handled those that are not held.
+_DUE = """
+    SELECT position, channel, eid, event_id, incarnation, due AND NOT held AS old,
+           due AND held AS held, due AND held AND sequenced_at < %(now)s - %(hold)s AS overdue
+      FROM (SELECT *, sequenced_at < %(now)s - %(retention)s AS due,
+                   coalesce(position > ({handled}), false) AS held
+              FROM (SELECT position, channel, eid, event_id, sequenced_at,
+                           coalesce(incarnation, 0) AS incarnation
+                      FROM pg_eventstream_stream
+                     WHERE position > %(empty_to)s
+                       AND position <= CASE WHEN %(proxied)s
+                           THEN (SELECT coalesce(max(position), 0) FROM pg_eventstream_proxy)
+                           ELSE 9223372036854775807 END
+                     ORDER BY position LIMIT %(batch)s) AS oldest) AS aged
+"""
+_HANDLED_BY_ALL = f"SELECT min(position) FROM {HANDLED} AS handled"  # noqa: S608
+# For a role that may not see how far consumers are: it holds all events if there is a consumer. A
+# consumer that is registered has its row before the lock is released.
+_MAY_BE_UNHANDLED = f"""
+    SELECT CASE WHEN pg_relation_size(to_regclass('pg_eventstream_consumer')) > 0
+                THEN {-(2**63)} END
+"""
+_MAY_SEE_CONSUMERS = """
+    SELECT bool_and(has_column_privilege(to_regclass('pg_eventstream_' || name), col, privilege))
+      FROM (VALUES ('consumer', 'channels', 'SELECT'), ('checkpoint', 'position', 'SELECT'),
+                   ('slot', 'lost', 'SELECT'), ('slot', 'lost', 'UPDATE')
+           ) AS needed (name, col, privilege)
+"""
+
+# Events that are pruned although consumers have not handled them. Each slot that should have
+# handled some gets the position of the last of them. So the consumer knows what is missing as soon
+# as it is missing. This waits for no handler that has locked the slot: it would keep others from
+# registering.
+_OVERDUE = f"""
+    SELECT position, channel, eid, event_id, incarnation,
+           overdue AND channel = ANY(%(seen)s::text[]) AS old
+      FROM ({_DUE.format(handled=_HANDLED_BY_ALL)}) AS due
+"""  # noqa: S608
+_LOST = f""",
+    gone AS (
+        SELECT channel, {slot_sql("channel")} AS slot, max(position) AS position
+          FROM old WHERE channel = ANY(%(reliable)s::text[]) GROUP BY channel
+    ),
+    missed AS (
+        SELECT consumer_id, name, slot, max(gone.position) AS position
+          FROM {HANDLED} AS handled JOIN gone USING (slot)
+         WHERE gone.position > handled.position
+           AND {follows_sql("gone.channel", "handled.channels", "handled.prefixes")}
+         GROUP BY consumer_id, name, slot
+    ),
+    locked AS MATERIALIZED (
+        SELECT s.consumer_id, s.slot, missed.position
+          FROM missed JOIN pg_eventstream_slot AS s USING (consumer_id, slot)
+           FOR UPDATE OF s NOWAIT
+    ),
+    told AS (
+        UPDATE pg_eventstream_slot AS s SET lost = greatest(s.lost, locked.position)
+          FROM locked WHERE (s.consumer_id, s.slot) = (locked.consumer_id, locked.slot)
+    )"""  # noqa: S608
+
+# What a batch also tells.
+_NOTHING = "NULL"
+_HELD = "coalesce(bool_or(held), false), coalesce(bool_or(overdue), false)"
+_MISSED_BY = "(SELECT array_agg(DISTINCT name ORDER BY name) FROM missed)"
+
+_is_unseen_due = Rarely(3600.0)
 
 
 class Pruner:
@@ -91,7 +169,9 @@ class Pruner:
 
     An event is due if it was sequenced longer ago than ``EVENTSTREAM_RETENTION`` and at least one
     of the configured proxies has acknowledged it; without proxies, only its age counts. An event
-    that is not sequenced yet is kept at any age. For an event that the trigger did not see, the
+    that is not sequenced yet is kept at any age. An event that a consumer has not handled is kept
+    until it was sequenced longer ago than ``EVENTSTREAM_CONSUMER_HOLD`` as well; when it is pruned
+    then, the consumer is told in the same statement. For an event that the trigger did not see, the
     time of its creation counts instead. If the retention is None, none of these is ever due. An
     unreliable event, or a probe of the doctor, is due after a minute: by then every proxy and every
     process has delivered it, or never will.
@@ -112,6 +192,7 @@ class Pruner:
         self._scanned: int | None = None
         self._unseen = UnseenEvents(connection)
         self._cursor = UNKNOWN
+        self._may_see_consumers = True
         self._forget()
 
     def _forget(self) -> None:
@@ -165,12 +246,13 @@ class Pruner:
         row = fetch_one(
             self._connection,
             f"""
-            SELECT statement_timestamp(), c.*
+            SELECT statement_timestamp(), ({_MAY_SEE_CONSUMERS}), c.*
               FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true
             """,  # noqa: S608
         )
         now: datetime = row[0]
-        known, self._cursor = self._cursor, Cursor.of(*row[1:])
+        self._may_see_consumers = bool(row[1])
+        known, self._cursor = self._cursor, Cursor.of(*row[2:])
         if not self._cursor.follows(known):
             self._forget()
             self._scanned = None
@@ -194,28 +276,76 @@ class Pruner:
         retention = conf.retention
         if retention is None:
             return 0
-        pruned, empty_to = self._prune(
-            """
-            SELECT position, channel, eid, event_id, coalesce(incarnation, 0) AS incarnation,
-                   sequenced_at < %(now)s - %(retention)s AS old
-              FROM pg_eventstream_stream
-             WHERE position > %(empty_to)s
-               AND position <= CASE WHEN %(proxied)s
-                   THEN (SELECT coalesce(max(position), 0) FROM pg_eventstream_proxy)
-                   ELSE 9223372036854775807 END
-             ORDER BY position LIMIT %(batch)s
-            """,
-            {
-                "empty_to": self._empty_to,
-                "proxied": bool(conf.grip_proxies),
-                "batch": _BATCH_EVENTS,
-                "now": now,
-                "retention": retention,
-            },
-        )
+        params = {
+            "empty_to": self._empty_to,
+            "proxied": bool(conf.grip_proxies),
+            "batch": _BATCH_EVENTS,
+            "now": now,
+            "retention": retention,
+            "hold": conf.consumer_hold,
+        }
+        handled = _HANDLED_BY_ALL if self._may_see_consumers else _MAY_BE_UNHANDLED
+        with self._pruning() as cursor:
+            pruned, empty_to, held, overdue = _prune(
+                cursor, _DUE.format(handled=handled), params, tell=_HELD
+            )
         if empty_to is not None:
             self._empty_to = empty_to
-        return pruned
+        batch = int(pruned)
+        if held and not self._may_see_consumers:
+            self._say_what_to_grant()
+        elif overdue and not batch:
+            batch = self._prune_overdue(params)
+        return batch
+
+    def _prune_overdue(self, params: dict[str, Any]) -> int:
+        """Prune events that consumers have held for too long, and tell these consumers.
+
+        Not all at once with the others, because only the channel manager knows which of them are
+        unreliable, so that no consumer lacks them.
+        """
+        try:
+            with self._pruning() as cursor:
+                due = _DUE.format(handled=_HANDLED_BY_ALL)
+                rows = cursor.execute(
+                    f"SELECT DISTINCT channel FROM ({due}) AS due WHERE overdue",  # noqa: S608
+                    params,
+                ).fetchall()
+                seen = [channel for (channel,) in rows]
+                reliable = [channel for channel in seen if is_reliable(channel)]
+                pruned, empty_to, names = _prune(
+                    cursor,
+                    _OVERDUE,
+                    {**params, "seen": seen, "reliable": reliable},
+                    lost=_LOST,
+                    tell=_MISSED_BY,
+                )
+        except psycopg.errors.LockNotAvailable:
+            return 0  # a handler works; the next run tries again
+        if empty_to is not None:
+            self._empty_to = empty_to
+        if names:
+            logger.error(
+                "pruner: events are pruned that were kept for EVENTSTREAM_CONSUMER_HOLD, and that"
+                " these consumers have not handled: %s. They stop, and say what to do",
+                ", ".join(names),
+                extra={"event": "consumers-missed-events", "consumers": names},
+            )
+        return int(pruned)
+
+    def _say_what_to_grant(self) -> None:
+        if not _is_unseen_due():
+            return
+        (role,) = fetch_one(self._connection, "SELECT current_user")
+        logger.error(
+            "pruner: events past the retention are kept, because the role %s may not see which of"
+            " them consumers have handled. As the owner of the tables, run:"
+            " psql -v publisher=%s -f %s/grants.sql DATABASE",
+            role,
+            role,
+            plain_sql(),
+            extra={"event": "may-not-see-consumers", "role": role},
+        )
 
     def _prune_unreliable_channels(self, now: datetime) -> int:
         """Prune unreliable events that an earlier pruner has left, by their channels.
@@ -240,7 +370,7 @@ class Pruner:
             name = channels[-1]
             if unreliable := [c for c in channels if _is_unreliable(c)]:
                 while not self._stopping.is_set():
-                    batch, _ = self._prune(
+                    batch = self._prune(
                         """
                         SELECT position, channel, eid, event_id,
                                coalesce(incarnation, 0) AS incarnation, true AS old
@@ -297,7 +427,7 @@ class Pruner:
         unreliable = [c for c in channels if _is_unreliable(c)]
         pruned = 0
         if unreliable:
-            pruned, _ = self._prune(
+            pruned = self._prune(
                 """
                 SELECT position, channel, eid, event_id,
                        coalesce(incarnation, 0) AS incarnation, true AS old
@@ -310,16 +440,19 @@ class Pruner:
         self._scanned = last
         return pruned
 
-    def _prune(self, looked_at: str, params: dict[str, Any]) -> tuple[int, int | None]:
-        # The lock prevents two pruners from running at once, and affects no other session.
+    def _prune(self, looked_at: str, params: dict[str, Any]) -> int:
+        """Prune events that no consumer handles."""
+        with self._pruning() as cursor:
+            return int(_prune(cursor, looked_at, params)[0])
+
+    @contextmanager
+    def _pruning(self) -> Iterator[psycopg.Cursor[Any]]:
+        # The lock prevents two pruners from running at once, and a consumer from being registered
+        # or set back to events that are just being pruned. It affects no other session.
         with self._connection.transaction(), self._connection.cursor() as cursor:
             cursor.execute(_SET_UP)
             cursor.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
-            row = cursor.execute(
-                _PRUNE.format(looked_at=looked_at, every=_REMEMBER_EVENTS), params
-            ).fetchone()
-        assert row is not None  # noqa: S101
-        return row[0], row[1]
+            yield cursor
 
     def _prune_outbox(self) -> int:
         """Prune up to 1,000 outbox rows that are certainly sequenced. Returns their number.
@@ -357,6 +490,21 @@ class Pruner:
             return 0
         self._outbox_empty_to = (row[1], row[2])
         return int(row[0])
+
+
+def _prune(
+    cursor: psycopg.Cursor[Any],
+    looked_at: str,
+    params: dict[str, Any],
+    *,
+    lost: str = "",
+    tell: str = _NOTHING,
+) -> tuple[Any, ...]:
+    """Prune one batch. Returns their number, the position up to which none is left, and more."""
+    statement = _PRUNE.format(looked_at=looked_at, every=_REMEMBER_EVENTS, lost=lost, tell=tell)
+    row: tuple[Any, ...] | None = cursor.execute(statement, params).fetchone()
+    assert row is not None  # noqa: S101
+    return row
 
 
 def _is_unreliable(channel: str) -> bool:

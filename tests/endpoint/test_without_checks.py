@@ -71,6 +71,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "E018": ({"EVENTSTREAM_REPLAY_AGE": 0}, "streams publisher"),
     "E019": ({"DATABASE_ROUTERS": [f"{HERE}.DeniesAll"]}, ""),
     "E022": ({"EVENTSTREAM_METRICS_TOKEN": "short"}, ""),
+    "E023": ({"EVENTSTREAM_CONSUMER_HOLD": None}, "streams publisher"),
     "W001": ({"GRIP_URL": "http://localhost:5561"}, ""),
     "W002": ({"EVENTSTREAM_REDIS": {"host": "localhost"}}, ""),
     "W003": ({"GRIP_URL": "http://localhost:5561?key=changeme"}, ""),

@@ -116,6 +116,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("E003", {"EVENTSTREAM_RETENTION": 0}),
     ("E003", {"EVENTSTREAM_RETENTION": timedelta(hours=-1)}),
     ("E003", {"EVENTSTREAM_RETENTION": float("inf")}),
+    ("E023", {"EVENTSTREAM_CONSUMER_HOLD": None}),
+    ("E023", {"EVENTSTREAM_CONSUMER_HOLD": "7d"}),
     ("E018", {"EVENTSTREAM_REPLAY_AGE": "1h"}),
     ("E018", {"EVENTSTREAM_REPLAY_AGE": True}),
     ("E018", {"EVENTSTREAM_REPLAY_AGE": 0}),
@@ -214,6 +216,10 @@ NUMBERS: dict[str, tuple[str, str, list[Any]]] = {
         *("retention", "E003"),
         [timedelta(0), timedelta(hours=-1), timedelta.max, timedelta(days=365_001), 1e-7, 1e12],
     ),
+    "EVENTSTREAM_CONSUMER_HOLD": (
+        *("consumer_hold", "E023"),
+        [None, timedelta(0), timedelta(days=-1), timedelta.max, timedelta(days=365_001), 1e-7],
+    ),
     "EVENTSTREAM_REPLAY_AGE": (
         *("replay_age", "E018"),
         [timedelta(0), timedelta(hours=-1), timedelta.max, timedelta(days=365_001), 1e-7, 1e12],
@@ -252,6 +258,7 @@ def test_number_that_makes_no_sense_is_refused_by_check_and_when_it_is_used(name
         ("EVENTSTREAM_RETENTION", None, None),
         ("EVENTSTREAM_RETENTION", 1e-6, timedelta(microseconds=1)),
         ("EVENTSTREAM_RETENTION", timedelta(days=365_000), timedelta(days=365_000)),
+        ("EVENTSTREAM_CONSUMER_HOLD", 60, timedelta(minutes=1)),
         ("EVENTSTREAM_REPLAY_AGE", None, None),
         ("EVENTSTREAM_REPLAY_AGE", 60, timedelta(minutes=1)),
         ("EVENTSTREAM_REPLAY_AGE", timedelta(days=365_000), None),  # more than is kept
