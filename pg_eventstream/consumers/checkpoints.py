@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from ..errors import UnknownConsumer
+from ..errors import ConsumerStopped, UnknownConsumer
 from ..postgres.connector import fetch_one
 from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
 from ..postgres.sequence import CURSOR
@@ -33,6 +33,13 @@ EARLIEST = f"""
                     (SELECT position FROM {CURSOR} AS c), 0)
 """  # noqa: S608
 LATEST = f"SELECT coalesce((SELECT position FROM {CURSOR} AS c), 0)"  # noqa: S608
+
+
+_REGISTERED = f"""
+    SELECT id, (SELECT count(*) FROM {CHECKPOINTS.format(consumer_id="k.id")} AS c),
+           (SELECT count(*) FROM pg_eventstream_slot WHERE consumer_id = k.id)
+      FROM pg_eventstream_consumer AS k WHERE name = %s
+"""  # noqa: S608
 
 
 class Move(NamedTuple):
@@ -65,7 +72,8 @@ class SlotState:
 def register(connection: Connection, consumer: Consumer) -> int:
     """Create the consumer's rows, unless they exist. Returns its id.
 
-    Raises `UnknownConsumer` if the consumer has another name now.
+    Raises `UnknownConsumer` if the consumer has another name now, and `ConsumerStopped` if some of
+    its rows are missing.
     """
     with connection.transaction():
         found = connection.execute(
@@ -75,11 +83,17 @@ def register(connection: Connection, consumer: Consumer) -> int:
             """,
             _filters(consumer),
         )
-        row = connection.execute(
-            "SELECT id FROM pg_eventstream_consumer WHERE name = %s", [consumer.name]
-        ).fetchone()
+        row = connection.execute(_REGISTERED, [consumer.name]).fetchone()
         if row is None:
             return _create(connection, consumer)
+        if row[1:] != (SLOTS, SLOTS):
+            raise ConsumerStopped(
+                f"The consumer {consumer.name!r} is registered, but only {min(row[1:])} of its"
+                f" {SLOTS} slots are there: its tables were emptied or restored in part. Restore"
+                " pg_eventstream_consumer, pg_eventstream_checkpoint and pg_eventstream_slot"
+                " together. Or let it begin anew when it runs: manage.py eventstream_consumers"
+                f" remove {consumer.name}"
+            )
         if found.rowcount:
             # What is pruned without being handled is decided by these.
             _lock_out_pruner(connection)
@@ -225,6 +239,16 @@ def move(
             [incarnation, slots, epochs, olds, news, consumer_id, is_locked],
         )
     return moved.rowcount == len(moves)
+
+
+def is_at(connection: Connection, consumer_id: int, slot: int, epoch: int, position: int) -> bool:
+    """Whether this is the slot's checkpoint."""
+    row = connection.execute(
+        f"SELECT (epoch, position) = (%s, %s) FROM {CHECKPOINTS.format(consumer_id='%s')} AS c"  # noqa: S608
+        " WHERE slot = %s",
+        [epoch, position, consumer_id, slot],
+    ).fetchone()
+    return row is not None and bool(row[0])
 
 
 def lock(connection: Connection, consumer_id: int, moves: list[Move]) -> bool:

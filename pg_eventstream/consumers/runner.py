@@ -344,6 +344,8 @@ class Runner:
             held = self._held.get(slot)
             if known and held and held.epoch == known.epoch and held.position < known.position:
                 self._count_undone(held, known.position)
+        if len(states) < len(slots):
+            self._go("it was removed, or its tables were emptied or restored in part")
 
     def _hold(self, state: SlotState, channels: set[str]) -> _Held:
         now = time.monotonic()
@@ -399,16 +401,10 @@ class Runner:
     def _compare(self, page: Page, chosen: dict[int, _Held]) -> bool:
         """Whether the page can be handled: nothing but handling has changed the consumer."""
         if page.name != self.consumer.name:
-            self.gone = (
+            self._go(
                 "it was removed"
                 if page.name is None
                 else f"it was renamed to {page.name!r}; this is the code from before"
-            )
-            logger.warning(
-                "consumer %s: %s; stopped here",
-                self.consumer.name,
-                self.gone,
-                extra={"event": "consumer-gone", "consumer": self.consumer.name},
             )
             return False
         self._paused = page.paused
@@ -426,13 +422,27 @@ class Runner:
                 )
             elif (lost := page.lost.get(held.slot)) is not None and lost > held.position:
                 self._refuse(held, ConsumerMissedEvents(self.consumer.name, held.slot, lost))
-        if any(held.is_blocked(time.monotonic()) for held in chosen.values()):
+        if self._is_stale or any(held.is_blocked(time.monotonic()) for held in chosen.values()):
             return False
         self._cursor = page.cursor
         return True
 
+    def _go(self, reason: str) -> None:
+        self.gone = reason
+        logger.warning(
+            "consumer %s: %s; stopped here",
+            self.consumer.name,
+            reason,
+            extra={"event": "consumer-gone", "consumer": self.consumer.name},
+        )
+
     def _refuse(self, held: _Held, error: EventStreamError) -> None:
         """Stop a slot until a person has reset the consumer."""
+        place = held.slot, held.epoch, held.position
+        if not checkpoints.is_at(self._connection(), self.consumer_id, *place):
+            # The tables were restored, so that it is this process that is ahead.
+            self._is_stale = True
+            return
         if self.raises:
             raise error
         logger.error(

@@ -11,25 +11,29 @@ from ..backoff import Backoff
 from ..conf import conf
 from ..postgres.connector import fetch_one
 from ..postgres.sequence import reached
-from ..postgres.slots import CHECKPOINTS, follows_sql, slot_sql
+from ..postgres.slots import HANDLED, SLOTS, follows_sql, slot_sql
 from .checkpoints import Connection
 from .declare import Consumer
 from .handling import raw_connection
 
 _FIRST, _LONGEST = 0.005, 0.1
 
-#: The slots that have not handled an event up to a position.
+#: The slots that have not handled an event up to a position: it is in the stream, or it was pruned
+#: before; or nobody can tell, because the checkpoint belongs to another stream, or is missing.
 _UNHANDLED = f"""
-    SELECT c.slot
-      FROM pg_eventstream_consumer AS k
-     CROSS JOIN LATERAL {CHECKPOINTS.format(consumer_id="k.id")} AS c
-     WHERE k.name = %(name)s AND c.position < %(position)s
-       AND EXISTS (
+    SELECT of.slot
+      FROM generate_series(0, {SLOTS - 1}) AS of (slot)
+      LEFT JOIN {HANDLED} AS h ON h.name = %(name)s AND h.slot = of.slot
+     WHERE h.position IS NULL OR h.position < h.checkpoint
+        OR EXISTS (SELECT FROM pg_eventstream_slot AS s
+                    WHERE s.consumer_id = h.consumer_id AND s.slot = h.slot
+                      AND s.lost > h.position)
+        OR h.position < %(position)s AND EXISTS (
            SELECT FROM (SELECT channel FROM pg_eventstream_stream
-                         WHERE position > c.position AND position <= %(position)s
+                         WHERE position > h.position AND position <= %(position)s
                          ORDER BY position OFFSET 0) AS s
             WHERE {follows_sql("s.channel", "%(channels)s::text[]", "%(prefixes)s::text[]")}
-              AND {slot_sql("s.channel")} = c.slot)
+              AND {slot_sql("s.channel")} = h.slot)
 """  # noqa: S608
 
 
@@ -55,14 +59,14 @@ def wait(consumer: Consumer, timeout: float) -> bool:
 
 def is_handled(connection: Connection, consumer: Consumer, position: int) -> bool:
     """Whether the consumer has handled, or parked, all its events up to a position."""
-    exists = connection.execute(
-        "SELECT FROM pg_eventstream_consumer WHERE name = %s", [consumer.name]
-    ).fetchone()
-    return exists is not None and not unhandled(connection, consumer, position)
+    return not unhandled(connection, consumer, position)
 
 
 def unhandled(connection: Connection, consumer: Consumer, position: int) -> set[int]:
-    """The slots that have not handled all their events up to a position."""
+    """The slots that have not handled all their events up to a position.
+
+    All, if the consumer is not registered.
+    """
     rows = connection.execute(
         _UNHANDLED,
         {

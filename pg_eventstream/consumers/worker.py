@@ -211,6 +211,7 @@ class Worker:
                         and not any(unhandled(connection, c, position) for c in self._consumers)
                     ):
                         share.balance()
+                        _refuse_gone(self._runners)
                         self._end_if_hanging(connection)
                         _refuse_stopped(connection, self._consumers, position)
                         share.listener.wait(_ONCE_POLL)
@@ -278,6 +279,7 @@ def drain(consumer: Consumer) -> int:
                 while not runner.has_read(position) or unhandled(connection, consumer, position):
                     share.balance()
                     if runner.step() or not runner.slots:
+                        _refuse_gone([runner])
                         _refuse_stopped(connection, [consumer], position)
                         share.listener.wait(_ONCE_POLL)
             finally:
@@ -301,6 +303,12 @@ def _sequence_committed(connection: WatchedConnection, share: Share) -> int:
                 f" ({plain_sql()}/grants.sql)."
             )
         share.listener.wait(_ONCE_POLL)
+
+
+def _refuse_gone(runners: list[Runner]) -> None:
+    for runner in runners:
+        if runner.gone:
+            raise ConsumerStopped(f"The consumer {runner.consumer.name!r}: {runner.gone}.")
 
 
 def _refuse_stopped(

@@ -128,7 +128,7 @@ OLDEST_TRANSACTION = """
 #: The age of the oldest event that is kept, and whether it may be pruned: see `Pruner`. Above what
 #: the pruner has reported, because vacuum might not have removed what it pruned.
 OLDEST_KEPT = """
-    SELECT extract(epoch FROM clock_timestamp() - sequenced_at)::float8,
+    SELECT position, extract(epoch FROM clock_timestamp() - sequenced_at)::float8,
            NOT %(proxied)s OR position <= (SELECT max(position) FROM pg_eventstream_proxy)
       FROM pg_eventstream_stream
      WHERE position > %(pruned)s

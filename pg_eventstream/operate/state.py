@@ -27,6 +27,7 @@ from ..liveness import PUBLISHER as LAST_PUBLISHER
 from ..postgres import monitor
 from ..postgres.connector import Connector, fetch_one
 from ..postgres.report import DOCTOR, PRUNER, PUBLISHER
+from ..postgres.slots import HANDLED_BY_ALL
 from . import queries
 
 #: Waiting events are counted up to this number.
@@ -367,8 +368,12 @@ class _Reader:
         oldest, behind = None, 0.0
         if retention is not None:
             params = {"pruned": pruned, "proxied": bool(conf.grip_proxies)}
-            for oldest, is_free in self._fetch(queries.OLDEST_KEPT, params):
-                behind = max(0.0, oldest - retention) if is_free else 0.0
+            # A role that may not see how far consumers are takes it as held.
+            [(handled,)] = self._fetch(HANDLED_BY_ALL) or [(_LEAST,)]
+            for position, oldest, is_free in self._fetch(queries.OLDEST_KEPT, params):
+                is_held = handled is not None and position > handled
+                hold = conf.consumer_hold.total_seconds() if is_held else 0.0
+                behind = max(0.0, oldest - max(retention, hold)) if is_free else 0.0
         return Pruning(
             oldest_seconds=_not_negative(oldest),
             retention_seconds=retention,

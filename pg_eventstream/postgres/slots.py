@@ -17,6 +17,7 @@ SLOTS = 16
 
 # As `channels.RESERVED`.
 _RESERVED = "pg_eventstream:"
+
 #: A consumer's checkpoints: the row with the highest key of each slot.
 CHECKPOINTS = f"""
     (SELECT checkpoint.*
@@ -30,7 +31,7 @@ CHECKPOINTS = f"""
 #: All slots of all consumers, with the position up to which each has handled the present stream:
 #: its checkpoint, or less if that belongs to another stream (`sequence.Cursor.valid`).
 HANDLED = f"""
-    (SELECT k.id AS consumer_id, k.name, k.channels, k.prefixes, c.slot,
+    (SELECT k.id AS consumer_id, k.name, k.channels, k.prefixes, c.slot, c.position AS checkpoint,
             least(c.position, coalesce(present.position, 0),
                   CASE WHEN c.incarnation <> coalesce(present.incarnation, 0)
                        THEN coalesce(present.began, 0) END) AS position
@@ -38,6 +39,8 @@ HANDLED = f"""
       CROSS JOIN LATERAL {CHECKPOINTS.format(consumer_id="k.id")} AS c
        LEFT JOIN {CURSOR} AS present ON true)
 """  # noqa: S608
+#: The position up to which all consumers have handled everything. Null if there is no consumer.
+HANDLED_BY_ALL = f"SELECT min(position) FROM {HANDLED} AS handled"  # noqa: S608
 
 
 @lru_cache(maxsize=65_536)

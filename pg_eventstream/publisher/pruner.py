@@ -19,7 +19,7 @@ from ..postgres.connector import Connector, explain, fetch_one, plain_sql
 from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
 from ..postgres.report import PRUNER, write_report
 from ..postgres.sequence import CURSOR, UNKNOWN, Cursor
-from ..postgres.slots import HANDLED, follows_sql, slot_sql
+from ..postgres.slots import HANDLED, HANDLED_BY_ALL, follows_sql, slot_sql
 from ..postgres.threads import return_connections
 from ..rarely import Rarely
 from .unseen import UnseenEvents
@@ -111,7 +111,6 @@ _DUE = """
                            ELSE 9223372036854775807 END
                      ORDER BY position LIMIT %(batch)s) AS oldest) AS aged
 """
-_HANDLED_BY_ALL = f"SELECT min(position) FROM {HANDLED} AS handled"  # noqa: S608
 # For a role that may not see how far consumers are: it holds all events if there is a consumer. A
 # consumer that is registered has its row before the lock is released.
 _MAY_BE_UNHANDLED = f"""
@@ -132,7 +131,7 @@ _MAY_SEE_CONSUMERS = """
 _OVERDUE = f"""
     SELECT position, channel, eid, event_id, incarnation,
            overdue AND channel = ANY(%(seen)s::text[]) AS old
-      FROM ({_DUE.format(handled=_HANDLED_BY_ALL)}) AS due
+      FROM ({_DUE.format(handled=HANDLED_BY_ALL)}) AS due
 """  # noqa: S608
 _LOST = f""",
     gone AS (
@@ -284,7 +283,7 @@ class Pruner:
             "retention": retention,
             "hold": conf.consumer_hold,
         }
-        handled = _HANDLED_BY_ALL if self._may_see_consumers else _MAY_BE_UNHANDLED
+        handled = HANDLED_BY_ALL if self._may_see_consumers else _MAY_BE_UNHANDLED
         with self._pruning() as cursor:
             pruned, empty_to, held, overdue = _prune(
                 cursor, _DUE.format(handled=handled), params, tell=_HELD
@@ -306,7 +305,7 @@ class Pruner:
         """
         try:
             with self._pruning() as cursor:
-                due = _DUE.format(handled=_HANDLED_BY_ALL)
+                due = _DUE.format(handled=HANDLED_BY_ALL)
                 rows = cursor.execute(
                     f"SELECT DISTINCT channel FROM ({due}) AS due WHERE overdue",  # noqa: S608
                     params,

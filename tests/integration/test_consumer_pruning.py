@@ -387,13 +387,14 @@ def pruning(database: Database) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.timeout(900)
 def test_handling_beside_pruning_never_skips_and_never_gives_a_false_alarm(
     database: Database, handled: Handled
 ) -> None:
     """The hold ends at about the moment at which the events are handled, many times."""
     chance = seeded()
     sent, told, missed = Sent(database, handled), 0, 0
-    hold, rounds = 0.05, 500 if THOROUGH else 12
+    hold, rounds = 0.05, 300 if THOROUGH else 12
     for n in range(rounds):
         name, begin = f"all{n}", len(sent.channels)
         late = recorder(name, start="latest", batch=chance.choice([1, 3]))

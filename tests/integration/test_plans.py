@@ -18,6 +18,7 @@ import pytest
 from django.db import connection as django_connection
 from django.test import override_settings
 
+from pg_eventstream.consumers import checkpoints, consumer, declare
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.limits import LIMITS
 from pg_eventstream.operate import state
@@ -109,6 +110,26 @@ def prune_old(database: Database) -> Explained:
     return explain
 
 
+def register(database: Database, position: int) -> None:
+    """A consumer of all channels that has handled so much."""
+    everything = consumer("everything")(print)
+    del declare._declared["everything"]
+    with database.connect() as session:
+        checkpoints.register(session, everything)
+        session.execute("UPDATE pg_eventstream_checkpoint SET position = %s", [position])
+
+
+def prune_what_is_handled(database: Database) -> Explained:
+    register(database, 5000)
+    return prune_old(database)
+
+
+@override_settings(EVENTSTREAM_CONSUMER_HOLD=1e-6)
+def prune_what_is_held_too_long(database: Database) -> Explained:
+    register(database, 1000)
+    return prune_old(database)
+
+
 def find_channels(database: Database) -> Explained:
     with database.connect() as session:
         sweep = retention.Pruner(session)
@@ -194,7 +215,9 @@ def full(database: Database) -> Database:
     return database
 
 
-STREAM, EVENT, OUTBOX = (f"pg_eventstream_{t}_pkey" for t in ("stream", "event", "outbox"))
+STREAM, EVENT, OUTBOX, CHECKPOINT = (
+    f"pg_eventstream_{table}_pkey" for table in ("stream", "event", "outbox", "checkpoint")
+)
 EID = "pg_eventstream_stream_eid"
 CASES = [
     (recover, EID, 600),
@@ -205,6 +228,9 @@ CASES = [
     (read_for_streams, EVENT, 1000),
     (prune_old, STREAM, 1000),
     (prune_old, EVENT, 1000),
+    (prune_what_is_handled, CHECKPOINT, 1000),
+    (prune_what_is_held_too_long, CHECKPOINT, 1600),
+    (prune_what_is_held_too_long, STREAM, 1600),
     (find_channels, EID, CHANNELS + 1),
     (prune_outbox, OUTBOX, 1000),
     (look_for_unseen, EVENT, 100),

@@ -10,6 +10,7 @@ import pytest
 from django.test import override_settings
 
 from pg_eventstream import conf, send_event
+from pg_eventstream.consumers import checkpoints, consumer, declare
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.limits import Limits
 from pg_eventstream.operate.state import MOST_COUNTED, ProxyState, State, read_state
@@ -294,6 +295,27 @@ def test_pruning_is_behind_if_an_event_that_is_due_is_still_there(database: Data
         database.execute(MANY.format(10))
         session.execute(SEQUENCE)
         assert 0 <= (read_state().pruning.oldest_seconds or -1) < 60
+
+
+def test_what_a_consumer_holds_is_not_behind(database: Database) -> None:
+    late = consumer("late")(lambda event: None)
+    try:
+        with database.connect() as session:
+            checkpoints.register(session, late)
+            database.execute(MANY.format(10))
+            database.execute(SEQUENCE)
+            make_old(database)
+            pruning = read_state().pruning
+            assert (pruning.oldest_seconds or 0) > 2 * 86_400 - 1
+            assert pruning.behind_seconds == 0
+            with override_settings(EVENTSTREAM_CONSUMER_HOLD=1.5 * 86_400):
+                assert 43_100 <= read_state().pruning.behind_seconds < 43_800
+            with override_settings(EVENTSTREAM_CONSUMER_HOLD=60):
+                assert 86_300 <= read_state().pruning.behind_seconds < 87_000
+            session.execute("UPDATE pg_eventstream_checkpoint SET position = 10")
+            assert 86_300 <= read_state().pruning.behind_seconds < 87_000
+    finally:
+        del declare._declared["late"]
 
 
 def test_events_that_no_proxy_has_are_not_due(database: Database, control: ControlPort) -> None:
