@@ -564,6 +564,7 @@ class Runner:
         for slot, position in positions.items():
             held = self._held[slot]
             held.position, held.incarnation = position, self._cursor.incarnation
+            held.read_to = max(held.read_to, position)
             held.failing, held.attempts = None, 0
             held.moved_at = now
 
@@ -621,7 +622,7 @@ class Runner:
             return
         if is_transient(error) and self._transient < self._limits.transient:
             self._transient += 1
-            self._wake.wait(min(0.01 * 2**self._transient, 1.0))
+            self._wake.wait(min(0.01 * 2**self._transient, 0.2))
             return
         self._transient = 0
         [row] = rows

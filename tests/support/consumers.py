@@ -7,9 +7,10 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-from pg_eventstream.servers.processes import Process, wait_until
+from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
+from tests.support.forked import ForkedProcess
 from tests.support.handlers import TABLE
 
 
@@ -21,7 +22,7 @@ def declared(*consumers: dict[str, Any]) -> dict[str, str]:
     return {"PG_EVENTSTREAM_TEST_CONSUMERS": json.dumps(consumers)}
 
 
-class ConsumerProcess(Process):
+class ConsumerProcess(ForkedProcess):
     """``manage.py eventstream_consumers run`` in a separate process."""
 
     count = 0

@@ -43,6 +43,7 @@ _MODULES = [
     "django.template.loader_tags",
     "django.views.generic",
     "gripcontrol",
+    "pg_eventstream.consumers.declare",
     "pg_eventstream.operate",
     "pg_eventstream.publisher.doorbell",
     "pg_eventstream.publisher.feed",
