@@ -74,6 +74,9 @@ GRANT SELECT ON pg_eventstream_cursor, pg_eventstream_outbox, pg_eventstream_pro
                 pg_eventstream_publisher, pg_eventstream_report, pg_eventstream_stream
    TO :"observer";
 GRANT SELECT (id, created) ON pg_eventstream_event TO :"observer";
+GRANT SELECT ON pg_eventstream_consumer, pg_eventstream_checkpoint, pg_eventstream_slot
+   TO :"observer";
+GRANT SELECT (consumer_id) ON pg_eventstream_parked TO :"observer";
 SELECT pg_get_serial_sequence('pg_eventstream_event', 'id') AS ids \gset
 GRANT SELECT ON SEQUENCE :ids TO :"observer";
 \endif

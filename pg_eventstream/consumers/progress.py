@@ -6,7 +6,7 @@ It costs little on a large database, however far a consumer is behind: see `LAGS
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from ..postgres.locks import CONSUMER_LOCKS, MEMBER, owner_of
 from ..postgres.report import consumer_report
 from ..postgres.sequence import CURSOR, WAITING
 from ..postgres.slots import CHECKPOINTS, SLOTS, follows, follows_sql, slot_of, slot_sql
+from .declare import Consumer
 from .event import event_id
 
 Connection = psycopg.Connection[Any]
@@ -54,6 +55,16 @@ class Working:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A process that has slots of a consumer: ``host:pid/…``, or empty while it begins."""
+
+    name: str
+    slots: list[int]
+    #: The time since its last sign of life, which it shows every 10 seconds.
+    heartbeat_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerState:
     """How far a consumer is. A consumer that is not registered has never run."""
 
@@ -61,8 +72,13 @@ class ConsumerState:
     registered: bool = True
     #: Whether the code of this process declares it. None if that could not be imported.
     declared: bool | None = None
+    declared_at: str | None = None
     #: The name that it has now, if the code declares the one from before.
     renamed_to: str | None = None
+    channels: list[str] = field(default_factory=list)
+    prefixes: list[str] = field(default_factory=list)
+    #: Its ``timeout`` in the code of this process.
+    timeout_seconds: float | None = None
     paused: bool = False
 
     #: The committed events that it has to handle and has not, in order or not. An estimate if
@@ -73,12 +89,14 @@ class ConsumerState:
     lag_seconds: float | None = None
     #: The same, without the slots that have stopped or wait before they try again.
     free_lag_seconds: float | None = None
-    #: The positions that it has still to read, of all channels.
+    #: All its slots have handled, or passed, the events up to here.
+    position: int | None = None
+    #: The positions after that, of all channels.
     unread_positions: int | None = None
 
-    #: The processes that run it, and those of them that have slots: ``host:pid/…``.
+    #: The number of processes that run it, and those that have slots.
     processes: int = 0
-    holders: list[str] = field(default_factory=list)
+    holders: list[Holder] = field(default_factory=list)
     unheld_slots: list[int] = field(default_factory=list)
     #: The longest time without a sign of life from a process that has slots. None if none has.
     heartbeat_seconds: float | None = None
@@ -91,8 +109,8 @@ class ConsumerState:
     parked: int = 0
     #: The last position that was pruned before it was handled. None if there was none.
     lost: int | None = None
-    #: Whether it handles events again that it had handled before a reset.
-    replaying: bool = False
+    #: Up to where it handles events again that it had handled before a reset. None if it does not.
+    replay_to: int | None = None
 
 
 #: What is stored about each slot of each consumer.
@@ -258,11 +276,11 @@ class _Lag:
 
 
 def read_consumers(
-    connection: Connection, declared: Iterable[str] | None, *, pruned: int = _LEAST
+    connection: Connection, declared: Mapping[str, Consumer] | None, *, pruned: int = _LEAST
 ) -> list[ConsumerState] | None:
     """How far all consumers are, by name: those with tables and those that are declared.
 
-    ``declared`` are the names in the code, from `declare.discover`; None if it cannot be imported.
+    ``declared`` is what `declare.discover` returns; None if the code cannot be imported.
     Up to ``pruned`` all events are pruned. Returns None if this role may not read the tables of
     the consumers, or if they are missing. ``connection`` must be in autocommit mode.
     """
@@ -274,13 +292,20 @@ def read_consumers(
     for row in rows:
         consumers[row[0]] = _Consumer(*row[:6])
         slots[row[0]].append(_Slot(*row[6:]))
-    names = None if declared is None else {*declared}
-    states = [*_read_registered(connection, consumers, slots, names, pruned)]
+    states = [*_read_registered(connection, consumers, slots, declared, pruned)]
     known = {state.name for state in states}
     renamed = {old: one.name for one in consumers.values() for old in one.former_names}
     states += [
-        ConsumerState(name=name, registered=False, declared=True, renamed_to=renamed.get(name))
-        for name in names or ()
+        ConsumerState(
+            name=name,
+            registered=False,
+            declared=True,
+            declared_at=consumer.place,
+            renamed_to=renamed.get(name),
+            channels=list(consumer.channels),
+            prefixes=list(consumer.prefixes),
+        )
+        for name, consumer in (declared or {}).items()
         if name not in known
     ]
     return sorted(states, key=lambda state: state.name)
@@ -290,7 +315,7 @@ def _read_registered(
     connection: Connection,
     consumers: dict[int, _Consumer],
     slots: dict[int, list[_Slot]],
-    declared: set[str] | None,
+    declared: Mapping[str, Consumer] | None,
     pruned: int,
 ) -> Iterable[ConsumerState]:
     if not consumers:
@@ -306,36 +331,59 @@ def _read_registered(
     parked = dict(monitor.fetch(connection, _PARKED) or [])
     working = _read_working(connection, consumers)
     lags = _read_lags(connection, consumers, slots, pruned)
-    for consumer in consumers.values():
-        its_slots = sorted(slots[consumer.id])
-        holders = [slot for slot in its_slots if slot.slot in held[consumer.id]]
-        beats = [slot.heartbeat_seconds for slot in holders if slot.heartbeat_seconds is not None]
-        lag = None if lags is None else lags[consumer.id]
-        last = its_slots[0].last or 0
-        works = working.get(consumer.id)
+    for one in consumers.values():
+        its_slots = sorted(slots[one.id])
+        code = (declared or {}).get(one.name)
+        lag = None if lags is None else lags[one.id]
+        holders = _holders(slot for slot in its_slots if slot.slot in held[one.id])
+        beats = [h.heartbeat_seconds for h in holders if h.heartbeat_seconds is not None]
+        works = working.get(one.id)
+        last = its_slots[0].last
+        position = min(s.position if last is None else min(s.position, last) for s in its_slots)
+        lost = [s.lost for s in its_slots if s.lost is not None and s.lost > s.position]
+        replays = [s.replay_to for s in its_slots if (s.replay_to or _LEAST) > s.position]
         yield ConsumerState(
-            name=consumer.name,
-            declared=None if declared is None else consumer.name in declared,
-            paused=consumer.paused,
+            name=one.name,
+            declared=None if declared is None else code is not None,
+            declared_at=code.place if code else None,
+            channels=one.channels,
+            prefixes=one.prefixes,
+            timeout_seconds=code.timeout if code else None,
+            paused=one.paused,
             lag_events=None if lag is None else round(lag.events),
             lag_is_estimate=lag is not None and lag.is_estimate,
             lag_seconds=None if lag is None else _oldest(lag.seconds.values()),
             free_lag_seconds=None if lag is None else lag.seconds[False],
-            unread_positions=max(0, last - min(slot.position for slot in its_slots)),
-            processes=processes[consumer.id],
-            holders=sorted({slot.holder for slot in holders if slot.holder}),
-            unheld_slots=sorted({*range(SLOTS)} - held[consumer.id]),
-            heartbeat_seconds=max([0.0, *beats]) if beats else None,
-            working=works if works and works.holder in {s.holder for s in holders} else None,
+            position=position,
+            unread_positions=max(0, (last or 0) - position),
+            processes=processes[one.id],
+            holders=holders,
+            unheld_slots=sorted({*range(SLOTS)} - held[one.id]),
+            heartbeat_seconds=max(beats, default=None),
+            working=works if works and works.holder in {h.name for h in holders} else None,
             failing=[s.trouble for s in its_slots if s.failing is not None and not s.stopped],
             stopped=[s.trouble for s in its_slots if s.stopped],
-            parked=parked.get(consumer.id, 0),
-            lost=max(
-                (s.lost for s in its_slots if s.lost is not None and s.lost > s.position),
+            parked=parked.get(one.id, 0),
+            lost=max(lost, default=None),
+            replay_to=max((r for r in replays if r is not None), default=None),
+        )
+
+
+def _holders(slots: Iterable[_Slot]) -> list[Holder]:
+    by_name: defaultdict[str, list[_Slot]] = defaultdict(list)
+    for slot in slots:
+        by_name[slot.holder].append(slot)
+    return [
+        Holder(
+            name=name,
+            slots=[slot.slot for slot in its],
+            heartbeat_seconds=max(
+                (max(0.0, s.heartbeat_seconds) for s in its if s.heartbeat_seconds is not None),
                 default=None,
             ),
-            replaying=any((s.replay_to or _LEAST) > s.position for s in its_slots),
         )
+        for name, its in sorted(by_name.items())
+    ]
 
 
 def _read_working(connection: Connection, consumers: Iterable[int]) -> dict[int, Working]:

@@ -115,8 +115,9 @@ class Runner:
         self.thread_id: int | None = None
         #: Of the session in which that is done.
         self.backend_pid: int | None = None
-        #: When it last came round its loop, by `time.monotonic`.
+        #: When it last came round its loop, by `time.monotonic`, and whether it waits there.
         self.moved_at = time.monotonic()
+        self.waits = False
         self.handled = 0
         #: Raise what a handler raises, instead of counting attempts: for `Consumer.drain`.
         self.raises = False
@@ -189,7 +190,9 @@ class Runner:
                     self._is_stale = True
                     seconds = backoff.next()
                 if seconds:
+                    self.waits = True
                     self._wake.wait(seconds)
+                    self.waits = False
         finally:
             self.close()
             connections.close_all()  # those of this thread

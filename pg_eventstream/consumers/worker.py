@@ -24,6 +24,7 @@ from ..conf import conf
 from ..errors import ConsumerStopped
 from ..postgres.connector import Connector, explain, fetch_one, plain_sql
 from ..postgres.listener import BELL, CONSUMERS, NEWS
+from ..postgres.report import consumer_report, write_report
 from ..postgres.sequence import reached
 from ..postgres.watchdog import WatchedConnection
 from . import checkpoints
@@ -150,14 +151,22 @@ class Worker:
         self._share = None
 
     def _beat(self, connection: WatchedConnection) -> None:
-        """Write down which runners have moved lately; one whose handler hangs has not."""
-        moved_after = time.monotonic() - self._limits.heartbeat
-        held = [
-            (runner.consumer_id, slot)
-            for runner in self._runners
-            if runner.moved_at >= moved_after
-            for slot in runner.slots
-        ]
+        """Write down which runners are at work; and of one whose handler hangs, at which event."""
+        now = time.monotonic()
+        held: list[tuple[int, int]] = []
+        for runner in self._runners:
+            working = runner.working
+            moved_at = runner.moved_at if working is None else max(runner.moved_at, working[1])
+            if runner.waits or moved_at >= now - self._limits.heartbeat:
+                held += [(runner.consumer_id, slot) for slot in runner.slots]
+            elif working is not None:
+                row, since = working
+                content = {
+                    "holder": self.holder,
+                    "event": event_id(row.channel, row.number),
+                    "seconds": now - since,
+                }
+                write_report(connection, consumer_report(runner.consumer_id), content)
         if held:
             checkpoints.beat(connection, held, self.holder)
 

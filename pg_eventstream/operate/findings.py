@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from ..conf import conf
@@ -11,9 +10,20 @@ from ..limits import LIMITS
 from ..liveness import LATE_SECONDS, START
 from ..postgres.connector import plain_sql
 from ..postgres.report import own_version
+from .consumer_findings import judge_consumers
+from .finding import Finding, Level
 from .state import OldestTransaction, ProxyState, State
 
-Level = Literal["broken", "degraded"]
+__all__ = [
+    "COULD_NOT_LOOK",
+    "EXIT_CODES",
+    "Finding",
+    "Level",
+    "Verdict",
+    "judge",
+    "verdict",
+]
+
 Verdict = Literal["healthy", "degraded", "broken"]
 
 #: The exit status of the commands, and the one if the database could not be read.
@@ -40,19 +50,6 @@ _SAME_DATABASE = (
     "The first line of its log names the database that it uses. Start it with the same DATABASES"
     " and EVENTSTREAM_DATABASE as the application."
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """Something that is wrong. Each code is explained in the documentation ("Diagnoses")."""
-
-    code: str
-    #: "broken" if events do not arrive or soon will not, else "degraded".
-    level: Level
-    #: What is wrong.
-    message: str
-    #: What to do.
-    remedy: str
 
 
 def judge(state: State) -> list[Finding]:
@@ -97,6 +94,7 @@ def _find(state: State) -> Iterator[Finding]:
             for proxy in state.proxies:
                 yield from _judge_proxy(state, proxy)
             yield from _judge_settings(state)
+    yield from judge_consumers(state)
     yield from _judge_database(state)
 
 
@@ -190,10 +188,12 @@ def _find_missing_publisher(state: State) -> Finding:
 
 def _judge_events(state: State, *, is_alive: bool) -> Iterator[Finding]:
     seconds, count = state.waiting.oldest_seconds or 0, state.waiting.count or 0
+    runs_consumers = any(consumer.processes for consumer in state.consumers)
+    others = "processes stream without a proxy" if state.hubs else "processes run consumers"
     if (
         count
         and seconds > LATE_SECONDS
-        and (is_alive or state.hubs)
+        and (is_alive or state.hubs or runs_consumers)
         and state.may_sequence is not False
     ):
         yield Finding(
@@ -201,7 +201,7 @@ def _judge_events(state: State, *, is_alive: bool) -> Iterator[Finding]:
             level="broken",
             message=f"{count} committed events wait to be put in order, the oldest for"
             f" {seconds:.0f} seconds, although"
-            f" {'a publisher leads' if is_alive else 'processes stream without a proxy'}.",
+            f" {'a publisher leads' if is_alive else others}.",
             remedy="The publisher's log says why. If it waits for a lock, this shows for whom:"
             " SELECT pid, pg_blocking_pids(pid), query FROM pg_stat_activity;"
             if is_alive

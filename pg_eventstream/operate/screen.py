@@ -6,7 +6,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 
+from ..consumers.progress import ConsumerState
 from ..postgres.report import own_version
+from .ages import age as _age
 from .findings import Finding, verdict
 from .state import MOST_COUNTED, ProxyState, State
 
@@ -81,6 +83,8 @@ def _sections(state: State) -> Iterator[tuple[str, Iterator[str]]]:
         yield "Proxies", (_proxy(proxy) for proxy in state.proxies)
     if state.hubs or not state.proxies:
         yield "Streams", iter([f"processes that stream without a proxy now: {state.hubs}"])
+    if state.consumers:
+        yield "Consumers", (_consumer(consumer) for consumer in state.consumers)
     yield "Pruning", _pruning(state)
     yield "Vacuum", _vacuum(state)
     yield "Tables", _tables(state)
@@ -165,6 +169,37 @@ def _proxy(proxy: ProxyState) -> str:
     return f"{proxy.name}: {'; '.join(parts)}"
 
 
+def _consumer(consumer: ConsumerState) -> str:
+    parts = []
+    if consumer.declared is False:
+        parts.append("not declared here")
+    if not consumer.registered:
+        parts.append("has never run")
+    elif consumer.processes:
+        beat = consumer.heartbeat_seconds
+        heartbeat = "" if beat is None else f", heartbeat {_age(beat)} ago"
+        parts.append(f"run by {consumer.processes}{heartbeat}")
+    else:
+        parts.append("not running")
+    if consumer.paused:
+        parts.append("paused")
+    if consumer.lag_events:
+        about = "about " if consumer.lag_is_estimate else ""
+        since = "" if consumer.lag_seconds is None else f", {_age(consumer.lag_seconds)}"
+        parts.append(f"{about}{consumer.lag_events:,} behind{since}")
+    elif consumer.lag_events == 0:
+        parts.append("nothing behind")
+    if consumer.replay_to is not None:
+        parts.append(f"handles again up to {consumer.replay_to:,}")
+    if consumer.failing:
+        parts.append(f"slots that retry: {len(consumer.failing)}")
+    if consumer.stopped:
+        parts.append(f"slots that have stopped: {len(consumer.stopped)}")
+    if consumer.parked:
+        parts.append(f"parked: {_count(consumer.parked)}")
+    return f"{consumer.name}: {'; '.join(parts)}"
+
+
 def _pruning(state: State) -> Iterator[str]:
     pruning = state.pruning
     if pruning.retention_seconds is None:
@@ -216,13 +251,6 @@ def _count(number: int) -> str:
 
 def _at(time: datetime | None) -> str:
     return "" if time is None else f"{time:%Y-%m-%d %H:%M}"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 or not seconds else f"{seconds:.1f} s"
 
 
 def _bytes(number: int) -> str:

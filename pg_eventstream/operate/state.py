@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +20,8 @@ from django.db import DatabaseError, connections
 
 from ..checks.tables import check_schema
 from ..conf import conf, proxy_name
+from ..consumers.declare import Consumer, discover
+from ..consumers.progress import ConsumerState, read_consumers
 from ..grip.proxy import Proxy, Refused, Unavailable
 from ..limits import LIMITS, Limits
 from ..liveness import PUBLISHER as LAST_PUBLISHER
@@ -29,156 +30,35 @@ from ..postgres.connector import Connector, fetch_one
 from ..postgres.report import DOCTOR, PRUNER, PUBLISHER
 from ..postgres.slots import HANDLED_BY_ALL
 from . import queries
+from .parts import (
+    MOST_COUNTED,
+    OldestTransaction,
+    Problem,
+    ProxyState,
+    Pruning,
+    Session,
+    State,
+    TableState,
+    Waiting,
+)
 
-#: Waiting events are counted up to this number.
-MOST_COUNTED = 10_000
+__all__ = [
+    "MOST_COUNTED",
+    "OldestTransaction",
+    "Problem",
+    "ProxyState",
+    "Pruning",
+    "Session",
+    "State",
+    "TableState",
+    "Waiting",
+    "read_state",
+]
 
 # Of the newest events, so many are looked up in the stream: first in its newest part, and those
 # that are not there in a larger part.
 _NEWEST, _NEAR_PART, _FAR_PART = 1000, 3000, 200_000
 _LEAST = -(2**63)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
-    """A session of PostgreSQL that belongs to this package."""
-
-    pid: int
-    #: ``host:pid`` of the publisher, or the session's application name.
-    name: str
-    address: str | None
-    since: datetime | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProxyState:
-    """How far a proxy is. All lags count events that are committed, sequenced or not."""
-
-    name: str
-    #: Whether it is in GRIP_URL or GRIP_PROXIES of this process.
-    configured: bool
-    #: The acknowledged position. None if the publisher does not know the proxy.
-    position: int | None
-    #: Events that it has not acknowledged, counted up to `MOST_COUNTED` where not sequenced yet.
-    lag_events: int | None
-    #: The age of the oldest of these, in seconds; 0 if there is none.
-    lag_seconds: float | None
-    #: Why the publisher's last attempt failed, as the publisher reports it.
-    trouble: str | None = None
-    #: Whether its control port answered this process. None if it was not asked.
-    reachable: bool | None = None
-    #: Why it did not, or what it answered.
-    answer: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
-    """Committed events that are not sequenced yet."""
-
-    #: Up to `MOST_COUNTED`. None if that cannot be told (tables of another cluster).
-    count: int | None
-    oldest_seconds: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OldestTransaction:
-    """What prevents vacuum from removing dead rows: the oldest snapshot or transaction id."""
-
-    #: "session", "prepared transaction", "replication slot" or "standby".
-    kind: str
-    #: The pid and application of a session, or the name of the others.
-    name: str
-    #: How long it is open. None for slots and standbys, of which that is not known.
-    seconds: float | None
-    #: How many transactions have begun since then.
-    transactions: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pruning:
-    #: The age of the oldest event that is kept. None if there is none, or it cannot be told.
-    oldest_seconds: float | None
-    #: EVENTSTREAM_RETENTION; None keeps events of any age.
-    retention_seconds: float | None
-    #: The time since a pruner has run. None if none ever has.
-    ran_seconds: float | None
-    #: By how much the oldest event that may be pruned exceeds the retention; 0 if by nothing.
-    behind_seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableState:
-    name: str
-    bytes: int
-    live_rows: int
-    dead_rows: int
-    last_vacuum: datetime | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """Something that a check of the tables has found: see ``checks.tables``."""
-
-    id: str
-    message: str
-    hint: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """All times are those of the database server."""
-
-    at: datetime
-    alias: str
-    #: ``name@host:port``, as in the log.
-    database: str
-    server_version: str
-    is_standby: bool
-    #: The server's clock minus that of this process, in seconds.
-    clock_seconds: float
-    #: Whether LISTEN works on a connection that this process opens (not through some poolers).
-    listens: bool
-    #: What the checks of tables, migrations, functions and triggers have found.
-    problems: list[Problem] = field(default_factory=list)
-    #: The tables that this role may not read or that are missing, of those that matter most:
-    #: publisher, proxy, outbox.
-    unreadable: list[str] = field(default_factory=list)
-
-    #: The last position of the stream, and the number that its incarnation adds to ids.
-    position: int
-    incarnation: int
-    waiting: Waiting
-    #: How many of the newest 1,000 events the trigger did not see. None if that cannot be told.
-    unseen: int | None = None
-
-    #: The session that holds the leader's lock.
-    leader: Session | None
-    standbys: list[Session] = field(default_factory=list)
-    #: The name that the leader wrote last, and the seconds since it last did.
-    publisher: str | None
-    heartbeat_seconds: float | None
-    leading_since: datetime | None
-    #: What the publisher reports of itself: see `publisher.daemon`.
-    report: dict[str, Any] = field(default_factory=dict)
-    #: Whether the publisher's role may put events in order. None if it is not known.
-    may_sequence: bool | None = None
-    #: Other databases of this server on which a publisher runs.
-    elsewhere: list[str] = field(default_factory=list)
-    #: Whether the publisher is awake and polls: True, False, or None if there is no leader.
-    awake: bool | None
-
-    proxies: list[ProxyState] = field(default_factory=list)
-    #: How many processes stream without a proxy now.
-    hubs: int = 0
-
-    oldest_transaction: OldestTransaction | None = None
-    pruning: Pruning
-    #: The share of PostgreSQL's notification queue that is in use, 0 to 1.
-    queue_usage: float
-    tables: list[TableState] = field(default_factory=list)
-    #: What the last run of the doctor found, and when. None if it has never run.
-    doctor: dict[str, Any] | None = None
-    doctor_seconds: float | None = None
 
 
 def read_state(
@@ -216,6 +96,7 @@ def read_state(
         name, leading_since, heartbeat_seconds = read.publisher()
         leader, standbys = read.sessions(name, leading_since)
         awake, hubs, elsewhere = read.processes()
+        declared, consumers_error = _discover()
         return State(
             at=at,
             alias=connector.alias,
@@ -240,6 +121,8 @@ def read_state(
             awake=awake if leader else None,
             proxies=read.proxies(waiting, pruned, publisher_report, ask_proxies),
             hubs=hubs,
+            consumers=read.consumers(declared, pruned),
+            consumers_error=consumers_error,
             oldest_transaction=read.oldest_transaction(),
             pruning=read.pruning(pruned, pruner_seconds),
             queue_usage=queue_usage,
@@ -356,6 +239,12 @@ class _Reader:
             )
         return states
 
+    def consumers(self, declared: dict[str, Consumer] | None, pruned: int) -> list[ConsumerState]:
+        found = read_consumers(self._connection, declared, pruned=pruned)
+        if found is None and declared:
+            self.unreadable.append("consumer")
+        return found or []
+
     def oldest_transaction(self) -> OldestTransaction | None:
         for kind, name, seconds, transactions in self._fetch(queries.OLDEST_TRANSACTION):
             return OldestTransaction(
@@ -407,6 +296,14 @@ def _check(alias: str) -> list[Problem]:
         for message in messages
         if not message.is_silenced()
     ]
+
+
+def _discover() -> tuple[dict[str, Consumer] | None, str | None]:
+    """The consumers in the code, or why it cannot be imported."""
+    try:
+        return discover(), None
+    except Exception as e:  # noqa: BLE001  (it is the project's code)
+        return None, f"{type(e).__name__}: {e}"
 
 
 def _ask(config: dict[str, Any]) -> tuple[bool, str | None]:

@@ -24,6 +24,7 @@ import pg_eventstream
 from pg_eventstream import sse
 from pg_eventstream.caching import never_cached
 from pg_eventstream.conf import MOST_CHANNELS, Conf, conf
+from pg_eventstream.consumers import progress
 from pg_eventstream.operate import state
 from tests.support.documentation import name_of, pages, prose_of, text_of
 
@@ -138,13 +139,20 @@ def test_options_of_a_command(name: str) -> None:
 def test_keys_of_the_status() -> None:
     """The fields of the state, and those of the objects in it."""
     text = sections("docs/reference/commands.md")["eventstream_status"]
-    rows = text[text.index("| key |") :].splitlines()[2:]
+    rows = text[text.index("| key |") : text.index("| of a consumer |")].splitlines()[2:]
     cells = [row.split("|")[1:3] for row in rows if row.startswith("| ")]
     keys = [key for cell, _ in cells for key in re.findall(r"`(\w+)`", cell)]
     assert sorted(keys) == sorted(field.name for field in fields(state.State))
     words = re.findall(r"`(\w+)`", " ".join(meaning for _, meaning in cells))
     for part in (state.Session, state.ProxyState, state.Waiting, state.OldestTransaction,
                  state.Pruning, state.TableState, state.Problem):  # fmt: skip
+        assert {field.name for field in fields(part)} <= set(words), part
+
+
+def test_keys_of_a_consumer_in_the_status() -> None:
+    text = sections("docs/reference/commands.md")["eventstream_status"]
+    words = re.findall(r"`(\w+)`", text[text.index("| of a consumer |") :])
+    for part in (progress.ConsumerState, progress.Holder, progress.TroubledSlot, progress.Working):
         assert {field.name for field in fields(part)} <= set(words), part
 
 

@@ -17,13 +17,13 @@ import pytest
 from pg_eventstream.operate import findings
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support import breakages as broken
-from tests.support import forked
 from tests.support.breakages import NO_PROXY, Environment, Installation
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.publisher import NewPublisher
 from tests.support.sse_client import SSEClient
+from tests.support.status import run_status, status, status_with
 
 Breakage = Callable[[Installation], AbstractContextManager[Environment]]
 
@@ -33,31 +33,6 @@ def it(
     database: Database, control: ControlPort, new_publisher: NewPublisher, second_pushpin: Pushpin
 ) -> Installation:
     return Installation(database, control, new_publisher, second_pushpin)
-
-
-def run_status(environment: Environment, *arguments: str) -> tuple[int, str]:
-    """Run the command. Returns its exit status and all that it says."""
-    done = forked.run(
-        [sys.executable, "-m", "django", "eventstream_status", *arguments],
-        {**child_environment(), **environment},
-        merged=True,
-    )
-    return done.returncode, done.stdout
-
-
-def status(environment: Environment) -> tuple[int, dict[str, Any]]:
-    code, output = run_status(environment, "--json")
-    return code, json.loads(output)
-
-
-def status_with(environment: Environment, code: str, level: str) -> tuple[int, dict[str, Any]]:
-    """The status, as soon as it has this finding."""
-    deadline = time.monotonic() + 30
-    while True:
-        exit_code, found = status(environment)
-        if (code, level) in [(one["code"], one["level"]) for one in found["findings"]]:
-            return exit_code, found
-        assert time.monotonic() < deadline, found
 
 
 #: What is broken; the finding and the exit status; what the message and the advice contain.

@@ -39,9 +39,9 @@ def recorder(name: str, **options: Any) -> Consumer:
     return consumer(name, **{"start": "earliest", **options})(named(record, name))
 
 
-def read(database: Database, *names: str, **options: int) -> dict[str, ConsumerState]:
+def read(database: Database, **options: int) -> dict[str, ConsumerState]:
     with database.connect() as connection:
-        found = read_consumers(connection, names, **options)
+        found = read_consumers(connection, declare._declared, **options)
     assert found is not None
     return {state.name: state for state in found}
 
@@ -60,15 +60,19 @@ def test_consumer_that_has_handled_everything_has_no_lag(
     send_event("b", "message", 1)  # not for it
     database.send("pg_eventstream:permission")
     for _ in range(2):
-        state = read(database, "stock", "new")["stock"]
+        state = read(database)["stock"]
         assert (state.lag_events, state.lag_is_estimate) == (0, False)
         assert (state.lag_seconds, state.free_lag_seconds) == (0, 0)
         database.execute(SEQUENCE)
     assert state.declared
     assert (state.holders, state.heartbeat_seconds, len(state.unheld_slots)) == ([], None, 16)
-    assert read(database, "new")["stock"].declared is False
-    new = read(database, "new")["new"]
+    recorder("new", channels=["n"])
+    del declare._declared["stock"]
+    found = read(database)
+    assert found["stock"].declared is False
+    new = found["new"]
     assert (new.registered, new.declared, new.lag_events) == (False, True, None)
+    assert (new.channels, new.declared_at) == (["n"], "tests.support.handlers.record.new")
 
 
 def test_lag_is_what_the_consumer_then_handles(database: Database, handled: Handled) -> None:
@@ -216,7 +220,7 @@ def test_parked_events_are_counted_and_what_was_lost_is_seen(
     assert (read(database)["stock"].parked, read(database)["stock"].lost) == (3, None)
     database.execute("UPDATE pg_eventstream_slot SET lost = 7, replay_to = 9 WHERE slot = 1")
     state = read(database)["stock"]
-    assert (state.lost, state.replaying) == (7, True)
+    assert (state.lost, state.replay_to) == (7, 9)
 
 
 def test_processes_and_their_slots_are_seen(database: Database, handled: Handled) -> None:
@@ -224,12 +228,14 @@ def test_processes_and_their_slots_are_seen(database: Database, handled: Handled
     send_event("a", "message", 1)
     with ConsumerProcess("--processes", "2", environment=environment):
         handled.wait("all", 1)
-        state = read(database, "all")["all"]
+        state = read(database)["all"]
         assert state.processes == 2
         assert (state.heartbeat_seconds or 0) < 30
-        assert 1 <= len(state.holders) <= 2
-        assert len(state.unheld_slots) <= 15
-    state = read(database, "all")["all"]
+        names = [holder.name for holder in state.holders]
+        assert 1 <= len({*names}) == len(names) <= 2
+        held = [slot for holder in state.holders for slot in holder.slots]
+        assert sorted(held + state.unheld_slots) == [*range(16)]
+    state = read(database)["all"]
     assert (state.processes, state.holders, state.heartbeat_seconds) == (0, [], None)
     assert len(state.unheld_slots) == 16
 
@@ -239,13 +245,13 @@ def test_renamed_consumer_is_not_taken_for_a_new_one(database: Database, handled
     database.execute(
         "UPDATE pg_eventstream_consumer SET name = 'store', former_names = array['stock']"
     )
-    states = read(database, "stock")
+    states = read(database)
     assert states["stock"].renamed_to == "store"
     assert states["store"].declared is False
 
 
 def test_role_without_rights_and_database_without_tables_get_nothing(database: Database) -> None:
     with database.connect() as connection:
-        assert read_consumers(connection, []) == []
+        assert read_consumers(connection, {}) == []
         connection.execute("DROP TABLE pg_eventstream_slot")
-        assert read_consumers(connection, []) is None
+        assert read_consumers(connection, {}) is None

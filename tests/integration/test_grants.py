@@ -13,6 +13,7 @@ from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.role_work import observe, prune_only, publish, send, sequence, serve
 from tests.support.roles import MIGRATIONS, as_role, granted, make_old, run_file
+from tests.support.stored_consumer import CONSUMER
 
 
 @pytest.fixture
@@ -127,6 +128,10 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
                 "publisher": "SELECT",
                 "proxy": "SELECT",
                 "report": "SELECT",
+                "consumer": "SELECT",
+                "checkpoint": "SELECT",
+                "slot": "SELECT",
+                "parked": "SELECT (consumer_id)",
             },
         ),
     ],
@@ -141,6 +146,8 @@ def test_role_can_do_its_work_and_needs_each_of_its_grants(
     role = granted(database, kind)
     dsn = as_role(database, role)
     work_to_do()
+    if kind == "observer":
+        database.execute(CONSUMER)
     work(dsn)
     held = privileges(database, role)
     found: dict[str, str] = {}

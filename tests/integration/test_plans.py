@@ -18,7 +18,7 @@ import pytest
 from django.db import connection as django_connection
 from django.test import override_settings
 
-from pg_eventstream.consumers import checkpoints, consumer, declare
+from pg_eventstream.consumers import checkpoints, consumer, declare, progress
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.limits import LIMITS
 from pg_eventstream.operate import state
@@ -28,6 +28,7 @@ from pg_eventstream.publisher import feed
 from pg_eventstream.publisher import pruner as retention
 from pg_eventstream.streams import hub, replay
 from tests.support.database import Database
+from tests.support.stored_consumer import CONSUMER
 
 EVENTS, CHANNELS = 100_000, 100
 NEWEST = EVENTS // CHANNELS
@@ -185,6 +186,14 @@ def read_state_with_a_backlog(database: Database) -> Explained:
     return explained.explain
 
 
+def read_state_with_a_consumer_far_behind(database: Database) -> Explained:
+    database.execute(CONSUMER)
+    explained = ExplainedConnector("default")
+    [consumer] = state.read_state(explained).consumers
+    assert (consumer.lag_events, consumer.lag_is_estimate) == (EVENTS, True)
+    return explained.explain
+
+
 @pytest.fixture
 def full(database: Database) -> Database:
     """All events are sequenced, and are still in the outbox because it has not been pruned."""
@@ -239,6 +248,7 @@ CASES = [
     (read_state, EVENT, 5000),
     (read_state, OUTBOX, 5000),
     (read_state_with_a_backlog, OUTBOX, state.MOST_COUNTED),
+    (read_state_with_a_consumer_far_behind, STREAM, progress.EXACT_POSITIONS),
     (sequence, OUTBOX, 10),
     (sequence, EID, 10),
 ]

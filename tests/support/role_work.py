@@ -46,6 +46,7 @@ def observe(dsn: str) -> None:
     _require(not state.unreadable and state.waiting.count is not None)
     _require(state.publisher and state.proxies and state.report)
     _require(state.position and state.unseen is not None and state.pruning.oldest_seconds)
+    _require(state.consumers and state.consumers[0].lag_events and state.consumers[0].parked)
 
 
 def serve(dsn: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from django.test import override_settings
 
+from pg_eventstream.consumers.progress import ConsumerState, Holder, TroubledSlot, Working
 from pg_eventstream.operate.findings import Finding, judge, verdict
 from pg_eventstream.operate.screen import WIDTH, render
 from pg_eventstream.operate.state import (
@@ -155,6 +156,122 @@ def test_verdict_is_the_worst_level() -> None:
     assert verdict([]) == "healthy"
     assert verdict(found("degraded")) == "degraded"
     assert verdict(found("degraded", "broken")) == "broken"
+
+
+# Consumers
+
+RUNNING = ConsumerState(
+    name="stock",
+    declared=True,
+    declared_at="shop.event_consumers.update_stock",
+    lag_events=3,
+    lag_seconds=0.2,
+    free_lag_seconds=0.2,
+    position=997,
+    unread_positions=3,
+    processes=2,
+    holders=[
+        Holder(name="web1:7/a", slots=[*range(8)], heartbeat_seconds=9.0),
+        Holder(name="web2:7/b", slots=[*range(8, 16)], heartbeat_seconds=2.0),
+    ],
+    heartbeat_seconds=9.0,
+)
+NOT_RUNNING: dict[str, Any] = {
+    "processes": 0, "holders": [], "unheld_slots": [*range(16)], "heartbeat_seconds": None,
+}  # fmt: skip
+FAILING = TroubledSlot(slot=3, event="a:1", attempts=2, error="ValueError: x", retry_seconds=7.0)
+STOPPED = replace(FAILING, retry_seconds=None)
+WORKING = Working(event="a:1", holder="web1:7/a", seconds=44.0)
+LATE: dict[str, Any] = {"lag_seconds": 61.0, "free_lag_seconds": 61.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        # Parts of a consumer's day.
+        ({"lag_events": 0, "lag_seconds": 0.0, "free_lag_seconds": 0.0}, []),
+        ({"lag_events": None, "lag_seconds": None, "free_lag_seconds": None}, []),
+        ({"declared": None}, []),
+        ({"declared": False}, []),  # a process of another version runs it
+        ({"holders": [], "heartbeat_seconds": None, "unheld_slots": [*range(16)]}, []),  # begins
+        ({"unheld_slots": [1, 2]}, []),  # a process has just ended
+        ({**LATE, "replay_to": 2000}, []),
+        ({**LATE, "free_lag_seconds": 59.0}, []),
+        (LATE, ["consumer-lagging"]),
+        ({**LATE, "lag_events": 4_000_000, "lag_is_estimate": True}, ["consumer-lagging"]),
+        (NOT_RUNNING, ["consumer-not-running"]),
+        ({**NOT_RUNNING, **LATE}, ["consumer-not-running"]),
+        ({**NOT_RUNNING, "declared": None}, ["consumer-not-running"]),
+        ({**NOT_RUNNING, "registered": False}, ["consumer-not-running"]),
+        ({**NOT_RUNNING, "registered": False, "renamed_to": "x"}, ["consumer-not-running"]),
+        ({**NOT_RUNNING, **LATE, "paused": True}, ["consumer-paused"]),
+        ({"paused": True}, ["consumer-paused"]),
+        ({**NOT_RUNNING, **LATE, "declared": False}, ["consumer-orphaned"]),
+        ({"heartbeat_seconds": 31.0, **LATE}, ["consumer-silent"]),
+        ({"heartbeat_seconds": 31.0, "working": WORKING}, ["consumer-silent"]),
+        ({"heartbeat_seconds": 31.0, "timeout_seconds": 60.0}, []),
+        ({"heartbeat_seconds": 91.0, "timeout_seconds": 60.0}, ["consumer-silent"]),
+        ({"failing": [FAILING], "lag_seconds": 99.0}, ["consumer-failing"]),
+        ({"failing": [FAILING, FAILING], **LATE}, ["consumer-failing", "consumer-lagging"]),
+        ({"stopped": [STOPPED], "lag_seconds": 99.0}, ["consumer-stopped"]),
+        ({"stopped": [replace(STOPPED, event=None)], "lost": 4}, ["consumer-stopped"]),
+        ({"lost": 4}, ["consumer-stopped"]),
+        ({"parked": 2}, ["events-parked"]),
+        ({"parked": 2, "stopped": [STOPPED], "failing": [FAILING]},
+         ["consumer-stopped", "consumer-failing", "events-parked"]),
+        ({**NOT_RUNNING, "parked": 2, "failing": [FAILING]},
+         ["consumer-not-running", "events-parked"]),
+    ],
+)  # fmt: skip
+def test_findings_about_a_consumer(changes: dict[str, Any], expected: list[str]) -> None:
+    state = replace(HEALTHY, consumers=[RUNNING, replace(RUNNING, **changes)])
+    with override_settings(GRIP_PREFIX=""):
+        found = judge(state)
+    assert [finding.code for finding in found] == expected
+    for finding in found:
+        assert "None" not in finding.message + finding.remedy, finding
+    assert_fits(render(state, found))
+
+
+def assert_fits(text: str) -> None:
+    """In 80 columns, except for a command that is longer."""
+    long = [line for line in text.splitlines() if len(line) > WIDTH]
+    assert long == []
+
+
+def test_consumers_whose_code_cannot_be_imported_are_found() -> None:
+    assert codes(consumers_error="ImportError: x") == [("consumers-not-importable", "degraded")]
+
+
+def test_events_that_only_consumers_put_in_order_wait() -> None:
+    waiting = Waiting(count=5, oldest_seconds=31)
+    without: dict[str, Any] = {
+        **NONE_LEADS, "publisher": None, "heartbeat_seconds": None, "report": {}, "proxies": [],
+    }  # fmt: skip
+    assert codes(waiting=waiting, consumers=[replace(RUNNING, **NOT_RUNNING)], **without) == [
+        ("consumer-not-running", "broken")
+    ]
+    assert codes(waiting=waiting, consumers=[RUNNING], **without) == [("events-wait", "broken")]
+
+
+def test_screen_shows_consumers_in_a_line_each() -> None:
+    busy = replace(
+        RUNNING, name="a-projection-with-a-long-name", **LATE, lag_is_estimate=True, parked=10_000,
+        failing=[FAILING], stopped=[STOPPED], paused=True, replay_to=123_456_789,
+    )  # fmt: skip
+    fresh = ConsumerState(name="new", registered=False, declared=True)
+    text = render(replace(HEALTHY, consumers=[RUNNING, busy, fresh]), [])
+    assert_fits(text)
+    words = re.sub(r"\s+", " ", text)
+    for line in (
+        "Consumers stock: run by 2, heartbeat 9.0 s ago; 3 behind, 0.2 s",
+        "a-projection-with-a-long-name: run by 2, heartbeat 9.0 s ago; paused; about 3 behind, 61"
+        " s; handles again up to 123,456,789; slots that retry: 1; slots that have stopped: 1;"
+        " parked: at least 10,000",
+        "new: has never run",
+    ):  # fmt: skip
+        assert line in words, words
 
 
 BROKEN = replace(
