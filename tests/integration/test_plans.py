@@ -228,6 +228,7 @@ STREAM, EVENT, OUTBOX, CHECKPOINT = (
     f"pg_eventstream_{table}_pkey" for table in ("stream", "event", "outbox", "checkpoint")
 )
 EID = "pg_eventstream_stream_eid"
+FAR = progress.EXACT_POSITIONS + progress.SAMPLED_POSITIONS
 CASES = [
     (recover, EID, 600),
     (recover, EVENT, 600),
@@ -248,7 +249,7 @@ CASES = [
     (read_state, EVENT, 5000),
     (read_state, OUTBOX, 5000),
     (read_state_with_a_backlog, OUTBOX, state.MOST_COUNTED),
-    (read_state_with_a_consumer_far_behind, STREAM, progress.EXACT_POSITIONS),
+    (read_state_with_a_consumer_far_behind, STREAM, FAR),
     (sequence, OUTBOX, 10),
     (sequence, EID, 10),
 ]
@@ -261,7 +262,11 @@ def test_statement_reads_by_its_index(
     work(full).check(index=index, rows=rows)
 
 
-@pytest.mark.parametrize(("work", "index", "rows"), CASES)
+@pytest.mark.parametrize(
+    ("work", "index", "rows"),
+    # Without its index, this one would read the table a thousand times.
+    [case for case in CASES if case[0] is not read_state_with_a_consumer_far_behind],
+)
 def test_missing_index_is_noticed(
     full: Database, work: Callable[[Database], Explained], index: str, rows: int
 ) -> None:
