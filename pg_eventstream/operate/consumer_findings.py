@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..conf import conf
 from ..consumers.progress import ConsumerState, TroubledSlot
 from ..liveness import LATE_SECONDS
 from .ages import age
@@ -12,6 +13,8 @@ from .state import State
 
 #: A consumer that is this far behind is not just busy for a moment.
 LAGGING_SECONDS = 60.0
+#: The share of the hold after which an event will soon be pruned without being handled.
+_HOLD_NEARLY_OVER = 0.8
 _COMMAND = "python manage.py eventstream_consumers"
 
 
@@ -32,6 +35,7 @@ def judge_consumers(state: State) -> Iterator[Finding]:
         yield from _judge_stopped(consumer)
         if consumer.parked:
             yield _parked(consumer)
+        yield from _judge_hold(consumer)
 
 
 def _orphaned(consumer: ConsumerState) -> Finding:
@@ -176,6 +180,28 @@ def _parked(consumer: ConsumerState) -> Finding:
         " are parked.",
         remedy=f"See why: {_COMMAND} parked {consumer.name}. Then try them again with retry, or"
         " give them up with skip.",
+    )
+
+
+def _judge_hold(consumer: ConsumerState) -> Iterator[Finding]:
+    if conf.retention is None:
+        return
+    seconds, hold = consumer.lag_seconds or 0, conf.consumer_hold.total_seconds()
+    retention = conf.retention.total_seconds()
+    if seconds <= retention or consumer.lost is not None:
+        return
+    is_nearly_over = seconds > max(retention, hold * _HOLD_NEARLY_OVER)
+    left = max(0.0, hold - seconds)
+    yield Finding(
+        code="consumer-holds-events",
+        level="broken" if is_nearly_over else "degraded",
+        message=f"The consumer {consumer.name!r} has not handled events that are {age(seconds)}"
+        " old. They are older than EVENTSTREAM_RETENTION, and kept for it. In"
+        f" {age(left)} they are pruned all the same (EVENTSTREAM_CONSUMER_HOLD), and it will have"
+        " missed them.",
+        remedy="Let it catch up; if another finding concerns it, follow that one first. A longer"
+        " EVENTSTREAM_CONSUMER_HOLD gives it more time. If it is not needed any more:"
+        f" {_COMMAND} remove {consumer.name}.",
     )
 
 

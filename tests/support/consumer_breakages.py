@@ -161,6 +161,18 @@ def removed_from_the_code(database: Database) -> Iterator[Environment]:
 
 
 @contextmanager
+def paused_for_days(database: Database) -> Iterator[Environment]:
+    with paused(database) as environment:
+        order(database)
+        database.execute("SELECT pg_eventstream_sequence()")
+        database.execute(
+            "UPDATE pg_eventstream_stream SET committed_at = now() - interval '2 days'"
+            " WHERE position = 2"
+        )
+        yield environment
+
+
+@contextmanager
 def renamed(database: Database) -> Iterator[Environment]:
     store = {**STOCK, "name": "store"}
     with running(database, store):

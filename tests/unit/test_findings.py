@@ -234,6 +234,29 @@ def test_findings_about_a_consumer(changes: dict[str, Any], expected: list[str])
     assert_fits(render(state, found))
 
 
+@pytest.mark.parametrize(
+    ("settings", "days", "expected"),
+    [
+        ({}, 0.99, []),
+        ({}, 1.1, [("consumer-holds-events", "degraded")]),
+        ({}, 5.5, [("consumer-holds-events", "degraded")]),
+        ({}, 5.7, [("consumer-holds-events", "broken")]),
+        ({}, 8, [("consumer-holds-events", "broken")]),
+        ({"EVENTSTREAM_RETENTION": None}, 8, []),
+        ({"EVENTSTREAM_CONSUMER_HOLD": 3600}, 0.9, []),
+        ({"EVENTSTREAM_CONSUMER_HOLD": 3600}, 1.1, [("consumer-holds-events", "broken")]),
+    ],
+)
+def test_events_that_are_kept_for_a_consumer_alone_are_found(
+    settings: dict[str, Any], days: float, expected: list[tuple[str, str]]
+) -> None:
+    rebuilt = replace(RUNNING, lag_seconds=days * 86_400, replay_to=2000)
+    with override_settings(GRIP_PREFIX="", **settings):
+        assert codes(consumers=[rebuilt]) == expected
+        # What is lost already is said once.
+        assert codes(consumers=[replace(rebuilt, lost=5)]) == [("consumer-stopped", "broken")]
+
+
 def assert_fits(text: str) -> None:
     """In 80 columns, except for a command that is longer."""
     long = [line for line in text.splitlines() if len(line) > WIDTH]
