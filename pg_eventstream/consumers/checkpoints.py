@@ -179,6 +179,12 @@ def take(
     return [SlotState(*row) for row in rows]
 
 
+def own_pid(connection: Connection) -> int | None:
+    """The process id of the server's session; None if a pooler chooses one per transaction."""
+    (pid,) = fetch_one(connection, "SELECT pg_backend_pid()")
+    return int(pid) if pid == connection.info.backend_pid else None
+
+
 def release(connection: Connection, consumer_id: int, slots: Iterable[int], holder: str) -> None:
     """Write down that this holder has stopped in order, so that no attempt is counted."""
     connection.execute(

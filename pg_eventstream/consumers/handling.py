@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 import django.db
@@ -13,6 +13,8 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from ..errors import EventStreamError
 from . import checkpoints
 from .checkpoints import Connection, Move
+from .declare import Handler
+from .event import ConsumedEvent
 
 #: What another transaction caused, so that trying again at once is right.
 _TRANSIENT = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
@@ -76,6 +78,17 @@ def moving(
         # Last, because other threads write to this row.
         for slot in forget:
             checkpoints.forget_failure(connection, consumer_id, slot)
+
+
+def call(handler: Handler, event: ConsumedEvent) -> None:
+    """Call the handler. Raises what it raises, and `HandlerError` if it is asynchronous."""
+    result = handler(event)
+    if isinstance(result, Coroutine):
+        result.close()
+        raise HandlerError(
+            "The handler returned a coroutine, which nobody awaits. Call asynchronous code with"
+            " asgiref.sync.async_to_sync."
+        )
 
 
 def check_transaction(alias: str, connection: Connection) -> None:

@@ -15,7 +15,7 @@ from . import checkpoints
 from .checkpoints import Connection, Move, storable
 from .declare import Consumer
 from .event import event_id
-from .handling import SlotLost, check_transaction, describe, raw_connection
+from .handling import SlotLost, call, check_transaction, describe, raw_connection
 from .reader import make_event
 
 logger = logging.getLogger(__name__)
@@ -100,20 +100,19 @@ def retry(
             )
             if not deleted.rowcount:
                 return False
-            consumer.handler(
-                make_event(
-                    event.channel,
-                    event.number,
-                    event.type,
-                    event.data,
-                    event.meta,
-                    event.position,
-                    event.created,
-                    event.committed_at,
-                    replayed=False,
-                    attempt=event.attempts + 1,
-                )
+            again = make_event(
+                event.channel,
+                event.number,
+                event.type,
+                event.data,
+                event.meta,
+                event.position,
+                event.created,
+                event.committed_at,
+                replayed=False,
+                attempt=event.attempts + 1,
             )
+            call(consumer.handler, again)
             check_transaction(alias, connection)
     except SlotLost:
         raise

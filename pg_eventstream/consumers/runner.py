@@ -7,6 +7,7 @@ process believes, so it is exactly once even if another process has taken the sl
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import traceback
@@ -33,6 +34,7 @@ from .handling import (
     ENDED,
     SlotLost,
     TransactionEnded,
+    call,
     describe,
     forget_connection,
     is_broken,
@@ -43,6 +45,11 @@ from .handling import (
 from .reader import PAGE_POSITIONS, Page, Row, read_data, read_page
 
 logger = logging.getLogger(__name__)
+
+# The pause before a slot is read again that another process has moved.
+_LOST_SECONDS = 0.01
+# The characters of the trace of a handler that hangs.
+_TRACE_LENGTH = 1500
 
 
 @dataclass(slots=True)
@@ -70,6 +77,10 @@ class _Held:
 
     def is_blocked(self, now: float) -> bool:
         return now < self.blocked_until
+
+    def fails_until(self, position: int) -> bool:
+        """Whether attempts are counted for an event up to this position."""
+        return self.failing is not None and self.failing <= position
 
 
 class Runner:
@@ -113,7 +124,7 @@ class Runner:
         #: The event that is being handled, and since when, by `time.monotonic`.
         self.working: tuple[Row, float] | None = None
         self.thread_id: int | None = None
-        #: Of the session in which that is done.
+        #: Of the session in which that is done. None through a pooler.
         self.backend_pid: int | None = None
         #: When it last came round its loop, by `time.monotonic`, and whether it waits there.
         self.moved_at = time.monotonic()
@@ -207,14 +218,14 @@ class Runner:
             connection.execute("SELECT pg_terminate_backend(%s)", [self.backend_pid])
         held = self._held[row.slot]
         attempts = (held.attempts if held.failing == row.position else 0) + 1
-        error = f"The handler had not returned after {self.consumer.timeout:g} seconds.\n{trace}"
+        error = f"The handler had not returned after {self.consumer.timeout:g} seconds."
         checkpoints.record_failure(
             connection,
             self.consumer_id,
             held.slot,
             position=row.position,
             attempts=attempts,
-            error=error,
+            error=f"{error}\n{trace[-_TRACE_LENGTH:]}",
             retry_seconds=self.consumer.retry.delay(attempts),
         )
 
@@ -265,7 +276,7 @@ class Runner:
         self._share()
         if self.gone or not self._held:
             self.is_idle = True
-            return conf.safety_poll or self._limits.heartbeat
+            return self._longest_rest()
         if self._is_stale:
             self._take(list(self._held))
             self._is_stale = False
@@ -275,7 +286,7 @@ class Runner:
         if self._paused:
             self._requeue()
             self.is_idle = True
-            return conf.safety_poll or self._limits.heartbeat
+            return self._longest_rest()
         self._handle_page()
         if self._is_stale or self._page or not self._reached_end or self._has_changes():
             self.is_idle = False
@@ -287,7 +298,7 @@ class Runner:
         now = time.monotonic()
         behind = [held for held in self._held.values() if held.read_to > held.position]
         due = [h for h in behind if not h.is_blocked(now)]
-        wait = conf.safety_poll or self._limits.heartbeat
+        wait = self._longest_rest()
         if due:
             oldest = min(held.moved_at for held in due)
             if now >= oldest + self._limits.checkpoint:
@@ -300,6 +311,10 @@ class Runner:
             if other.alias != self._alias:
                 other.close_if_unusable_or_obsolete()
         return max(0.001, min([wait, *(until - now for until in blocked)]))
+
+    def _longest_rest(self) -> float:
+        """In case a notification was lost, and so that `moved_at` shows that it is alive."""
+        return min(conf.safety_poll or math.inf, self._limits.heartbeat / 2)
 
     def _has_changes(self) -> bool:
         with self._lock:
@@ -336,6 +351,7 @@ class Runner:
         """Read what is stored about the slots, which nobody else handles now."""
         self._requeue()
         connection = self._connection()
+        self.backend_pid = checkpoints.own_pid(connection)
         states = checkpoints.take(connection, self.consumer_id, slots, self._holder)
         channels = parked.channels_of(connection, self.consumer_id, slots)
         with self._lock:
@@ -489,7 +505,7 @@ class Runner:
                     break
                 if held.suspect_to is not None:
                     self._count_death(held, row)
-                if held.failing == row.position and held.attempts >= self.consumer.retry.attempts:
+                if self._is_exhausted(held, row):
                     self._give_up(held, row, held.error, "")
                 elif row.channel in held.parked_channels:
                     self._park_after(held, row)
@@ -509,6 +525,11 @@ class Runner:
             or row.channel in held.parked_channels
         )
 
+    def _is_exhausted(self, held: _Held, row: Row) -> bool:
+        """Whether the last attempt was counted by a process that could not do what follows."""
+        is_last = held.failing == row.position and held.attempts >= self.consumer.retry.attempts
+        return is_last and not self.raises
+
     def _interrupted(self) -> bool:
         return self._stopping.is_set() or self._has_changes()
 
@@ -521,6 +542,7 @@ class Runner:
                     self._call(connection, held, row)
         except SlotLost:
             self._is_stale = True
+            self._wake.wait(_LOST_SECONDS)
         except (Exception, SystemExit) as e:  # noqa: BLE001
             self._failed(rows, e)
         else:
@@ -535,7 +557,7 @@ class Runner:
             Move(slot, self._held[slot].epoch, self._held[slot].position, position)
             for slot, position in last.items()
         ]
-        forget = [slot for slot in last if self._held[slot].failing is not None]
+        forget = [slot for slot, position in last.items() if self._held[slot].fails_until(position)]
         return moving(
             self._alias,
             self.consumer_id,
@@ -555,10 +577,9 @@ class Runner:
                 raise SlotLost  # it is pruned, and the next page tells
         attempts = held.attempts if held.failing == row.position else 0
         event = row.event(data, replayed=row.position <= held.replay_to, attempt=attempts + 1)
-        self.backend_pid = connection.info.backend_pid
         self.working = row, time.monotonic()
         try:
-            self.consumer.handler(event)
+            call(self.consumer.handler, event)
         finally:
             self.working = None
 
@@ -568,7 +589,8 @@ class Runner:
             held = self._held[slot]
             held.position, held.incarnation = position, self._cursor.incarnation
             held.read_to = max(held.read_to, position)
-            held.failing, held.attempts = None, 0
+            if held.fails_until(position):
+                held.failing, held.attempts = None, 0
             held.moved_at = now
 
     def _write_progress(self, slots: list[_Held]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from contextlib import closing, suppress
 from typing import Any
 
+import django.db
 import psycopg
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
@@ -266,8 +267,9 @@ def _notice_death(connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
 
     Otherwise they would keep their locks until they end, and nobody could take over.
     """
-    if connection.vendor == "postgresql":
-        with suppress(psycopg.Error), connection.cursor() as cursor:
+    # A pooler's session is not this process's alone.
+    if connection.vendor == "postgresql" and checkpoints.own_pid(connection.connection):
+        with suppress(django.db.Error), connection.cursor() as cursor:
             cursor.execute("SET client_connection_check_interval = '1s'")
 
 
