@@ -2,7 +2,7 @@
 -- the search_path of the migration:
 --
 --     psql -v sender=billing -v endpoint=web -v publisher=events -v pruner=cron -v observer=watcher \
---          -f migrations/grants.sql DATABASE
+--          -v consumer=worker -v waiter=web -f migrations/grants.sql DATABASE
 --
 -- The roles must exist. Leave out the variables that you do not need, repeat the command if you
 -- have several roles of a kind, and pass a role twice if it does both.
@@ -52,6 +52,8 @@ GRANT SELECT, DELETE ON pg_eventstream_event, pg_eventstream_stream, pg_eventstr
 GRANT SELECT ON pg_eventstream_cursor TO :"publisher";
 GRANT SELECT, INSERT, UPDATE ON pg_eventstream_channel TO :"publisher";
 GRANT SELECT, INSERT, UPDATE ON pg_eventstream_report TO :"publisher";
+GRANT SELECT ON pg_eventstream_consumer, pg_eventstream_checkpoint TO :"publisher";
+GRANT SELECT (consumer_id, slot, lost), UPDATE (lost) ON pg_eventstream_slot TO :"publisher";
 \endif
 
 -- The pruner: eventstream_prune, if a cron job prunes instead of the publisher. It can read when
@@ -63,6 +65,30 @@ GRANT SELECT, DELETE ON pg_eventstream_stream, pg_eventstream_outbox TO :"pruner
 GRANT SELECT ON pg_eventstream_cursor, pg_eventstream_proxy TO :"pruner";
 GRANT SELECT, INSERT, UPDATE ON pg_eventstream_channel TO :"pruner";
 GRANT SELECT, INSERT, UPDATE ON pg_eventstream_report TO :"pruner";
+GRANT SELECT ON pg_eventstream_consumer, pg_eventstream_checkpoint TO :"pruner";
+GRANT SELECT (consumer_id, slot, lost), UPDATE (lost) ON pg_eventstream_slot TO :"pruner";
+\endif
+
+-- A consumer: eventstream_consumers run. What its handlers write to is up to the project. Where no
+-- publisher runs, it needs the grants of a sequencer as well.
+\if :{?consumer}
+GRANT USAGE ON SCHEMA :"schema" TO :"consumer";
+GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_cursor TO :"consumer";
+GRANT SELECT (xid, seq) ON pg_eventstream_outbox TO :"consumer";
+GRANT SELECT, INSERT, UPDATE ON pg_eventstream_consumer, pg_eventstream_checkpoint,
+                                pg_eventstream_slot
+   TO :"consumer";
+GRANT SELECT, INSERT, UPDATE, DELETE ON pg_eventstream_parked TO :"consumer";
+\endif
+
+-- A waiter: a web application that calls Consumer.wait().
+\if :{?waiter}
+GRANT USAGE ON SCHEMA :"schema" TO :"waiter";
+GRANT SELECT ON pg_eventstream_consumer, pg_eventstream_checkpoint, pg_eventstream_cursor
+   TO :"waiter";
+GRANT SELECT (consumer_id, slot, lost) ON pg_eventstream_slot TO :"waiter";
+GRANT SELECT (position, channel) ON pg_eventstream_stream TO :"waiter";
+GRANT SELECT (xid, seq) ON pg_eventstream_outbox TO :"waiter";
 \endif
 
 -- An observer: eventstream_status and monitoring. It reads how far everything is, but no channel's

@@ -20,14 +20,20 @@ from pg_eventstream.consumers.runner import Runner
 from pg_eventstream.consumers.worker import Worker
 from pg_eventstream.errors import ConsumerMissedEvents
 from pg_eventstream.limits import LIMITS
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.postgres.slots import SLOTS, slot_of
+from pg_eventstream.publisher import pruner
+from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Pruner
+from pg_eventstream.rarely import Rarely
 from pg_eventstream.servers.processes import wait_until
 from tests.support.chance import seeded
 from tests.support.consumers import ConsumerProcess, Handled, declared
+from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.environment import THOROUGH, settings_everywhere
 from tests.support.handlers import named, record
+from tests.support.roles import as_role, granted
 from tests.support.stored import DAY, age, make_older
 
 WEEK = 7 * DAY
@@ -458,3 +464,41 @@ def test_processes_beside_a_pruner_are_told_what_they_miss(
         "were pruned" in error
         for (error,) in database.fetch("SELECT error FROM pg_eventstream_slot WHERE stopped")
     )
+
+
+def test_role_that_may_not_see_consumers_prunes_nothing_that_they_could_lack(
+    database: Database,
+    handled: Handled,
+    control: ControlPort,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after the migration, before grants.sql is repeated: the rest of the work is done."""
+    monkeypatch.setattr(pruner, "_is_unseen_due", Rarely())
+    role = granted(database, "publisher")
+    database.execute(
+        f"REVOKE ALL ON pg_eventstream_consumer, pg_eventstream_checkpoint FROM {role};"
+        f"REVOKE ALL (consumer_id, slot, lost) ON pg_eventstream_slot FROM {role}"
+    )
+    publisher = Publisher(Connector("default", as_role(database, role)))
+
+    def publish(channel: str) -> int:
+        send_event(channel, "message", 1)
+        assert publisher.run_once() == 1
+        age(database, events_of=channel, by=8 * DAY)
+        assert publisher.run_once() == 0
+        return kept(database)
+
+    assert publish("a") == 0  # where there is no consumer, there is nothing to see
+    registered(database, recorder("stock", start="latest"))
+    for n in range(1, 3):
+        assert publish(f"b{n}") == n
+    said = [r for r in caplog.records if getattr(r, "event", "") == "may-not-see-consumers"]
+    [message] = {record.getMessage() for record in said}
+    assert len(said) == 1
+    assert f"psql -v publisher={role}" in message
+    assert "/grants.sql" in message
+    granted(database, "publisher")
+    publisher.run_once()
+    assert kept(database) == 0
+    assert len(lost(database)) == 2

@@ -9,9 +9,19 @@ import psycopg
 import pytest
 from django.db import ProgrammingError
 
+from pg_eventstream.consumers import checkpoints, consumer, declare
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
-from tests.support.role_work import observe, prune_only, publish, send, sequence, serve
+from tests.support.role_work import (
+    await_consumer,
+    consume,
+    observe,
+    prune_only,
+    publish,
+    send,
+    sequence,
+    serve,
+)
 from tests.support.roles import MIGRATIONS, as_role, granted, make_old, run_file
 from tests.support.stored_consumer import CONSUMER
 
@@ -19,6 +29,11 @@ from tests.support.stored_consumer import CONSUMER
 @pytest.fixture
 def work_to_do(database: Database, control: ControlPort) -> Callable[[], None]:
     """Creates work: something to sequence, publish, acknowledge, forget and prune."""
+
+    late = consumer("late", start="earliest")(print)
+    del declare._declared["late"]
+    with database.connect() as connection:
+        checkpoints.register(connection, late)
 
     def make() -> None:
         database.execute("TRUNCATE pg_eventstream_proxy, pg_eventstream_report")
@@ -102,6 +117,9 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
                 "publisher": "INSERT SELECT UPDATE",
                 "proxy": "DELETE INSERT SELECT UPDATE",
                 "sequence": "EXECUTE",
+                "consumer": "SELECT",
+                "checkpoint": "SELECT",
+                "slot": "SELECT (consumer_id, lost, slot) UPDATE (lost)",
             },
         ),
         (
@@ -115,6 +133,35 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
                 "channel": "INSERT SELECT UPDATE",
                 "report": "INSERT SELECT UPDATE",
                 "proxy": "SELECT",
+                "consumer": "SELECT",
+                "checkpoint": "SELECT",
+                "slot": "SELECT (consumer_id, lost, slot) UPDATE (lost)",
+            },
+        ),
+        (
+            "consumer",
+            consume,
+            {
+                "event": "SELECT",
+                "stream": "SELECT",
+                "cursor": "SELECT",
+                "outbox": "SELECT (seq, xid)",
+                "consumer": "INSERT SELECT UPDATE",
+                "checkpoint": "INSERT SELECT UPDATE",
+                "slot": "INSERT SELECT UPDATE",
+                "parked": "DELETE INSERT SELECT UPDATE",
+            },
+        ),
+        (
+            "waiter",
+            await_consumer,
+            {
+                "stream": "SELECT (channel, position)",
+                "cursor": "SELECT",
+                "outbox": "SELECT (seq, xid)",
+                "consumer": "SELECT",
+                "checkpoint": "SELECT",
+                "slot": "SELECT (consumer_id, lost, slot)",
             },
         ),
         (
