@@ -75,10 +75,10 @@ GRANT SELECT (consumer_id, slot, lost), UPDATE (lost) ON pg_eventstream_slot TO 
 GRANT USAGE ON SCHEMA :"schema" TO :"consumer";
 GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_cursor TO :"consumer";
 GRANT SELECT (xid, seq) ON pg_eventstream_outbox TO :"consumer";
-GRANT SELECT, INSERT, UPDATE ON pg_eventstream_consumer, pg_eventstream_checkpoint,
-                                pg_eventstream_slot
+GRANT SELECT, INSERT, UPDATE ON pg_eventstream_consumer TO :"consumer";
+GRANT SELECT, INSERT, UPDATE, DELETE ON pg_eventstream_checkpoint, pg_eventstream_slot,
+                                        pg_eventstream_parked
    TO :"consumer";
-GRANT SELECT, INSERT, UPDATE, DELETE ON pg_eventstream_parked TO :"consumer";
 \endif
 
 -- A waiter: a web application that calls Consumer.wait().

@@ -125,6 +125,12 @@ def _create(connection: Connection, consumer: Consumer) -> int:
             connection, "SELECT id FROM pg_eventstream_consumer WHERE name = %s", [consumer.name]
         )
         return int(consumer_id)
+    for table in ("checkpoint", "slot", "parked"):
+        # Of a consumer whose row is lost, and whose id was given again.
+        connection.execute(
+            f"DELETE FROM pg_eventstream_{table} WHERE consumer_id = %s",  # noqa: S608
+            [row[0]],
+        )
     connection.execute(
         f"""
         INSERT INTO pg_eventstream_checkpoint (consumer_id, slot, epoch, position, incarnation)

@@ -280,6 +280,8 @@ class Runner:
         if self._is_stale:
             self._take(list(self._held))
             self._is_stale = False
+            if self.gone:
+                return 0
         self._handle_requests()
         if not self._page:
             self._read()

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pg_eventstream.consumers import consumer, declare
 from pg_eventstream.servers.postgres import Postgres
 from tests.support.database import Database
+from tests.support.dumped_data import as_default
 from tests.support.dumped_database import dump, restore
 from tests.support.environment import DIRECTORY
 
@@ -131,6 +133,32 @@ def test_nothing_is_lost_or_repeated_wherever_the_transaction_counter_stands(
         "SELECT position FROM pg_eventstream_stream ORDER BY position"
     )]  # fmt: skip
     assert positions == list(range(1, 13))
+
+
+@pytest.mark.parametrize("counter", ["behind", "ahead"])
+def test_consumers_continue_in_another_cluster(
+    database: Database, other_cluster: Postgres, tmp_path: Path, counter: str
+) -> None:
+    """They have the same checkpoints, and positions have the same meaning."""
+    handled: list[int] = []
+    own = consumer("stock", start="earliest")(lambda event: handled.append(event.eid))
+    del declare._declared["stock"]
+    scratch = Database(other_cluster, "postgres")
+    behind, ahead = (scratch, database) if counter == "behind" else (database, scratch)
+    advance_xid(ahead, next_xid(behind) + 1000)
+    for _ in range(3):
+        database.send("a")
+    assert own.drain() == 3
+    for _ in range(2):
+        database.send("a")
+    dump(database, tmp_path / "dump")
+    new = restore(tmp_path / "dump", other_cluster, database.name)
+    with as_default(new):
+        assert own.drain() == 2
+        new.send("a")
+        assert own.drain() == 1
+        assert own.drain() == 0
+    assert handled == [1, 2, 3, 4, 5, 6]
 
 
 def test_copy_in_the_same_cluster_continues(database: Database, tmp_path: Path) -> None:

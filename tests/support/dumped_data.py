@@ -18,14 +18,14 @@ from tests.support.database import Database
 @contextmanager
 def as_default(database: Database) -> Iterator[None]:
     address = connections["default"].settings_dict
-    before = address["NAME"]
+    before = dict(address)
     connections.close_all()
-    address["NAME"] = database.name
+    address.update(NAME=database.name, PORT=database.postgres.port)
     try:
         yield
     finally:
         connections.close_all()
-        address["NAME"] = before
+        address.update(before)
 
 
 def sequence(database: Database) -> int:
