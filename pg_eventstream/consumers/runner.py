@@ -273,15 +273,21 @@ class Runner:
 
     def step(self) -> float:
         """Do what is to be done now. Returns the seconds to wait; 0 if there could be more."""
+        try:
+            return self._step()
+        except BaseException:
+            # An event that was taken from the page is not handled. It is read again.
+            self._is_stale = True
+            raise
+
+    def _step(self) -> float:
         self._share()
+        if self._is_stale and self._held:
+            self._take(list(self._held))
+        self._is_stale = False
         if self.gone or not self._held:
             self.is_idle = True
             return self._longest_rest()
-        if self._is_stale:
-            self._take(list(self._held))
-            self._is_stale = False
-            if self.gone:
-                return 0
         self._handle_requests()
         if not self._page:
             self._read()

@@ -249,3 +249,25 @@ def test_event_that_is_inserted_first_and_committed_last_is_not_skipped(
     data = [data for (data,) in database.fetch("SELECT data FROM handled ORDER BY nth")]
     assert data == [f"{when} {n}" for n in range(10) for when in ("early", "late")]
     assert by_id == [f"early {n}" for n in range(10)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_drain_that_is_interrupted_skips_nothing(
+    handled: Handled, error: type[BaseException], batch: int
+) -> None:
+    interrupts = [2, 4, 4, 7]
+
+    @consumer("stock", channels=["orders"], start="earliest", batch=batch)
+    def stock(event: ConsumedEvent) -> None:
+        record(event, "stock")
+        if interrupts and event.eid == interrupts[0]:
+            interrupts.pop(0)
+            raise error
+
+    send_events([("orders", "placed", n) for n in range(7)])
+    for _ in range(4):
+        with pytest.raises(error):
+            stock.drain()
+    stock.drain()
+    assert handled.eids("stock") == {"orders": [*range(1, 8)]}
