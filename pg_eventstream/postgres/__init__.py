@@ -9,6 +9,7 @@ sessions.
     threads      a few threads that read the database for the event loop
     locks        the advisory locks
     sequence     puts committed events in order
+    places       finds the place in the stream at a time
     slots        the 16 slots of a consumer
     monitor      queries that only look
     report       what processes say about themselves

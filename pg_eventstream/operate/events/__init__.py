@@ -3,5 +3,4 @@
 tail         follows the stream, with the delay of each event
 lines        events of the tail as lines of text or JSON
 browse       pages of events and channels, for the admin
-places       finds the place in the stream at a time
 """

@@ -15,9 +15,9 @@ from typing import Any
 from django.db import connections
 
 from ...channels import is_reliable
+from ...postgres.places import first_since
 from ...postgres.sequence import CURSOR, Cursor
 from ...sse import make_id
-from .places import first_since
 
 PAGE_EVENTS = 100
 PAGE_CHANNELS = 100

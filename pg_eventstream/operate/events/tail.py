@@ -6,7 +6,6 @@ order, also after the connection to the database was lost.
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +23,10 @@ from ...errors import InvalidRequest
 from ...liveness import LATE_SECONDS
 from ...postgres.connector import Connector, explain, fetch_one
 from ...postgres.listener import NEWS, Listener
+from ...postgres.places import FetchRow, first_since, parse_age
 from ...postgres.sequence import ANOTHER_STREAM, CURSOR, UNKNOWN, Cursor
 from ...postgres.threads import return_connections
 from ..queries import HUB_SESSION, LEADERS
-from .places import FetchRow, first_since
 
 _PAGE_EVENTS = 500
 _PAGE_BYTES = 4_000_000
@@ -47,9 +46,6 @@ EARLIEST: Final = "earliest"
 #: for now.
 Since = str | timedelta | Mapping[str, int] | None
 
-_AGE = re.compile(r"([0-9]{1,6})([smhd])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-
 
 def parse_since(text: str | None, channels: list[str]) -> Since:
     """Where to begin: ``earliest``, an age such as ``10m``, or an id as clients see it.
@@ -60,8 +56,8 @@ def parse_since(text: str | None, channels: list[str]) -> Since:
     """
     if text is None or text == EARLIEST:
         return text
-    if age := _AGE.fullmatch(text):
-        return timedelta(**{_UNITS[age[2]]: int(age[1])})
+    if (age := parse_age(text)) is not None:
+        return age
     try:
         return sse.parse_id(text, channels)
     except InvalidRequest as e:
@@ -210,7 +206,7 @@ class Tail:
             case None:
                 return end
             case timedelta() as age:
-                first = first_since(fetch, now - min(age, timedelta(days=36_500)))
+                first = first_since(fetch, now - age)
             case str():
                 found = fetch("SELECT min(position) FROM pg_eventstream_stream", [])
                 first = found[0] if found else None

@@ -1,4 +1,4 @@
-"""Finds the place in the stream at a time, without an index on times.
+"""Finds the place in the stream at a time, without an index on times; and reads ages.
 
 Positions, and eids within a channel, are dense and in the order of time, so a binary search looks
 at about 30 rows, by their keys. The times are those at which transactions that sequence began. One
@@ -8,8 +8,9 @@ sequencing takes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 #: Runs a query with parameters and returns its first row.
@@ -31,6 +32,16 @@ _LAST_EID = """
      WHERE channel = %s ORDER BY channel DESC, eid DESC LIMIT 1
 """
 _LOWEST = -(2**63)
+_AGE = re.compile(r"([0-9]{1,6})([smhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+# Keeps times in the range of Python's datetime and PostgreSQL's timestamp.
+_OLDEST = timedelta(days=36_500)
+
+
+def parse_age(text: str) -> timedelta | None:
+    """The time that ``30s``, ``10m``, ``2h`` or ``7d`` means, up to 100 years; None otherwise."""
+    age = _AGE.fullmatch(text)
+    return min(timedelta(**{_UNITS[age[2]]: int(age[1])}), _OLDEST) if age else None
 
 
 def first_since(fetch: FetchRow, moment: datetime, channel: str | None = None) -> int | None:
