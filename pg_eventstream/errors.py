@@ -9,6 +9,8 @@ EventStreamError
 ├── CheckpointAhead       a consumer has handled more events than there are
 ├── UnknownConsumer       there is no consumer of this name, or it has another name now
 ├── ConsumerStopped       a consumer cannot go on before a person has decided
+├── ConsumerBusy          a consumer could not be changed, because a handler does not end
+├── OperationRefused      a consumer was not changed, because that would not make sense
 ├── EventPermissionError  the user may not read some of the requested channels
 ├── NotLeading            another publisher leads, and only the leader publishes
 └── NotPublished          eventstream_publisher --once could not publish everything
@@ -84,6 +86,14 @@ class UnknownConsumer(EventStreamError):
 
 class ConsumerStopped(EventStreamError):
     """A consumer cannot go on before a person has decided. The message says what to do."""
+
+
+class ConsumerBusy(EventStreamError):
+    """A handler holds its transaction open for so long that the consumer could not be changed."""
+
+
+class OperationRefused(EventStreamError):
+    """Nothing was changed, because what was asked for makes no sense here."""
 
 
 class EventPermissionError(EventStreamError):

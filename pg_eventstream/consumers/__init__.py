@@ -12,6 +12,10 @@
     supervisor   starts the processes, and replaces those that end
     progress     how far all consumers are, and what keeps them
     waiting      waits until a consumer has handled what was committed
+    operations   what a person does: pause, reset, rename, remove, parked events
+    exclusive    the transaction of an operation, during which no event is handled
+    targets      where a reset leads
+    overview     what there is to know about consumers
 
 A consumer has 16 slots (`postgres.slots`), each with a checkpoint of its own. A process holds the
 session lock of a slot while it handles the slot's events.

@@ -69,11 +69,11 @@ class SlotState:
     replay_to: int | None
 
 
-def register(connection: Connection, consumer: Consumer) -> int:
+def register(connection: Connection, consumer: Consumer, *, create: bool = True) -> int:
     """Create the consumer's rows, unless they exist. Returns its id.
 
-    Raises `UnknownConsumer` if the consumer has another name now, and `ConsumerStopped` if some of
-    its rows are missing.
+    Raises `UnknownConsumer` if the consumer has another name now, or if it does not exist and is
+    not to be created; and `ConsumerStopped` if some of its rows are missing.
     """
     with connection.transaction():
         found = connection.execute(
@@ -85,7 +85,7 @@ def register(connection: Connection, consumer: Consumer) -> int:
         )
         row = connection.execute(_REGISTERED, [consumer.name]).fetchone()
         if row is None:
-            return _create(connection, consumer)
+            return _create(connection, consumer, create)
         if row[1:] != (SLOTS, SLOTS):
             raise ConsumerStopped(
                 f"The consumer {consumer.name!r} is registered, but only {min(row[1:])} of its"
@@ -96,11 +96,11 @@ def register(connection: Connection, consumer: Consumer) -> int:
             )
         if found.rowcount:
             # What is pruned without being handled is decided by these.
-            _lock_out_pruner(connection)
+            lock_out_pruner(connection)
         return int(row[0])
 
 
-def _create(connection: Connection, consumer: Consumer) -> int:
+def _create(connection: Connection, consumer: Consumer, create: bool) -> int:
     renamed = connection.execute(
         "SELECT name FROM pg_eventstream_consumer WHERE %s = ANY(former_names)", [consumer.name]
     ).fetchone()
@@ -110,8 +110,13 @@ def _create(connection: Connection, consumer: Consumer) -> int:
             f" too ({consumer.place}); or, for a new consumer, choose a name that was not used"
             " before."
         )
+    if not create:
+        raise UnknownConsumer(
+            f"The consumer {consumer.name!r} was removed while processes ran it. To begin anew with"
+            " it, start them again; otherwise delete its code."
+        )
     # From here on, the pruner sees the checkpoints.
-    _lock_out_pruner(connection)
+    lock_out_pruner(connection)
     (start,) = fetch_one(connection, EARLIEST if consumer.start == "earliest" else LATEST)
     row = connection.execute(
         """
@@ -147,7 +152,7 @@ def _create(connection: Connection, consumer: Consumer) -> int:
     return int(row[0])
 
 
-def _lock_out_pruner(connection: Connection) -> None:
+def lock_out_pruner(connection: Connection) -> None:
     connection.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
 
 
@@ -238,7 +243,9 @@ def move(
             [new, incarnation, consumer_id, slot, epoch, old],
         )
     else:
-        slots, epochs, olds, news = (list(column) for column in zip(*moves, strict=True))
+        # In the order in which a command locks them (`exclusive`), so that neither waits for the
+        # other.
+        slots, epochs, olds, news = (list(column) for column in zip(*sorted(moves), strict=True))
         moved = connection.execute(
             f"""
             UPDATE pg_eventstream_checkpoint AS c SET position = m.new, incarnation = %s
@@ -268,13 +275,13 @@ def lock(connection: Connection, consumer_id: int, moves: list[Move]) -> bool:
 
     It also marks the transaction: see `is_marked`.
     """
-    slots, epochs, olds, _ = (list(column) for column in zip(*moves, strict=True))
+    slots, epochs, olds, _ = (list(column) for column in zip(*sorted(moves), strict=True))
     locked = connection.execute(
         f"""
         SELECT set_config('{_MARK}', 'on', true) FROM pg_eventstream_checkpoint AS c
           JOIN unnest(%s::smallint[], %s::bigint[], %s::bigint[]) AS m (slot, epoch, old)
             ON c.slot = m.slot AND c.epoch = m.epoch AND c.position = m.old
-         WHERE c.consumer_id = %s FOR UPDATE OF c
+         WHERE c.consumer_id = %s ORDER BY c.slot FOR UPDATE OF c
         """,  # noqa: S608
         [slots, epochs, olds, consumer_id],
     )
@@ -292,30 +299,41 @@ def record_failure(
     consumer_id: int,
     slot: int,
     *,
+    epoch: int,
     position: int | None,
     attempts: int,
     error: str,
     retry_seconds: float | None = None,
     stopped: bool = False,
-) -> None:
-    """Write down why a slot does not go on, and when it tries again."""
-    connection.execute(
+) -> bool:
+    """Write down why a slot does not go on, and when it tries again.
+
+    Returns False, and writes nothing, if a command has changed the consumer since ``epoch``: the
+    failure is then of a place where the slot might not be any more. The lock waits for a command
+    that changes it now.
+    """
+    recorded = connection.execute(
         """
-        UPDATE pg_eventstream_slot
+        WITH unchanged AS MATERIALIZED (
+            SELECT id FROM pg_eventstream_consumer WHERE id = %s AND epoch = %s FOR SHARE
+        )
+        UPDATE pg_eventstream_slot AS s
            SET failing = %s, attempts = %s, error = %s, stopped = %s,
                retry_at = statement_timestamp() + make_interval(secs => %s)
-         WHERE consumer_id = %s AND slot = %s
+          FROM unchanged WHERE s.consumer_id = unchanged.id AND s.slot = %s
         """,
         [
+            consumer_id,
+            epoch,
             position,
             attempts,
             storable(error, ERROR_LENGTH),
             stopped,
             retry_seconds,
-            consumer_id,
             slot,
         ],
     )
+    return recorded.rowcount == 1
 
 
 def forget_failure(connection: Connection, consumer_id: int, slot: int) -> None:

@@ -124,6 +124,11 @@ class Consumer:
 
         return drain(self)
 
+    @property
+    def prepares_resets(self) -> bool:
+        """Whether there is a function for `before_reset`."""
+        return self._before_reset is not None
+
     def prepare_reset(self) -> None:
         if self._before_reset is not None:
             self._before_reset()

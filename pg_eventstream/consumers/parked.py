@@ -9,13 +9,23 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 
-from django.db import transaction
+from django.db import connections, transaction
 
+from ..postgres.connector import fetch_one
 from . import checkpoints
 from .checkpoints import Connection, Move, storable
 from .declare import Consumer
 from .event import event_id
-from .handling import SlotLost, call, check_transaction, describe, raw_connection
+from .handling import (
+    SlotLost,
+    call,
+    check_transaction,
+    describe,
+    forget_connection,
+    is_broken,
+    is_transient,
+    raw_connection,
+)
 from .reader import make_event
 
 logger = logging.getLogger(__name__)
@@ -26,6 +36,15 @@ _REQUESTED = """
       FROM pg_eventstream_parked
      WHERE consumer_id = %s AND retry AND slot = ANY(%s)
      ORDER BY position LIMIT 100
+"""
+
+
+_REFUSE_TO_OVERTAKE = """
+    UPDATE pg_eventstream_parked AS p SET retry = false
+     WHERE consumer_id = %s AND retry AND slot = ANY(%s)
+       AND EXISTS (SELECT FROM pg_eventstream_parked AS earlier
+                    WHERE earlier.consumer_id = p.consumer_id AND earlier.channel = p.channel
+                      AND earlier.position < p.position AND NOT earlier.retry)
 """
 
 
@@ -47,11 +66,29 @@ class ParkedEvent:
 
 
 def requested(
-    connection: Connection, consumer_id: int, slots: Collection[int]
+    connection: Connection, consumer: Consumer, consumer_id: int, slots: Collection[int]
 ) -> list[ParkedEvent]:
     """Events that a command has asked to try again, in order. Up to 100."""
+    if consumer.on_failure == "park-channel":
+        # The command refuses this, but it cannot know what the code of this process declares.
+        connection.execute(_REFUSE_TO_OVERTAKE, [consumer_id, list(slots)])
     rows = connection.execute(_REQUESTED, [consumer_id, list(slots)]).fetchall()
     return [ParkedEvent(*row) for row in rows]
+
+
+def is_requested(connection: Connection, consumer_ids: Collection[int]) -> bool:
+    """Whether parked events of these consumers are to be tried again, unless it is paused."""
+    (found,) = fetch_one(
+        connection,
+        """
+        SELECT EXISTS (SELECT FROM pg_eventstream_parked
+                        WHERE consumer_id IN (SELECT id FROM pg_eventstream_consumer
+                                               WHERE id = ANY(%s) AND NOT paused)
+                          AND retry)
+        """,
+        [list(consumer_ids)],
+    )
+    return bool(found)
 
 
 def channels_of(
@@ -75,11 +112,13 @@ def retry(
     consumer_id: int,
     place: Move,
     event: ParkedEvent,
+    transient: int,
 ) -> bool:
     """Try a parked event once. Returns whether it was handled; otherwise it stays parked.
 
-    ``place`` is the slot's checkpoint, which does not move. Raises `SlotLost` if the process does
-    not hold it any more.
+    ``place`` is the slot's checkpoint, which does not move. A serialization failure or a deadlock
+    does not count, up to ``transient`` times. Raises `SlotLost` if the process does not hold the slot
+    any more; the event is then still to be tried.
     """
     connection = raw_connection(alias)
     # First, so that an event that ends the process is not tried again without being asked.
@@ -90,35 +129,27 @@ def retry(
     )
     if not begun.rowcount:
         return False
-    try:
-        with transaction.atomic(using=alias):
-            connection = raw_connection(alias)
-            if not checkpoints.lock(connection, consumer_id, [place]):
-                raise SlotLost
-            deleted = connection.execute(
-                "DELETE FROM pg_eventstream_parked WHERE id = %s", [event.id]
-            )
-            if not deleted.rowcount:
+    while True:
+        try:
+            if not _handle(alias, consumer, consumer_id, place, event):
                 return False
-            again = make_event(
-                event.channel,
-                event.number,
-                event.type,
-                event.data,
-                event.meta,
-                event.position,
-                event.created,
-                event.committed_at,
-                replayed=False,
-                attempt=event.attempts + 1,
+        except SlotLost:
+            raw_connection(alias).execute(
+                "UPDATE pg_eventstream_parked SET retry = true, attempts = attempts - 1"
+                " WHERE id = %s AND NOT retry",
+                [event.id],
             )
-            call(consumer.handler, again)
-            check_transaction(alias, connection)
-    except SlotLost:
-        raise
-    except (Exception, SystemExit) as e:  # noqa: BLE001
-        _still_parked(raw_connection(alias), consumer, consumer_id, event, e)
-        return False
+            raise
+        except (Exception, SystemExit) as e:  # noqa: BLE001
+            if is_transient(e) and transient > 0:
+                transient -= 1
+                continue
+            if is_broken(connections[alias]):
+                # If the database does not answer now, this raises, and the error is not written.
+                forget_connection(connections[alias])
+            _still_parked(raw_connection(alias), consumer, consumer_id, event, e)
+            return False
+        break
     logger.info(
         "consumer %s: parked event %s is handled",
         consumer.name,
@@ -130,6 +161,50 @@ def retry(
         },
     )
     return True
+
+
+def _handle(
+    alias: str,
+    consumer: Consumer,
+    consumer_id: int,
+    place: Move,
+    event: ParkedEvent,
+) -> bool:
+    """Handle a parked event, and delete it. Returns False if it is not there any more."""
+    with transaction.atomic(using=alias):
+        connection = raw_connection(alias)
+        if not checkpoints.lock(connection, consumer_id, [place]):
+            raise SlotLost
+        # This lock shows which event is tried (`exclusive`), and lets `note_hanging` write.
+        found = connection.execute(
+            "SELECT FROM pg_eventstream_parked WHERE id = %s FOR KEY SHARE", [event.id]
+        )
+        if not found.rowcount:
+            return False
+        again = make_event(
+            event.channel,
+            event.number,
+            event.type,
+            event.data,
+            event.meta,
+            event.position,
+            event.created,
+            event.committed_at,
+            replayed=False,
+            attempt=event.attempts + 1,
+        )
+        call(consumer.handler, again)
+        check_transaction(alias, connection)
+        connection.execute("DELETE FROM pg_eventstream_parked WHERE id = %s", [event.id])
+    return True
+
+
+def note_hanging(connection: Connection, event: ParkedEvent, error: str) -> None:
+    """Write down that its handler did not return, on the connection of another thread."""
+    connection.execute(
+        "UPDATE pg_eventstream_parked SET error = %s, traceback = '' WHERE id = %s",
+        [storable(error, checkpoints.ERROR_LENGTH), event.id],
+    )
 
 
 def _still_parked(

@@ -42,6 +42,7 @@ from .handling import (
     moving,
     raw_connection,
 )
+from .parked import ParkedEvent
 from .reader import PAGE_POSITIONS, Page, Row, read_data, read_page
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class Runner:
         #: Why it ended without being asked to: the consumer was removed or renamed.
         self.gone = ""
         #: The event that is being handled, and since when, by `time.monotonic`.
-        self.working: tuple[Row, float] | None = None
+        self.working: tuple[Row | ParkedEvent, float] | None = None
         self.thread_id: int | None = None
         #: Of the session in which that is done. None through a pooler.
         self.backend_pid: int | None = None
@@ -177,6 +178,11 @@ class Runner:
         with self._lock:
             return [*self._held]
 
+    def reached(self) -> list[int]:
+        """The checkpoints of the slots that it holds."""
+        with self._lock:
+            return [held.position for held in self._held.values()]
+
     # The loop
 
     def run(self) -> None:
@@ -208,7 +214,9 @@ class Runner:
             self.close()
             connections.close_all()  # those of this thread
 
-    def note_hanging(self, connection: psycopg.Connection[Any], row: Row, trace: str) -> None:
+    def note_hanging(
+        self, connection: psycopg.Connection[Any], row: Row | ParkedEvent, trace: str
+    ) -> None:
         """Count an attempt that does not end, on the connection of another thread.
 
         Whoever takes over parks the event, if that was the last attempt.
@@ -216,16 +224,21 @@ class Runner:
         if self.backend_pid is not None:
             # It could hold locks that this, and the process that takes over, would wait for.
             connection.execute("SELECT pg_terminate_backend(%s)", [self.backend_pid])
+        error = f"The handler had not returned after {self.consumer.timeout:g} seconds."
+        error = f"{error}\n{trace[-_TRACE_LENGTH:]}"
+        if isinstance(row, ParkedEvent):
+            parked.note_hanging(connection, row, error)
+            return
         held = self._held[row.slot]
         attempts = (held.attempts if held.failing == row.position else 0) + 1
-        error = f"The handler had not returned after {self.consumer.timeout:g} seconds."
         checkpoints.record_failure(
             connection,
             self.consumer_id,
             held.slot,
+            epoch=held.epoch,
             position=row.position,
             attempts=attempts,
-            error=f"{error}\n{trace[-_TRACE_LENGTH:]}",
+            error=error,
             retry_seconds=self.consumer.retry.delay(attempts),
         )
 
@@ -288,13 +301,14 @@ class Runner:
         if self.gone or not self._held:
             self.is_idle = True
             return self._longest_rest()
-        self._handle_requests()
         if not self._page:
-            self._read()
+            self._read()  # this also shows whether it is paused
         if self._paused:
             self._requeue()
             self.is_idle = True
             return self._longest_rest()
+        if not self._is_stale:
+            self._handle_requests()
         self._handle_page()
         if self._is_stale or self._page or not self._reached_end or self._has_changes():
             self.is_idle = False
@@ -485,15 +499,7 @@ class Runner:
         self._stop_slot(held, None, held.attempts, str(error))
 
     def _stop_slot(self, held: _Held, position: int | None, attempts: int, error: str) -> None:
-        checkpoints.record_failure(
-            self._connection(),
-            self.consumer_id,
-            held.slot,
-            position=position,
-            attempts=attempts,
-            error=error,
-            stopped=True,
-        )
+        self._record_failure(held, position, attempts, error, stopped=True)
         held.blocked_until = float("inf")
         held.read_to = held.position
 
@@ -596,6 +602,7 @@ class Runner:
         for slot, position in positions.items():
             held = self._held[slot]
             held.position, held.incarnation = position, self._cursor.incarnation
+            # After a failure it was to be read again, and now it is parked.
             held.read_to = max(held.read_to, position)
             if held.fails_until(position):
                 held.failing, held.attempts = None, 0
@@ -666,14 +673,7 @@ class Runner:
         """An event that seemed to be handled was not: its handler ended the transaction."""
         attempts = (held.attempts if held.failing == position else 0) + 1
         held.failing, held.attempts, held.error = position, attempts, ENDED
-        checkpoints.record_failure(
-            self._connection(),
-            self.consumer_id,
-            held.slot,
-            position=position,
-            attempts=attempts,
-            error=ENDED,
-        )
+        self._record_failure(held, position, attempts, ENDED)
 
     def _requeue(self) -> None:
         """Read again what was not handled."""
@@ -706,19 +706,34 @@ class Runner:
         held.failing, held.attempts, held.error = row.position, attempts, error
         if not is_last:
             delay = retry.delay(attempts)
-            checkpoints.record_failure(
-                self._connection(),
-                self.consumer_id,
-                held.slot,
-                position=row.position,
-                attempts=attempts,
-                error=error,
-                retry_seconds=delay,
-            )
+            self._record_failure(held, row.position, attempts, error, retry_seconds=delay)
             held.blocked_until = time.monotonic() + delay
             held.read_to = held.position
         else:
             self._give_up(held, row, error, trace)
+
+    def _record_failure(
+        self,
+        held: _Held,
+        position: int | None,
+        attempts: int,
+        error: str,
+        *,
+        retry_seconds: float | None = None,
+        stopped: bool = False,
+    ) -> None:
+        if not checkpoints.record_failure(
+            self._connection(),
+            self.consumer_id,
+            held.slot,
+            epoch=held.epoch,
+            position=position,
+            attempts=attempts,
+            error=error,
+            retry_seconds=retry_seconds,
+            stopped=stopped,
+        ):
+            self._is_stale = True
 
     def _give_up(self, held: _Held, row: Row, error: str, trace: str) -> None:
         """Do what ``on_failure`` says, after the last attempt."""
@@ -771,14 +786,7 @@ class Runner:
         self._singly = max(self._singly, self.consumer.batch)
         attempts = (held.attempts if held.failing == row.position else 0) + 1
         error = "The process that handled it died."
-        checkpoints.record_failure(
-            self._connection(),
-            self.consumer_id,
-            held.slot,
-            position=row.position,
-            attempts=attempts,
-            error=error,
-        )
+        self._record_failure(held, row.position, attempts, error)
         held.failing, held.attempts, held.error = row.position, attempts, error
 
     # Requests
@@ -789,15 +797,32 @@ class Runner:
             look, self._look_for_requests = self._look_for_requests, False
         if not look or self._paused:
             return
-        events = parked.requested(self._connection(), self.consumer_id, [*self._held])
+        connection, slots = self._connection(), [*self._held]
+        events = parked.requested(connection, self.consumer, self.consumer_id, slots)
+        if events:
+            with self._lock:
+                self._look_for_requests = True  # there can be more
         for event in events:
+            if self._stopping.is_set():
+                return
             held = self._held[event.slot]
             place = Move(held.slot, held.epoch, held.position, held.position)
+            self.backend_pid = checkpoints.own_pid(self._connection())
+            self.working = event, time.monotonic()
             try:
-                parked.retry(self._alias, self.consumer, self.consumer_id, place, event)
+                self.handled += parked.retry(
+                    self._alias,
+                    self.consumer,
+                    self.consumer_id,
+                    place,
+                    event,
+                    self._limits.transient,
+                )
             except SlotLost:
                 self._is_stale = True
                 return
+            finally:
+                self.working = None
         channels = parked.channels_of(self._connection(), self.consumer_id, [*self._held])
         for slot, held in self._held.items():
             if self.consumer.on_failure == "park-channel":

@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from django.core.exceptions import ImproperlyConfigured
@@ -28,6 +29,47 @@ _STOPPING = {signal.SIGTERM, signal.SIGINT}
 # After this time a process counts as having worked.
 _WORKED_SECONDS = 10.0
 _KILL_SECONDS = 5.0
+_STOP, _END = b"s", b"e"
+
+
+@contextmanager
+def stopping_on(
+    numbers: Iterable[int], stop: Callable[[], object], *, once: bool
+) -> Iterator[None]:
+    """Call ``stop`` when one of these signals arrives, on a thread of its own.
+
+    A signal handler interrupts the main thread anywhere, also where it holds a lock that ``stop``
+    needs. With ``once``, a second signal ends the process at once; otherwise it is ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there are signals handled
+        return
+    reader, writer = os.pipe()
+    arrived = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal arrived
+        if arrived and once:
+            os._exit(128 + number)
+        arrived = True
+        os.write(writer, _STOP)
+
+    def wait() -> None:
+        if os.read(reader, 1) == _STOP:
+            stop()
+
+    thread = threading.Thread(target=wait, name="signals", daemon=True)
+    thread.start()
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        os.write(writer, _END)
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 class Supervisor:
@@ -120,11 +162,11 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             worker = self._make_worker()
         except (EventStreamError, ImproperlyConfigured) as e:
             return _refuse(e)
-        signal.signal(signal.SIGTERM, lambda number, frame: worker.stop())
 
         def end_with_parent() -> None:
             os.read(alive_reader, 1)
@@ -132,7 +174,8 @@ class Supervisor:
 
         threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
         try:
-            worker.run()
+            with stopping_on([signal.SIGTERM], worker.stop, once=False):
+                worker.run()
         except (EventStreamError, ImproperlyConfigured) as e:
             return _refuse(e)
         return 0

@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, MutableSequence
 from contextlib import closing, suppress
-from typing import Any
+from mmap import mmap
+from typing import Any, NamedTuple
 
 import django.db
 import psycopg
@@ -22,7 +23,7 @@ from django.db.backends.signals import connection_created
 from ..backoff import Backoff
 from ..checks import first_use
 from ..conf import conf
-from ..errors import ConsumerStopped
+from ..errors import ConsumerStopped, UnknownConsumer
 from ..postgres.connector import Connector, explain, fetch_one, plain_sql
 from ..postgres.listener import BELL, CONSUMERS, NEWS
 from ..postgres.report import consumer_report, write_report
@@ -31,6 +32,7 @@ from ..postgres.watchdog import WatchedConnection
 from . import checkpoints
 from .declare import Consumer
 from .event import event_id
+from .parked import is_requested
 from .runner import Runner
 from .share import Share
 from .waiting import refuse_in_transaction, unhandled
@@ -47,15 +49,34 @@ def holder_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}/{secrets.token_hex(3)}"
 
 
+class Progress(NamedTuple):
+    """How far `Worker.run_once` is."""
+
+    #: The events that this process has handled.
+    handled: int
+    #: The positions of the stream that are left, whether or not their events are to be handled.
+    left: int
+    #: The part that is done, 0 to 1.
+    share: float
+
+
 class Worker:
     """Runs consumers until `stop` is called.
 
     ``alias`` is the database of the events, on which handlers run. ``connector`` is where its
     locks are held, which must be the same database over a direct connection.
+
+    ``known`` is shared by the processes that replace each other. It has a byte for each consumer,
+    which is 1 once it is stored: if it is missing after that, it was removed, and is not created
+    again.
     """
 
     def __init__(
-        self, consumers: Iterable[Consumer], alias: str, connector: Connector | None = None
+        self,
+        consumers: Iterable[Consumer],
+        alias: str,
+        connector: Connector | None = None,
+        known: MutableSequence[int] | mmap | None = None,
     ) -> None:
         first_use.report()
         conf.check_numbers()
@@ -63,6 +84,7 @@ class Worker:
         self._connector = connector or Connector(alias)
         self._limits = self._connector.limits
         self._consumers = list(consumers)
+        self._known = bytearray(len(self._consumers)) if known is None else known
         self._stopping = threading.Event()
         self._share: Share | None = None
         self._runners: list[Runner] = []
@@ -78,10 +100,15 @@ class Worker:
         if share is not None:
             share.listener.wake()
 
+    @property
+    def is_stopped(self) -> bool:
+        return self._stopping.is_set()
+
     def run(self) -> None:
         """Handle events until stopped. Errors of the database do not end it.
 
-        Raises `UnknownConsumer` if a consumer has another name now, and `NeedsDirectConnection`.
+        Consumers that were renamed or removed are left out. Raises `UnknownConsumer` if no other is
+        left, and `NeedsDirectConnection`.
         """
         backoff = Backoff(*self._limits.reconnect)
         connection_created.connect(_notice_death)
@@ -110,20 +137,39 @@ class Worker:
     def _start(self, connection: WatchedConnection) -> None:
         if self._runners:
             return
-        for consumer in self._consumers:
-            consumer_id = checkpoints.register(connection, consumer)
-            runner = Runner(consumer, consumer_id, self._alias, self.holder, self._limits)
-            self._runners.append(runner)
-            thread = threading.Thread(
-                target=runner.run, name=f"consumer {consumer.name}", daemon=True
+        runners: list[Runner] = []
+        gone: list[UnknownConsumer] = []
+        for nth, consumer in enumerate(self._consumers):
+            try:
+                consumer_id = checkpoints.register(
+                    connection, consumer, create=not self._known[nth]
+                )
+            except UnknownConsumer as e:
+                gone.append(e)
+                logger.warning(
+                    "consumer %s: %s",
+                    consumer.name,
+                    e,
+                    extra={"event": "consumer-gone", "consumer": consumer.name},
+                )
+                continue
+            self._known[nth] = 1
+            runners.append(Runner(consumer, consumer_id, self._alias, self.holder, self._limits))
+        if not runners:
+            raise UnknownConsumer(" ".join(map(str, gone)))
+        self._runners = runners
+        self._threads = [
+            threading.Thread(
+                target=runner.run, name=f"consumer {runner.consumer.name}", daemon=True
             )
-            self._threads.append(thread)
+            for runner in runners
+        ]
         for thread in self._threads:
             thread.start()
         logger.info(
             "consumers %s: %s: running",
             self.holder,
-            ", ".join(consumer.name for consumer in self._consumers),
+            ", ".join(runner.consumer.name for runner in runners),
             extra={"event": "consumers-running", "holder": self.holder},
         )
 
@@ -198,11 +244,14 @@ class Worker:
             logging.shutdown()
             os._exit(HANGS)
 
-    def run_once(self) -> int:
+    def run_once(self, show: Callable[[Progress], object] = lambda progress: None) -> int:
         """Handle all events that are committed by now. Returns how many this process has handled.
 
-        Slots that other processes have are left to these, and waited for. Raises `ConsumerStopped`
-        if a consumer is paused or has stopped at an event, and what `run` raises.
+        Slots that other processes have are left to these, and waited for. `stop` ends it earlier.
+        ``show`` is called several times a second with how far it is.
+
+        Raises `ConsumerStopped` if a consumer is paused or has stopped at an event, and what `run`
+        raises.
         """
         patience = self._limits.command_patience
         connection_created.connect(_notice_death)
@@ -215,21 +264,42 @@ class Worker:
                     share.balance()
                     for runner in self._runners:
                         runner.wake(requests=True)
-                    # Also read what they do not follow: otherwise it counts as not handled.
-                    while not self._stopping.is_set() and not (
-                        all(runner.has_read(position) for runner in self._runners)
-                        and not any(unhandled(connection, c, position) for c in self._consumers)
-                    ):
+                    consumers = [runner.consumer for runner in self._runners]
+                    ids = [runner.consumer_id for runner in self._runners]
+                    began = dict[Runner, int]()
+                    look_at = time.monotonic()
+                    while not self._stopping.is_set():
+                        # They also read what they do not follow: otherwise it counts as not
+                        # handled. Looking at the tables can cost a lot.
+                        has_read = all(runner.has_read(position) for runner in self._runners)
+                        if has_read and (now := time.monotonic()) >= look_at:
+                            if not any(
+                                unhandled(connection, one, position) for one in consumers
+                            ) and not is_requested(connection, ids):
+                                break
+                            _refuse_stopped(connection, consumers, position)
+                            look_at = now + 20 * (time.monotonic() - now)
                         share.balance()
                         _refuse_gone(self._runners)
                         self._end_if_hanging(connection)
-                        _refuse_stopped(connection, self._consumers, position)
+                        show(self._progress(began, position))
                         share.listener.wait(_ONCE_POLL)
         finally:
             self._share = None
             self._end()
             connection_created.disconnect(_notice_death)
         return sum(runner.handled for runner in self._runners)
+
+    def _progress(self, began: dict[Runner, int], position: int) -> Progress:
+        left = 0
+        for runner in self._runners:
+            reached = min(runner.reached(), default=None)
+            if reached is not None:
+                began.setdefault(runner, reached)
+                left += max(0, position - reached)
+        total = sum(max(0, position - reached) for reached in began.values())
+        handled = sum(runner.handled for runner in self._runners)
+        return Progress(handled, left, 1 - left / total if total else 0.0)
 
     def _end(self) -> None:
         for runner in self._runners:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from django.core.management.base import OutputWrapper
 from django.db import transaction
 
 from ..errors import EventStreamError, InvalidEvent
@@ -153,36 +151,3 @@ def parse_line(line: bytes, *, raw: bool) -> NewEvent:
         not raw,
         found.get("meta"),
     )
-
-
-class Progress:
-    """A line on a terminal that is written again and again: a bar if the size is known.
-
-    ``size`` is the number of bytes to read, or None.
-    """
-
-    _WIDTH = 30
-    _SECONDS = 0.1
-
-    def __init__(self, out: OutputWrapper, size: int | None) -> None:
-        self._out = out
-        self._size = size
-        self._shown_at = 0.0
-        self._shown = False
-
-    def __call__(self, events: int, read: int) -> None:
-        if time.monotonic() < self._shown_at + self._SECONDS:
-            return
-        self._shown_at, self._shown = time.monotonic(), True
-        bar = ""
-        if self._size:
-            share = min(read / self._size, 1.0)
-            bar = f"[{'#' * round(share * self._WIDTH):<{self._WIDTH}}] {share:4.0%}  "
-        self._out.write(f"\r{bar}{events:,} events", str, ending="")
-        self._out.flush()
-
-    def end(self) -> None:
-        """Remove the line."""
-        if self._shown:
-            self._out.write("\r\x1b[K", str, ending="")
-            self._out.flush()

@@ -8,6 +8,7 @@
     finding      what a judgement consists of
     screen       shows a state on one screen
     ages         ages, as people read them
+    consumer_screen  shows consumers and their parked events
     doctor/      sends probes the way of all events, and names what is wrong on it
     events/      shows the events themselves, in the terminal and in the admin
     prometheus/  the state as metrics, the port of a publisher, alerts and a dashboard

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from ..consumers.progress import ConsumerState
 from ..postgres.report import own_version
-from .ages import age as _age
+from .ages import age
 from .findings import Finding, verdict
 from .state import MOST_COUNTED, ProxyState, State
 
@@ -44,15 +44,16 @@ def render_findings(findings: Iterable[Finding], paint: Paint = plain) -> Iterat
     """Lines that say what is wrong and what to do."""
     for finding in findings:
         yield paint(finding.level, f"{finding.level.upper()}: {finding.code}")
-        yield from _wrap(finding.message, "  ")
-        yield from _wrap(f"To do: {finding.remedy}", "  ")
+        yield from wrap(finding.message, "  ")
+        yield from wrap(f"To do: {finding.remedy}", "  ")
         yield ""
 
 
-def _wrap(text: str, indent: str, first: str | None = None) -> Iterator[str]:
+def wrap(text: str, indent: str, first: str | None = None) -> Iterator[str]:
+    """Lines of at most `WIDTH` columns, where words allow it."""
     for line in text.split("\n"):
         yield from textwrap.wrap(
-            _printable(line),
+            printable(line),
             WIDTH,
             initial_indent=indent if first is None else first,
             subsequent_indent=indent,
@@ -62,7 +63,7 @@ def _wrap(text: str, indent: str, first: str | None = None) -> Iterator[str]:
         first = None
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names in the database and answers of proxies must not control the terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
@@ -70,7 +71,7 @@ def _printable(text: str) -> str:
 def _section(label: str, texts: Iterable[str], paint: Paint) -> Iterator[str]:
     first = label.ljust(_INDENT)
     for text in texts:
-        for line in _wrap(text, " " * _INDENT, first):
+        for line in wrap(text, " " * _INDENT, first):
             yield paint("label", first) + line[_INDENT:] if first.strip() else line
             first = " " * _INDENT
 
@@ -117,7 +118,7 @@ def _publisher(state: State) -> Iterator[str]:
     else:
         yield f"{state.publisher} led last; no session holds the lead now"
     if state.heartbeat_seconds is not None:
-        details = [f"heartbeat {_age(state.heartbeat_seconds)} ago"]
+        details = [f"heartbeat {age(state.heartbeat_seconds)} ago"]
         if state.awake is not None:
             details.append("awake, it polls" if state.awake else "asleep, the doorbell wakes it")
         if "listens" in state.report:
@@ -142,8 +143,8 @@ def _events(state: State) -> Iterator[str]:
     if count is None:
         yield "waiting to be put in order: cannot be told"
     elif count:
-        age = _age(state.waiting.oldest_seconds or 0)
-        yield f"waiting to be put in order: {_count(count)}, the oldest for {age}"
+        oldest = age(state.waiting.oldest_seconds or 0)
+        yield f"waiting to be put in order: {_count(count)}, the oldest for {oldest}"
     else:
         yield "waiting to be put in order: none"
     if state.unseen:
@@ -159,7 +160,7 @@ def _proxy(proxy: ProxyState) -> str:
     else:
         parts.append(f"has acknowledged {proxy.position:,}")
         if proxy.lag_events:
-            parts.append(f"{_count(proxy.lag_events)} behind, {_age(proxy.lag_seconds or 0)}")
+            parts.append(f"{_count(proxy.lag_events)} behind, {age(proxy.lag_seconds or 0)}")
         else:
             parts.append("nothing behind")
     if proxy.trouble:
@@ -177,7 +178,7 @@ def _consumer(consumer: ConsumerState) -> str:
         parts.append("has never run")
     elif consumer.processes:
         beat = consumer.heartbeat_seconds
-        heartbeat = "" if beat is None else f", heartbeat {_age(beat)} ago"
+        heartbeat = "" if beat is None else f", heartbeat {age(beat)} ago"
         parts.append(f"run by {consumer.processes}{heartbeat}")
     else:
         parts.append("not running")
@@ -185,7 +186,7 @@ def _consumer(consumer: ConsumerState) -> str:
         parts.append("paused")
     if consumer.lag_events:
         about = "about " if consumer.lag_is_estimate else ""
-        since = "" if consumer.lag_seconds is None else f", {_age(consumer.lag_seconds)}"
+        since = "" if consumer.lag_seconds is None else f", {age(consumer.lag_seconds)}"
         parts.append(f"{about}{consumer.lag_events:,} behind{since}")
     elif consumer.lag_events == 0:
         parts.append("nothing behind")
@@ -205,13 +206,13 @@ def _pruning(state: State) -> Iterator[str]:
     if pruning.retention_seconds is None:
         kept = "events of any age are kept"
     else:
-        kept = f"events are kept for {_age(pruning.retention_seconds)}"
+        kept = f"events are kept for {age(pruning.retention_seconds)}"
     if pruning.oldest_seconds is not None:
-        kept += f"; the oldest is {_age(pruning.oldest_seconds)} old"
+        kept += f"; the oldest is {age(pruning.oldest_seconds)} old"
     yield kept
     ran = pruning.ran_seconds
-    late = f", {_age(pruning.behind_seconds)} behind" if pruning.behind_seconds >= 1 else ""
-    yield ("never pruned" if ran is None else f"last pruned {_age(ran)} ago") + late
+    late = f", {age(pruning.behind_seconds)} behind" if pruning.behind_seconds >= 1 else ""
+    yield ("never pruned" if ran is None else f"last pruned {age(ran)} ago") + late
 
 
 def _vacuum(state: State) -> Iterator[str]:
@@ -219,7 +220,7 @@ def _vacuum(state: State) -> Iterator[str]:
     if oldest is None:
         yield "nothing holds it back"
         return
-    since = "" if oldest.seconds is None else f", {_age(oldest.seconds)} old"
+    since = "" if oldest.seconds is None else f", {age(oldest.seconds)} old"
     yield (
         f"held back the most by {oldest.kind} {oldest.name}{since},"
         f" {oldest.transactions:,} transactions"
@@ -242,7 +243,7 @@ def _doctor(state: State) -> Iterator[str]:
         return
     found = state.doctor.get("findings")
     codes = ", ".join(map(str, found)) if isinstance(found, list) and found else "nothing wrong"
-    yield f"{_age(state.doctor_seconds)} ago: {codes}"
+    yield f"{age(state.doctor_seconds)} ago: {codes}"
 
 
 def _count(number: int) -> str:

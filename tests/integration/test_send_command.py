@@ -13,7 +13,8 @@ import pytest
 from django.core.management import CommandError, call_command
 
 from pg_eventstream.management import sending
-from pg_eventstream.management.sending import Progress, Sender
+from pg_eventstream.management.progress import Progress
+from pg_eventstream.management.sending import Sender
 from tests.support.database import Database
 
 
@@ -201,17 +202,20 @@ def test_memory_does_not_grow_with_the_input(database: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"),
-    [(200, "\r[###############               ]  50%  1,000 events"), (None, "\r1,000 events")],
+    ("share", "shown"),
+    [
+        (0.5, "\r[###############               ]  50%  1,000 events\x1b[K"),
+        (None, "\r1,000 events\x1b[K"),
+    ],
     ids=["file", "pipe"],
 )
-def test_progress(size: int | None, shown: str) -> None:
+def test_progress(share: float | None, shown: str) -> None:
     from django.core.management.base import OutputWrapper
 
     out = StringIO()
-    progress = Progress(OutputWrapper(out), size)
-    progress(1000, 100)
-    progress(1001, 101)  # too soon to be shown
+    progress = Progress(OutputWrapper(out))
+    progress.show("1,000 events", share)
+    progress.show("1,001 events", share)  # too soon to be shown
     assert out.getvalue() == shown
     progress.end()
     assert out.getvalue() == shown + "\r\x1b[K"

@@ -19,11 +19,11 @@ from django.test import override_settings
 from pg_eventstream import sse
 from pg_eventstream.conf import conf, proxy_name
 from pg_eventstream.operate.events import tail as tail_module
-from pg_eventstream.postgres.places import first_since
 from pg_eventstream.operate.events.tail import Since, Tail, TailedEvent, parse_since
 from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.postgres.listener import Listener
 from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.postgres.places import first_since
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.roles import as_role, granted

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from pg_eventstream.consumers import Consumer
+from pg_eventstream.consumers.worker import Worker
+from pg_eventstream.limits import LIMITS, Limits
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
@@ -91,3 +98,22 @@ class Handled:
         ):
             found[channel].append(eid)
         return dict(found)
+
+
+@contextmanager
+def running_worker(*consumers: Consumer, limits: Limits = LIMITS) -> Iterator[Worker]:
+    """Run consumers on threads of this process until the end of the block."""
+    worker = Worker(consumers, "default", Connector("default", limits=limits))
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def handle_all(*consumers: Consumer) -> int:
+    """Handle what is committed by now, in this process. Failures count."""
+    return Worker(consumers, "default").run_once()

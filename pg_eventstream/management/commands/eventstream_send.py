@@ -10,7 +10,8 @@ from django.core.management.base import CommandError
 from django.db import Error
 
 from pg_eventstream.management.base import DatabaseCommand
-from pg_eventstream.management.sending import Progress, Sender
+from pg_eventstream.management.progress import Progress
+from pg_eventstream.management.sending import Sender
 from pg_eventstream.send import parse_json, send_event
 
 
@@ -83,14 +84,18 @@ class Command(DatabaseCommand):
             )
         if options["batch"] is not None and options["batch"] < 1:
             raise CommandError("--batch must be at least 1.")
-        progress = (
-            Progress(self.stderr, _size(sys.stdin.fileno())) if self.stderr.isatty() else None
-        )
+        progress = Progress(self.stderr) if self.stderr.isatty() else None
+        size = _size(sys.stdin.fileno()) if progress else None
+
+        def show(events: int, read: int) -> None:
+            if progress is not None:
+                progress.show(f"{events:,} events", read / size if size else None)
+
         sender = Sender(
             alias,
             batch=options["batch"],
             raw=options["text"],
-            progress=progress or (lambda events, read: None),
+            progress=show,
         )
         try:
             sent = sender.send(sys.stdin.buffer)
