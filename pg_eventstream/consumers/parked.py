@@ -117,8 +117,8 @@ def retry(
     """Try a parked event once. Returns whether it was handled; otherwise it stays parked.
 
     ``place`` is the slot's checkpoint, which does not move. A serialization failure or a deadlock
-    does not count, up to ``transient`` times. Raises `SlotLost` if the process does not hold the slot
-    any more; the event is then still to be tried.
+    does not count, up to ``transient`` times. Raises `SlotLost` if the process does not hold the
+    slot any more; the event is then still to be tried.
     """
     connection = raw_connection(alias)
     # First, so that an event that ends the process is not tried again without being asked.

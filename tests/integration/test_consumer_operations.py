@@ -96,6 +96,12 @@ IN_THE_END = {
 PARKED: dict[str, list[str]] = {"skip": [], "retry": []}
 
 
+def but_a_part_is_thorough(*kept: str) -> list[Any]:
+    """All operations, of which `make test` runs those that are kept."""
+    slow = [pytest.mark.faults, pytest.mark.thorough]
+    return [pytest.param(name, marks=[] if name in kept else slow) for name in OPERATIONS]
+
+
 def with_a_parked_event() -> Consumer:
     """A consumer that has handled the events 1 and 3, and parked 2."""
     stock = make()
@@ -123,7 +129,7 @@ def check_the_end(database: Database, handled: Handled, name: str) -> None:
     assert parked_ids("goods" if name == "rename" else "stock") == PARKED.get(name, ["orders:2"])
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", but_a_part_is_thorough("reset", "remove"))
 def test_operation_without_a_process(database: Database, handled: Handled, name: str) -> None:
     with_a_parked_event()
     OPERATIONS[name]("stock", Limits())
@@ -132,7 +138,7 @@ def test_operation_without_a_process(database: Database, handled: Handled, name:
     check_the_end(database, handled, name)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", but_a_part_is_thorough("retry"))
 def test_operation_while_a_process_runs(database: Database, handled: Handled, name: str) -> None:
     stock = with_a_parked_event()
     with running_worker(stock):
@@ -164,7 +170,7 @@ class Gate:
 IN_FLIGHT = IN_THE_END | {"pause": [1, 3, 4], "reset": [1, 3, 4] * 2, "remove": [1, 3, 4] * 2}
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", but_a_part_is_thorough(*OPERATIONS))
 def test_operation_waits_for_the_handler_in_flight(
     database: Database, handled: Handled, name: str
 ) -> None:
@@ -197,7 +203,7 @@ def test_operation_waits_for_the_handler_in_flight(
     assert len(epochs(database)) == 1
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", but_a_part_is_thorough("pause"))
 def test_operation_names_the_handler_that_hangs(
     database: Database, handled: Handled, name: str
 ) -> None:
@@ -222,7 +228,7 @@ def test_operation_names_the_handler_that_hangs(
     assert len(epochs(database)) == 1
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", but_a_part_is_thorough("retry"))
 def test_operation_on_a_paused_consumer(database: Database, handled: Handled, name: str) -> None:
     stock = with_a_parked_event()
     operations.pause("default", "stock")
@@ -249,24 +255,24 @@ def test_operation_on_a_paused_consumer(database: Database, handled: Handled, na
     assert sorted(handled.eids("stock")["orders"]) == sorted(expected)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
 def test_unknown_names_are_told_with_those_that_there_are(
-    database: Database, handled: Handled, name: str
+    database: Database, handled: Handled
 ) -> None:
-    with pytest.raises(UnknownConsumer, match="There are: none"):
-        OPERATIONS[name]("stock", Limits())
+    def check(name: str, message: str) -> None:
+        for operation in OPERATIONS.values():
+            with pytest.raises(UnknownConsumer, match=message):
+                operation(name, Limits())
+
+    check("stock", "There are: none")
     with_a_parked_event()
     make("declared")
-    with pytest.raises(UnknownConsumer, match=r"Did you mean 'stock'\? There are: 'stock'\."):
-        OPERATIONS[name]("stocks", Limits())
-    with pytest.raises(UnknownConsumer, match="'declared' has never run"):
-        OPERATIONS[name]("declared", Limits())
+    check("stocks", r"Did you mean 'stock'\? There are: 'stock'\.")
+    check("declared", "'declared' has never run")
     operations.rename("default", "stock", "goods")
-    with pytest.raises(UnknownConsumer, match="'stock' was renamed to 'goods'"):
-        OPERATIONS[name]("stock", Limits())
+    check("stock", "'stock' was renamed to 'goods'")
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", but_a_part_is_thorough("resume"))
 def test_operation_on_an_orphaned_consumer(database: Database, handled: Handled, name: str) -> None:
     with_a_parked_event()
     del declare._declared["stock"]

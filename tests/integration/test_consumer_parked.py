@@ -136,6 +136,8 @@ def test_event_that_fails_again_stays_parked(database: Database, handled: Handle
     assert (ids(), handled.eids("stock")) == ([], {"orders": [2, 1]})
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_event_that_kills_the_process_stays_parked(database: Database, handled: Handled) -> None:
     """It is not tried again by the process that takes over, and no other event suffers."""
     send_events([("orders", "m", {"kill": 1, "until_attempt": 5}), ("orders", "m", 2)])
@@ -160,6 +162,8 @@ def test_event_that_kills_the_process_stays_parked(database: Database, handled: 
     assert attempts[0] == (1,)
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_retry_that_hangs_is_ended(database: Database, handled: Handled) -> None:
     send_events([("orders", "m", poison(2)), ("orders", "m", 2)])
     environment = declared(
