@@ -14,7 +14,7 @@ from tests.support.publisher import NewPublisher, PublisherProcess
 from tests.support.sse_client import OpenStream, SSEClient
 
 #: Far longer than a delivery takes, and far shorter than "never".
-PROMPTLY = 2.0
+PROMPTLY = 10.0
 
 
 def start(new_publisher: NewPublisher) -> PublisherProcess:

@@ -121,8 +121,8 @@ def texts(client: SSEClient) -> list[str]:
 
 # Servers
 
-AT_ONCE = 2.0
-"""Seconds. Idle servers take up to 0.8; one that waited for its streams would not end."""
+AT_ONCE = 8.0
+"""Seconds. Servers take up to 0.8 on an idle machine; one that waited for streams would not end."""
 
 
 def tell(server: Server, number: signal.Signals) -> None:
