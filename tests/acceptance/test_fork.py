@@ -34,7 +34,16 @@ def all_is_well(channel: str, use: str) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("use", ["subscribe", "stream", "read", "asend", "publish"])
+SELDOM = (pytest.mark.faults, pytest.mark.thorough)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        *("subscribe", "stream", "publish"),
+        *(pytest.param(use, marks=SELDOM) for use in ("read", "asend")),
+    ],
+)
 def test_forked_children_use_everything_while_their_parent_continues(
     database: Database, channel: str, use: str
 ) -> None:

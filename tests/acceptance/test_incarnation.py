@@ -115,7 +115,27 @@ def send(database: Database, channel: str, first: int, last: int) -> list[str]:
     return sent
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+#: Each has a relative that is run more often.
+SELDOM = (
+    "all truncated",
+    "stream truncated",
+    "events truncated",
+    "all deleted",
+    "older rows restored",
+)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(
+            way,
+            id=name,
+            marks=(pytest.mark.faults, pytest.mark.thorough) if name in SELDOM else (),
+        )
+        for name, way in WAYS.items()
+    ],
+)
 def test_streams_are_told_what_is_lost_and_continue(
     way: Way,
     database: Database,

@@ -100,7 +100,8 @@ def table(url: str, channel: str, shapes: list[str]) -> dict[tuple[str, str], st
 
 
 some = pytest.param(["Japanese", "percent"], id="some")
-every = pytest.param([*SHAPES], id="all", marks=[pytest.mark.faults, pytest.mark.thorough])
+SELDOM = (pytest.mark.faults, pytest.mark.thorough)
+every = pytest.param([*SHAPES], id="all", marks=SELDOM)
 #: Behind a proxy, short URLs of channels with these names are refused: their links cannot be made
 #: shorter.
 TOO_LONG = {"letters", "Japanese", "emoji"}
@@ -127,7 +128,13 @@ def test_stream_that_opens_behind_the_proxy_resumes_and_continues(
 
 
 @pytest.mark.parametrize("shapes", [some, every])
-@pytest.mark.parametrize("server", DIRECT)
+@pytest.mark.parametrize(
+    "server",
+    [
+        pytest.param(server, marks=() if server in ("uvicorn", "daphne") else SELDOM)
+        for server in DIRECT
+    ],
+)
 def test_without_a_proxy_what_opens_resumes(
     database: Database,
     serve: Callable[..., int],

@@ -64,10 +64,17 @@ def assert_ended(client: SSEClient, channel: str) -> None:
     }
 
 
+SELDOM = (pytest.mark.faults, pytest.mark.thorough)
 ODD_NAMES = ["a b", "a,b;c:d", "ключ 🔑", '100% "%41" <x>', "line\ttab", "a/b?c#d"]
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("a,b;c:d", "ключ 🔑") else SELDOM)
+        for name in ODD_NAMES
+    ],
+)
 def test_revoked_user_loses_that_stream_at_once_and_no_other(
     publisher: PublisherProcess, stream: OpenStream, channel: str, name: str
 ) -> None:
@@ -279,22 +286,18 @@ FORGED = [
 ]
 
 
-@pytest.mark.parametrize("data", FORGED, ids=range(len(FORGED)))
 def test_forged_change_of_permission_stops_nothing(
-    database: Database,
-    publisher: PublisherProcess,
-    stream: OpenStream,
-    channel: str,
-    data: str,
+    database: Database, publisher: PublisherProcess, stream: OpenStream, channel: str
 ) -> None:
     client = stream(f"public{channel}").wait_open()
-    database.execute(
-        "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
-        [PERMISSION_CHANGES, data],
-    )
-    database.send(f"public{channel}", "after")
-    client.wait_count(1)
-    publisher.wait_for_log("not a valid permission change")
+    for n, data in enumerate(FORGED, start=1):
+        database.execute(
+            "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
+            [PERMISSION_CHANGES, data],
+        )
+        database.send(f"public{channel}", f"after {data[:20]}")
+        assert client.wait_count(n)[-1].data == f"after {data[:20]}"
+        assert publisher.lines_with("not a valid permission change") == n, data[:20]
 
 
 def test_revocation_counts_at_every_proxy(

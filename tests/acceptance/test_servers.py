@@ -136,8 +136,11 @@ def tell(server: Server, number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("uvicorn", "daphne", "hypercorn", "granian", "gunicorn"),
-        *(pytest.param(kind, marks=SELDOM) for kind in ("uvicorn with workers", "gunicorn asgi")),
+        *("uvicorn", "daphne", "granian", "gunicorn"),
+        *(
+            pytest.param(kind, marks=SELDOM)
+            for kind in ("uvicorn with workers", "hypercorn", "gunicorn asgi")
+        ),
     ],
 )
 def test_server_that_is_stopped_ends_at_once_and_its_clients_continue_at_the_next(

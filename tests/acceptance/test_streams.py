@@ -61,7 +61,10 @@ def server_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 # until it checks all connections, every 45 seconds.
 STALLED = 100
 
-on_both_servers = pytest.mark.parametrize("app", ["asgi", "wsgi"], indirect=True)
+SELDOM = (pytest.mark.faults, pytest.mark.thorough)
+on_both_servers = pytest.mark.parametrize(
+    "app", ["asgi", pytest.param("wsgi", marks=SELDOM)], indirect=True
+)
 
 
 def send(*events: tuple[str, str]) -> None:

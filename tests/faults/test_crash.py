@@ -20,8 +20,8 @@ from tests.support.sse_client import OpenStream, SSEClient
 
 pytestmark = pytest.mark.faults
 
-KILLS = 50 if THOROUGH else 4
-ROUNDS = 40 if THOROUGH else 4
+KILLS = 50 if THOROUGH else 3
+ROUNDS = 40 if THOROUGH else 3
 FEW = 10 if THOROUGH else 2
 TAKEOVER_SECONDS = 2.0
 

@@ -18,7 +18,7 @@ from tests.support.sse_client import OpenStream
 pytestmark = pytest.mark.faults
 
 REPEATS = 8 if THOROUGH else 1
-POINTS = len(faults.POINTS) if THOROUGH else 3
+POINTS = len(faults.POINTS) if THOROUGH else 2
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from tests.support.publisher import NewPublisher
 
 pytestmark = pytest.mark.faults
 
-EVENTS = 20_000 if THOROUGH else 1500
-CUTS = 20 if THOROUGH else 3
+EVENTS = 20_000 if THOROUGH else 800
+CUTS = 20 if THOROUGH else 2
 SESSION = "pg_eventstream tail"
 
 

@@ -261,15 +261,11 @@ def test_statement_reads_by_its_index(
 ) -> None:
     work(full).check(index=index, rows=rows)
 
-
-@pytest.mark.parametrize(
-    ("work", "index", "rows"),
-    # Without its index, this one would read the table a thousand times.
-    [case for case in CASES if case[0] is not read_state_with_a_consumer_far_behind],
-)
-def test_missing_index_is_noticed(
-    full: Database, work: Callable[[Database], Explained], index: str, rows: int
-) -> None:
+    if work is read_state_with_a_consumer_far_behind:
+        return  # without its index, it would read the table a thousand times
+    # Without the index, this test would fail. (What the work has stored is removed.)
+    django_connection.close()
+    full.execute("TRUNCATE pg_eventstream_proxy, pg_eventstream_consumer CASCADE")
     table = re.sub("_(pkey|eid)$", "", index)
     full.execute(f"ALTER TABLE {table} DROP CONSTRAINT {index} CASCADE")
     with pytest.raises(AssertionError):

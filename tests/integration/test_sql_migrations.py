@@ -141,7 +141,10 @@ def test_psql_and_django_make_the_same_schema(new_database: NewDatabase, schema:
     assert expected.count("CREATE CONSTRAINT TRIGGER") == 1
 
 
-@pytest.mark.parametrize("schema", ["public", OTHER_SCHEMA])
+@pytest.mark.parametrize(
+    "schema",
+    ["public", pytest.param(OTHER_SCHEMA, marks=[pytest.mark.faults, pytest.mark.thorough])],
+)
 @pytest.mark.parametrize(
     "settings",
     [
