@@ -8,6 +8,7 @@ runs it as ``python -m`` does. Nothing of it is ever used but these modules.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -189,6 +190,11 @@ class _Forking:
                 pass_fds=[control.fileno()],
                 start_new_session=True,
             )
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._control.close()
+        self._process.wait(10)
 
     def fork(self, request: Mapping[str, Any], output: int, errors: int) -> _Child:
         mine, report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
