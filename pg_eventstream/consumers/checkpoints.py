@@ -218,6 +218,14 @@ def beat(connection: Connection, held: Iterable[tuple[int, int]], holder: str) -
     )
 
 
+def preparable(connection: Connection) -> psycopg.Cursor[Any]:
+    """A cursor whose statements are prepared, if the project has not forbidden it.
+
+    Django's cursors put values into the text of a statement, which is then planned each time.
+    """
+    return psycopg.Cursor(connection)
+
+
 def move(
     connection: Connection,
     consumer_id: int,
@@ -235,7 +243,7 @@ def move(
     """
     if len(moves) == 1 and not is_locked:
         slot, epoch, old, new = moves[0]
-        moved = connection.execute(
+        moved = preparable(connection).execute(
             """
             UPDATE pg_eventstream_checkpoint SET position = %s, incarnation = %s
              WHERE consumer_id = %s AND slot = %s AND epoch = %s AND position = %s
@@ -246,7 +254,7 @@ def move(
         # In the order in which a command locks them (`exclusive`), so that neither waits for the
         # other.
         slots, epochs, olds, news = (list(column) for column in zip(*sorted(moves), strict=True))
-        moved = connection.execute(
+        moved = preparable(connection).execute(
             f"""
             UPDATE pg_eventstream_checkpoint AS c SET position = m.new, incarnation = %s
               FROM unnest(%s::smallint[], %s::bigint[], %s::bigint[], %s::bigint[])
@@ -276,7 +284,7 @@ def lock(connection: Connection, consumer_id: int, moves: list[Move]) -> bool:
     It also marks the transaction: see `is_marked`.
     """
     slots, epochs, olds, _ = (list(column) for column in zip(*sorted(moves), strict=True))
-    locked = connection.execute(
+    locked = preparable(connection).execute(
         f"""
         SELECT set_config('{_MARK}', 'on', true) FROM pg_eventstream_checkpoint AS c
           JOIN unnest(%s::smallint[], %s::bigint[], %s::bigint[]) AS m (slot, epoch, old)

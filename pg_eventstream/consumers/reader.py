@@ -5,33 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import psycopg
 
-from ..channels import is_reliable
+from ..channels import reliable
 from ..postgres.sequence import CURSOR, Cursor
 from ..postgres.slots import SLOTS, follows_sql, slot_of, slot_sql
 from ..sse import INCARNATION
+from .checkpoints import preparable
 from .declare import Consumer
 from .event import ConsumedEvent, event_id
 
 Connection = psycopg.Connection[Any]
 
-#: The positions of a page.
-PAGE_POSITIONS = 500
+#: The events of a page, at most.
+PAGE_EVENTS = 500
 # Larger data are read when the event is handled.
 _DATA_BYTES = 64_000
 
 # One statement, so that events that are missing and what the pruner wrote about them are seen
-# together. Events are looked up one by one (OFFSET 0), so that no statistics lead to reading all.
+# together. The first row has what is stored about the consumer, and the others are events. These
+# are looked up one by one (OFFSET 0), so that no statistics lead to reading all.
 _PAGE = f"""
     WITH page AS MATERIALIZED (
         SELECT * FROM pg_eventstream_stream
          WHERE position > %(after)s ORDER BY position LIMIT %(limit)s
     )
-    SELECT c.*, k.*, page.*, found.*
+    SELECT c.*, k.*, page.*, NULL AS at, NULL, NULL, NULL, NULL, NULL, NULL, NULL
       FROM (SELECT) AS always
       LEFT JOIN {CURSOR} AS c ON true
       LEFT JOIN (
@@ -41,17 +43,17 @@ _PAGE = f"""
              FROM pg_eventstream_consumer WHERE id = %(id)s
            ) AS k ON true
       LEFT JOIN (SELECT max(position), count(*) FROM page) AS page (last, count) ON true
-      LEFT JOIN (
-           SELECT s.position, s.channel, s.eid + coalesce(s.incarnation, 0), e.type,
-                  CASE WHEN octet_length(e.data) <= {_DATA_BYTES} THEN e.data END, e.meta::text,
-                  e.created, s.committed_at
-             FROM page AS s
-            CROSS JOIN LATERAL (
-                  SELECT * FROM pg_eventstream_event WHERE id = s.event_id OFFSET 0) AS e
-            WHERE {follows_sql("s.channel", "%(channels)s::text[]", "%(prefixes)s::text[]")}
-              AND (%(slots)s::int[] IS NULL OR {slot_sql("s.channel")} = ANY(%(slots)s::int[]))
-           ) AS found ON true
-     ORDER BY found.position
+     UNION ALL
+    (SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+            s.position, s.channel, s.eid + coalesce(s.incarnation, 0), e.type,
+            CASE WHEN octet_length(e.data) <= {_DATA_BYTES} THEN e.data END, e.meta::text,
+            date_part('epoch', e.created), date_part('epoch', s.committed_at)
+       FROM page AS s
+      CROSS JOIN LATERAL (SELECT * FROM pg_eventstream_event WHERE id = s.event_id OFFSET 0) AS e
+      WHERE {follows_sql("s.channel", "%(channels)s::text[]", "%(prefixes)s::text[]")}
+        AND (%(slots)s::int[] IS NULL OR {slot_sql("s.channel")} = ANY(%(slots)s::int[]))
+      ORDER BY s.position LIMIT {PAGE_EVENTS})
+     ORDER BY at NULLS FIRST
 """  # noqa: S608
 
 _DATA = """
@@ -61,22 +63,28 @@ _DATA = """
 """
 
 
+def positions_of_page(slots: int) -> int:
+    """How many positions a page has that is read for so many slots.
+
+    The fewer slots, the fewer of the events belong to them.
+    """
+    return PAGE_EVENTS * min(8, SLOTS // (slots or SLOTS))
+
+
 @dataclass(slots=True)
 class Row:
     """An event of the stream that a consumer has to handle. ``data`` is None if it is large."""
 
+    slot: int
     position: int
     channel: str
     number: int
     type: str
     data: str | None
     meta: str | None
-    created: datetime
-    committed_at: datetime | None
-
-    @property
-    def slot(self) -> int:
-        return slot_of(self.channel)
+    #: Seconds since 1970.
+    created: float
+    committed_at: float | None
 
     def event(self, data: str, *, replayed: bool, attempt: int) -> ConsumedEvent:
         return make_event(
@@ -86,8 +94,10 @@ class Row:
             data,
             self.meta,
             self.position,
-            self.created,
-            self.committed_at,
+            datetime.fromtimestamp(self.created, timezone.utc),
+            None
+            if self.committed_at is None
+            else datetime.fromtimestamp(self.committed_at, timezone.utc),
             replayed=replayed,
             attempt=attempt,
         )
@@ -119,27 +129,36 @@ def read_page(
     slots: Collection[int],
 ) -> Page:
     """Read the events after a position that belong to the slots."""
-    found = connection.execute(
-        _PAGE,
-        {
-            "id": consumer_id,
-            "after": after,
-            "limit": PAGE_POSITIONS,
-            "channels": list(consumer.channels),
-            "prefixes": list(consumer.prefixes),
-            "slots": None if len(slots) == SLOTS else list(slots),
-        },
-    ).fetchall()
-    name, epoch, paused, lost, last, count = found[0][4:10]
-    rows = [Row(*row[10:]) for row in found if row[10] is not None]
-    cursor = Cursor.of(*found[0][:4])
-    is_last = count < PAGE_POSITIONS
-    if is_last:
+    limit = positions_of_page(len(slots))
+    state, *events = (
+        preparable(connection)
+        .execute(
+            _PAGE,
+            {
+                "id": consumer_id,
+                "after": after,
+                "limit": limit,
+                "channels": list(consumer.channels),
+                "prefixes": list(consumer.prefixes),
+                "slots": None if len(slots) == SLOTS else list(slots),
+            },
+            binary=True,
+        )
+        .fetchall()
+    )
+    name, epoch, paused, lost, last, count = state[4:10]
+    rows = [Row(slot_of(row[11]), *row[10:]) for row in events]
+    cursor = Cursor.of(*state[:4])
+    is_last = count < limit and len(rows) < PAGE_EVENTS
+    if len(rows) == PAGE_EVENTS:
+        last = rows[-1].position
+    elif is_last:
         # Rows at the end may be pruned already. All later positions are above the cursor.
         last = max(after if last is None else last, cursor.position)
-    reliable = {channel: is_reliable(channel) for channel in {row.channel for row in rows}}
+    channels = {row.channel for row in rows}
+    unreliable = channels.difference(reliable(channels))
     return Page(
-        rows=[row for row in rows if reliable[row.channel]],
+        rows=[row for row in rows if row.channel not in unreliable] if unreliable else rows,
         last=last,
         is_last=is_last,
         cursor=cursor,

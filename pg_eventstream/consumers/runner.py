@@ -43,7 +43,7 @@ from .handling import (
     raw_connection,
 )
 from .parked import ParkedEvent
-from .reader import PAGE_POSITIONS, Page, Row, read_data, read_page
+from .reader import Page, Row, positions_of_page, read_data, read_page
 
 logger = logging.getLogger(__name__)
 
@@ -420,13 +420,14 @@ class Runner:
         # Where no slot is ready, the page only shows whether a command has changed something.
         front = max(held.read_to for held in ready or self._held.values())
         after = min((held.read_to for held in ready), default=front)
-        if self._serve_lagging or after + PAGE_POSITIONS >= front:
+        reach = positions_of_page(len(ready))
+        if self._serve_lagging or after + reach >= front:
             self._serve_lagging = False
         else:
             # Slots that had to wait must not make the others wait until they have caught up.
             self._serve_lagging = True
-            after = min(h.read_to for h in ready if h.read_to + PAGE_POSITIONS >= front)
-        chosen = {h.slot: h for h in ready if after <= h.read_to < after + PAGE_POSITIONS}
+            after = min(h.read_to for h in ready if h.read_to + reach >= front)
+        chosen = {h.slot: h for h in ready if after <= h.read_to < after + reach}
         page = read_page(self._connection(), self.consumer, self.consumer_id, after, list(chosen))
         self._reached_end = False
         if not self._compare(page, chosen):
@@ -552,8 +553,7 @@ class Runner:
         try:
             with self._transaction(rows) as connection:
                 for row in rows:
-                    held = self._held[row.slot]
-                    self._call(connection, held, row)
+                    self._call(connection, self._held[row.slot], row)
         except SlotLost:
             self._is_stale = True
             self._wake.wait(_LOST_SECONDS)
