@@ -134,6 +134,34 @@ commit_to_publish_seconds = _histogram(
     "proxy",
 )
 
+# Consumers
+
+handled_events = _counter(
+    "pg_eventstream_consumer_handled_events_total",
+    "Events that this process has handled",
+    "consumer",
+)
+failed_attempts = _counter(
+    "pg_eventstream_consumer_failed_attempts_total",
+    "Attempts to handle an event that failed",
+    "consumer",
+)
+parked_events = _counter(
+    "pg_eventstream_consumer_parked_events_total", "Events that were parked", "consumer"
+)
+handler_seconds = _histogram(
+    "pg_eventstream_consumer_handler_seconds",
+    "Time that the function took for an event, whether or not it failed",
+    _SECONDS,
+    "consumer",
+)
+commit_to_handled_seconds = _histogram(
+    "pg_eventstream_consumer_commit_to_handled_seconds",
+    "Time from the commit of an event until the transaction that handled it was committed",
+    _SECONDS,
+    "consumer",
+)
+
 # The application
 
 recoveries = _counter(

@@ -4,6 +4,7 @@ Without the extra, and where no tracer provider is set up, nothing here costs an
 
 The publisher is another process than the sender, and reads when the event was committed and put in
 order from the tables. So it makes all spans of the event's path, as children of the sender's span.
+A process that runs consumers adds one for each event that it handles.
 """
 
 from __future__ import annotations
@@ -81,3 +82,39 @@ def span(name: str) -> Iterator[SetAttributes]:
         return
     with trace.get_tracer(_SCOPE).start_as_current_span(f"eventstream {name}") as current:
         yield current.set_attributes
+
+
+@contextmanager
+def handling(consumer: str, event_id: str, channel: str, meta: Any) -> Iterator[None]:
+    """Record a span of the block, in which a consumer handles an event, as a child of the sender's.
+
+    What the block sends continues the trace. An event without a valid trace makes no span. The span
+    has no data of the event, and of an error only its type.
+    """
+    carrier = {
+        name: value
+        for name in ("traceparent", "tracestate")
+        if isinstance(meta, Mapping) and isinstance(value := meta.get(name), str)
+    }
+    parent = _context.extract(carrier)
+    if not trace.get_current_span(parent).get_span_context().is_valid:
+        yield
+        return
+    with trace.get_tracer(_SCOPE).start_as_current_span(
+        "eventstream handle",
+        context=parent,
+        kind=trace.SpanKind.CONSUMER,
+        attributes={
+            "messaging.system": _SCOPE,
+            "messaging.destination.name": channel,
+            "messaging.message.id": event_id,
+            "pg_eventstream.consumer": consumer,
+        },
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as current:
+        try:
+            yield
+        except BaseException as e:
+            current.set_status(trace.StatusCode.ERROR, type(e).__name__)
+            raise

@@ -6,6 +6,7 @@
     reader       reads a page of the stream
     handling     the transaction of a handler
     runner       handles the events of the slots that a process holds, on one thread per consumer
+    measures     counts and measures for Prometheus
     parked       events that could not be handled
     share        distributes the slots among processes, and sequences where no publisher does
     worker       one process: the runners, and the watch over handlers that hang

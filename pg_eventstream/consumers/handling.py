@@ -10,10 +10,11 @@ import psycopg
 from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from .. import tracing
 from ..errors import EventStreamError
 from . import checkpoints
 from .checkpoints import Connection, Move
-from .declare import Handler
+from .declare import Consumer
 from .event import ConsumedEvent
 
 #: What another transaction caused, so that trying again at once is right.
@@ -80,9 +81,16 @@ def moving(
             checkpoints.forget_failure(connection, consumer_id, slot)
 
 
-def call(handler: Handler, event: ConsumedEvent) -> None:
-    """Call the handler. Raises what it raises, and `HandlerError` if it is asynchronous."""
-    result = handler(event)
+def call(consumer: Consumer, event: ConsumedEvent, *, traces: bool) -> None:
+    """Call the handler. Raises what it raises, and `HandlerError` if it is asynchronous.
+
+    With ``traces`` the call is a span in the trace of the event.
+    """
+    if traces:
+        with tracing.handling(consumer.name, event.id, event.channel, event.meta):
+            result = consumer.handler(event)
+    else:
+        result = consumer.handler(event)
     if isinstance(result, Coroutine):
         result.close()
         raise HandlerError(

@@ -11,6 +11,7 @@ from datetime import datetime
 
 from django.db import connections, transaction
 
+from .. import tracing
 from ..postgres.connector import fetch_one
 from . import checkpoints
 from .checkpoints import Connection, Move, storable
@@ -193,7 +194,7 @@ def _handle(
             replayed=False,
             attempt=event.attempts + 1,
         )
-        call(consumer.handler, again)
+        call(consumer, again, traces=tracing.is_on())
         check_transaction(alias, connection)
         connection.execute("DELETE FROM pg_eventstream_parked WHERE id = %s", [event.id])
     return True

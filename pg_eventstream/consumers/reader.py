@@ -26,14 +26,15 @@ PAGE_EVENTS = 500
 _DATA_BYTES = 64_000
 
 # One statement, so that events that are missing and what the pruner wrote about them are seen
-# together. The first row has what is stored about the consumer, and the others are events. These
-# are looked up one by one (OFFSET 0), so that no statistics lead to reading all.
+# together. The first row has what is stored about the consumer, and the present time. The others
+# are events, which are looked up one by one (OFFSET 0), so that no statistics lead to reading all.
 _PAGE = f"""
     WITH page AS MATERIALIZED (
         SELECT * FROM pg_eventstream_stream
          WHERE position > %(after)s ORDER BY position LIMIT %(limit)s
     )
-    SELECT c.*, k.*, page.*, NULL AS at, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+    SELECT c.*, k.*, page.*, NULL AS at, NULL, NULL, NULL, NULL, NULL,
+           date_part('epoch', statement_timestamp()), NULL
       FROM (SELECT) AS always
       LEFT JOIN {CURSOR} AS c ON true
       LEFT JOIN (
@@ -119,6 +120,8 @@ class Page:
     paused: bool
     #: By slot, the last position that was pruned before it was handled.
     lost: dict[int, int]
+    #: The time of the database when it was asked, in seconds since 1970.
+    asked: float
 
 
 def read_page(
@@ -166,6 +169,7 @@ def read_page(
         epoch=epoch or 0,
         paused=bool(paused),
         lost=dict(lost or ()),
+        asked=state[16],
     )
 
 

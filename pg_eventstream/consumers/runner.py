@@ -21,6 +21,7 @@ import django.db
 import psycopg
 from django.db import connections
 
+from .. import tracing
 from ..backoff import Backoff
 from ..conf import conf
 from ..errors import CheckpointAhead, ConsumerMissedEvents, EventStreamError
@@ -42,6 +43,7 @@ from .handling import (
     moving,
     raw_connection,
 )
+from .measures import Measures
 from .parked import ParkedEvent
 from .reader import Page, Row, positions_of_page, read_data, read_page
 
@@ -131,6 +133,8 @@ class Runner:
         self.moved_at = time.monotonic()
         self.waits = False
         self.handled = 0
+        self.measures = Measures(consumer.name)
+        self._traces = False
         #: Raise what a handler raises, instead of counting attempts: for `Consumer.drain`.
         self.raises = False
 
@@ -224,6 +228,7 @@ class Runner:
         if self.backend_pid is not None:
             # It could hold locks that this, and the process that takes over, would wait for.
             connection.execute("SELECT pg_terminate_backend(%s)", [self.backend_pid])
+        self.measures.failed()
         error = f"The handler had not returned after {self.consumer.timeout:g} seconds."
         error = f"{error}\n{trace[-_TRACE_LENGTH:]}"
         if isinstance(row, ParkedEvent):
@@ -265,6 +270,7 @@ class Runner:
 
     def close(self) -> None:
         """Write down how far all slots are, and release them."""
+        self.measures.flush()
         with suppress(django.db.Error, psycopg.Error):  # it is read again
             self._write_progress([*self._held.values()])
         with self._lock:
@@ -310,6 +316,7 @@ class Runner:
         if not self._is_stale:
             self._handle_requests()
         self._handle_page()
+        self.measures.flush()
         if self._is_stale or self._page or not self._reached_end or self._has_changes():
             self.is_idle = False
             return 0
@@ -428,7 +435,10 @@ class Runner:
             self._serve_lagging = True
             after = min(h.read_to for h in ready if h.read_to + reach >= front)
         chosen = {h.slot: h for h in ready if after <= h.read_to < after + reach}
+        asked_at = time.monotonic()
         page = read_page(self._connection(), self.consumer, self.consumer_id, after, list(chosen))
+        self.measures.note(page, asked_at)
+        self._traces = tracing.is_on()
         self._reached_end = False
         if not self._compare(page, chosen):
             return
@@ -562,6 +572,7 @@ class Runner:
         else:
             self._transient = 0
             self.handled += len(rows)
+            self.measures.handled(rows)
             self._moved({row.slot: row.position for row in rows})
 
     def _transaction(self, rows: list[Row]) -> AbstractContextManager[psycopg.Connection[Any]]:
@@ -591,11 +602,13 @@ class Runner:
                 raise SlotLost  # it is pruned, and the next page tells
         attempts = held.attempts if held.failing == row.position else 0
         event = row.event(data, replayed=row.position <= held.replay_to, attempt=attempts + 1)
-        self.working = row, time.monotonic()
+        began = time.monotonic()
+        self.working = row, began
         try:
-            call(self.consumer.handler, event)
+            call(self.consumer, event, traces=self._traces)
         finally:
             self.working = None
+            self.measures.called(time.monotonic() - began)
 
     def _moved(self, positions: dict[int, int]) -> None:
         now = time.monotonic()
@@ -671,6 +684,7 @@ class Runner:
 
     def _count_undone(self, held: _Held, position: int) -> None:
         """An event that seemed to be handled was not: its handler ended the transaction."""
+        self.measures.failed()
         attempts = (held.attempts if held.failing == position else 0) + 1
         held.failing, held.attempts, held.error = position, attempts, ENDED
         self._record_failure(held, position, attempts, ENDED)
@@ -684,6 +698,7 @@ class Runner:
 
     def _count_attempt(self, held: _Held, row: Row, error: str, trace: str) -> None:
         """An attempt failed: try again later, or do what ``on_failure`` says."""
+        self.measures.failed()
         attempts = (held.attempts if held.failing == row.position else 0) + 1
         name = event_id(row.channel, row.number)
         retry = self.consumer.retry
@@ -762,6 +777,7 @@ class Runner:
             held.parked_channels.add(row.channel)
         held.blocked_until = 0.0
         self._moved({held.slot: row.position})
+        self.measures.parked()
         logger.error(
             "consumer %s: event %s is parked",
             self.consumer.name,
@@ -784,6 +800,7 @@ class Runner:
             return  # it came later
         # Any of the events of a batch can be the cause.
         self._singly = max(self._singly, self.consumer.batch)
+        self.measures.failed()
         attempts = (held.attempts if held.failing == row.position else 0) + 1
         error = "The process that handled it died."
         self._record_failure(held, row.position, attempts, error)
@@ -810,7 +827,7 @@ class Runner:
             self.backend_pid = checkpoints.own_pid(self._connection())
             self.working = event, time.monotonic()
             try:
-                self.handled += parked.retry(
+                is_handled = parked.retry(
                     self._alias,
                     self.consumer,
                     self.consumer_id,
@@ -818,6 +835,8 @@ class Runner:
                     event,
                     self._limits.transient,
                 )
+                self.handled += is_handled
+                self.measures.tried_parked(is_handled=is_handled)
             except SlotLost:
                 self._is_stale = True
                 return

@@ -22,6 +22,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from ...consumers.progress import ConsumerState
 from ...liveness import LATE_SECONDS
 from ...postgres.connector import Connector, explain
 from ...rarely import Rarely
@@ -60,6 +61,12 @@ def _one(name: str, text: str, value: Callable[[State], float | None]) -> Gauge:
 
 def _by_proxy(name: str, text: str, value: Callable[[Any], float | None]) -> Gauge:
     return Gauge(name, text, lambda state: [(p.name, value(p)) for p in state.proxies], "proxy")
+
+
+def _by_consumer(name: str, text: str, value: Callable[[ConsumerState], float | None]) -> Gauge:
+    return Gauge(
+        name, text, lambda state: [(c.name, value(c)) for c in state.consumers], "consumer"
+    )
 
 
 def _by_table(name: str, text: str, value: Callable[[Any], float | None]) -> Gauge:
@@ -138,6 +145,54 @@ GAUGES = [
         "Whether the leader's last attempt to publish to the proxy has failed",
         lambda s: [(p.name, p.trouble is not None) for p in s.proxies if is_led(s)],
         "proxy",
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_lag_events",
+        "Committed events that the consumer has to handle and has not; above 5,000 an estimate",
+        lambda c: c.lag_events,
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_lag_seconds",
+        "Age of the oldest of these; 0 if there is none",
+        lambda c: c.lag_seconds,
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_processes",
+        "Processes that run the consumer",
+        lambda c: c.processes,
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_unheld_slots",
+        "Of the 16 slots of the consumer, those that no process has",
+        lambda c: len(c.unheld_slots) if c.registered else None,
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_heartbeat_age_seconds",
+        "Longest time without a sign of life from a process that has slots of the consumer",
+        lambda c: c.heartbeat_seconds,
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_paused", "Whether the consumer is paused", lambda c: c.paused
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_declared",
+        "Whether the code of the process that is scraped declares the consumer",
+        lambda c: c.declared,
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_failing_slots",
+        "Slots that wait before they try an event again",
+        lambda c: len(c.failing),
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_stopped_slots",
+        "Slots that have stopped until a person has decided",
+        lambda c: len(c.stopped),
+    ),
+    _by_consumer(
+        "pg_eventstream_consumer_parked",
+        "Events that are parked, counted up to 10,000",
+        lambda c: c.parked,
     ),
     _one(
         "pg_eventstream_pruning_behind_seconds",
