@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 from django.core.exceptions import ImproperlyConfigured
@@ -76,15 +76,22 @@ class Supervisor:
     """Runs ``make_worker()`` in a number of processes, until it gets SIGTERM or SIGINT.
 
     A process that ends is replaced; with a growing delay, if it has not worked. The processes end
-    when this one dies.
+    when this one dies. ``serve`` runs in a process of its own beside them, because this one must
+    have no threads when it starts others.
     """
 
     def __init__(
-        self, make_worker: Callable[[], Worker], processes: int, limits: Limits = LIMITS
+        self,
+        make_worker: Callable[[], Worker],
+        processes: int,
+        limits: Limits = LIMITS,
+        serve: Callable[[], AbstractContextManager[object]] | None = None,
     ) -> None:
         self._make_worker = make_worker
         self._processes = processes
         self._limits = limits
+        self._serve = serve
+        self._server: int | None = None
         self._started: dict[int, float] = {}
         self._stopping = False
         self._refused = False
@@ -107,8 +114,11 @@ class Supervisor:
             while not self._stopping:
                 now = time.monotonic()
                 if now >= start_at:
-                    while len(self._started) < self._processes and not self._stopping:
-                        self._start(alive_reader, alive_writer)
+                    if self._serve is not None and self._server is None:
+                        self._server = self._start(self._work_as_server, alive_reader, alive_writer)
+                    others = self._server is not None
+                    while len(self._started) < self._processes + others and not self._stopping:
+                        self._start(self._work, alive_reader, alive_writer)
                 select.select([wake_reader], [], [], max(0.0, start_at - now) or None)
                 os.read(wake_reader, 1024) if select.select([wake_reader], [], [], 0)[0] else None
                 for status, seconds in self._reap():
@@ -137,17 +147,18 @@ class Supervisor:
             os._exit(128 + number)
         self._stopping = True
 
-    def _start(self, alive_reader: int, alive_writer: int) -> None:
+    def _start(self, work: Callable[[int], int], alive_reader: int, alive_writer: int) -> int:
+        """Start a process that does this work. Returns its pid."""
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid:
             self._started[pid] = time.monotonic()
-            return
+            return pid
         status = 1
         try:
             os.close(alive_writer)
-            status = self._work(alive_reader)
+            status = work(alive_reader)
         except BaseException:
             logger.exception(
                 "consumers: unexpected error",
@@ -180,6 +191,20 @@ class Supervisor:
             return _refuse(e)
         return 0
 
+    def _work_as_server(self, alive_reader: int) -> int:
+        """What the process does that serves metrics. Returns its exit status."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert self._serve is not None  # noqa: S101
+        try:
+            with self._serve():
+                os.read(alive_reader, 1)
+        except (EventStreamError, ImproperlyConfigured) as e:
+            return _refuse(e)
+        return 0
+
     def _reap(self) -> list[tuple[int, float]]:
         """The exit statuses of processes that have ended, and how many seconds they ran."""
         ended = []
@@ -188,6 +213,8 @@ class Supervisor:
             if not done:
                 continue
             del self._started[pid]
+            if pid == self._server:
+                self._server = None
             status = os.waitstatus_to_exitcode(code)
             ended.append((status, time.monotonic() - started))
             if not self._stopping and status != _REFUSED:

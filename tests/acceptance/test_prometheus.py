@@ -102,8 +102,8 @@ def test_queries_of_the_dashboard_find_something(
     send_events([(channel, "message", n) for n in range(50)])
     wait_until(lambda: any(float(s["value"][1]) > 0 for s in scraping.query(rate)), timeout=20)
     empty = [one for one in expressions() if not scraping.query(one)]
-    assert [one for one in empty if "probe_" not in one] == []
-    assert len(expressions()) > 30
+    assert [one for one in empty if "probe_" not in one and "_consumer_" not in one] == []
+    assert len(expressions()) > 40
 
 
 def test_nothing_fires_while_all_is_well_and_probes_and_alerts_turn_when_it_is_not(

@@ -12,6 +12,7 @@ from tests.support.programs import installed
 
 RULES = Path(pg_eventstream.__file__).parent / "operate" / "prometheus" / "alerts.yml"
 PROXY = 'proxy="http://p"'
+CONSUMER = 'consumer="stock"'
 
 #: What a series is in a healthy installation, each of them seen by two instances.
 HEALTHY = {
@@ -23,6 +24,14 @@ HEALTHY = {
     "pg_eventstream_waiting_oldest_seconds": 0,
     f"pg_eventstream_proxy_lag_seconds{{{PROXY}}}": 0,
     f"pg_eventstream_proxy_trouble{{{PROXY}}}": 0,
+    f"pg_eventstream_consumer_processes{{{CONSUMER}}}": 2,
+    f"pg_eventstream_consumer_paused{{{CONSUMER}}}": 0,
+    f"pg_eventstream_consumer_replaying{{{CONSUMER}}}": 0,
+    f"pg_eventstream_consumer_declared{{{CONSUMER}}}": 1,
+    f"pg_eventstream_consumer_heartbeat_age_seconds{{{CONSUMER}}}": 9,
+    f"pg_eventstream_consumer_lag_seconds{{{CONSUMER}}}": 1,
+    f"pg_eventstream_consumer_stopped_slots{{{CONSUMER}}}": 0,
+    f"pg_eventstream_consumer_parked{{{CONSUMER}}}": 0,
     "pg_eventstream_pruning_behind_seconds": 0,
     "pg_eventstream_notification_queue_usage_ratio": 0.01,
     "pg_eventstream_oldest_transaction_seconds": 100,
@@ -43,11 +52,23 @@ CASES: list[tuple[str, str, str, int, int]] = [
     ("TriggerMissing", "trigger_ok", "0", 0, 2),
     ("ListenFails", "listen_works", "0", 4, 6),
     ("NoStandby", "publishers_standing_by", "0", 9, 11),
+    ("ConsumerNotRunning", f"consumer_processes{{{CONSUMER}}}", "0", 1, 3),
+    ("ConsumerSilent", f"consumer_heartbeat_age_seconds{{{CONSUMER}}}", "61", 0, 2),
+    ("ConsumerStopped", f"consumer_stopped_slots{{{CONSUMER}}}", "1", 0, 2),
+    ("ConsumerLagging", f"consumer_lag_seconds{{{CONSUMER}}}", "61", 4, 6),
+    ("EventsParked", f"consumer_parked{{{CONSUMER}}}", "3", 0, 2),
     ("PruningBehind", "pruning_behind_seconds", "3601", 9, 11),
     ("NotificationQueueFilling", "notification_queue_usage_ratio", "0.11", 4, 6),
     ("OldTransaction", "oldest_transaction_seconds", "3601", 9, 11),
     ("EventsRefused", f"refused_events_total{{{PROXY}}}", "1", -1, 1),
     ("ProbeFailing", "probe_success", "0", 0, 2),
+]
+#: Values with which one of these alerts does not fire.
+QUIET: list[tuple[str, dict[str, str]]] = [
+    ("ConsumerNotRunning", {"consumer_paused": "1"}),
+    ("ConsumerNotRunning", {"consumer_declared": "0"}),
+    ("ConsumerLagging", {"consumer_paused": "1"}),
+    ("ConsumerLagging", {"consumer_replaying": "1"}),
 ]
 BEFORE = 5  # minutes of health
 
@@ -58,11 +79,12 @@ def series_of(name: str, instance: str) -> str:
     return f"{base}{{{inner}}}"
 
 
-def one_test(wrong: str = "", value: str = "") -> dict[str, object]:
+def one_test(wrong: str = "", value: str = "", **always: str) -> dict[str, object]:
     """Series of two instances: five minutes of health, and then one value is wrong."""
     series = []
-    for name, healthy in HEALTHY.items():
-        then = value if name == wrong else str(healthy)
+    for name, usual in HEALTHY.items():
+        healthy = always.get(re.sub(r"^pg_eventstream_|{.*", "", name), str(usual))
+        then = value if name == wrong else healthy
         series += [
             {
                 "series": series_of(name, instance),
@@ -76,7 +98,7 @@ def one_test(wrong: str = "", value: str = "") -> dict[str, object]:
 def fires(minute: int, *alerts: tuple[str, str]) -> dict[str, object]:
     """What fires, as a name with more labels."""
     return {
-        "expr": 'count by (alertname, proxy) (ALERTS{alertstate="firing"})',
+        "expr": 'count by (alertname, proxy, consumer) (ALERTS{alertstate="firing"})',
         "eval_time": f"{minute}m",
         "exp_samples": [
             {"labels": f'{{alertname="EventStream{name}"{labels}}}', "value": 1}
@@ -89,7 +111,7 @@ def test_each_alert_fires_alone_and_in_time(tmp_path: Path) -> None:
     (tmp_path / "alerts.yml").write_text(RULES.read_text())
     tests = [{**one_test(), "promql_expr_test": [fires(30)]}]
     for name, series, value, quiet, loud in CASES:
-        labels = f", {PROXY}" if PROXY in series else ""
+        labels = "".join(f", {label}" for label in (PROXY, CONSUMER) if label in series)
         tests.append(
             {
                 **one_test(f"pg_eventstream_{series}", value),
@@ -99,6 +121,10 @@ def test_each_alert_fires_alone_and_in_time(tmp_path: Path) -> None:
                 ],
             }
         )
+    for case, also in QUIET:
+        (_, series, value, *_) = next(one for one in CASES if one[0] == case)
+        silent = one_test(f"pg_eventstream_{series}", value, **also)
+        tests.append({**silent, "promql_expr_test": [fires(30)]})
     tests.append(
         {
             "interval": "1m",

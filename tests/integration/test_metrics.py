@@ -24,7 +24,7 @@ from pg_eventstream.operate.state import Problem, State, Waiting
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.rounds import publish_once
-from tests.support.states import HEALTHY, PROXY, state
+from tests.support.states import CONSUMER, HEALTHY, PROXY, state
 
 
 def values(text: str) -> dict[str, float]:
@@ -62,6 +62,17 @@ def test_every_value_of_a_healthy_state() -> None:
         f"proxy_lag_events/{proxy}": 10,
         f"proxy_lag_seconds/{proxy}": 1.5,
         f"proxy_trouble/{proxy}": 0,
+        "consumer_lag_events/stock": 3,
+        "consumer_lag_seconds/stock": 0.5,
+        "consumer_processes/stock": 2,
+        "consumer_unheld_slots/stock": 0,
+        "consumer_heartbeat_age_seconds/stock": 7,
+        "consumer_paused/stock": 0,
+        "consumer_replaying/stock": 0,
+        "consumer_declared/stock": 1,
+        "consumer_failing_slots/stock": 0,
+        "consumer_stopped_slots/stock": 0,
+        "consumer_parked/stock": 0,
         "pruning_behind_seconds": 0,
         "notification_queue_usage_ratio": 0.01,
         "oldest_transaction_seconds": 7,
@@ -100,6 +111,14 @@ TROUBLED = replace(PROXY, trouble="cannot be reached", lag_events=None, lag_seco
         ({"proxies": [TROUBLED]},
          {f"proxy_trouble/{PROXY.name}": 1, f"proxy_lag_events/{PROXY.name}": None,
           f"proxy_lag_seconds/{PROXY.name}": None}),
+        ({"consumers": [replace(CONSUMER, lag_events=None, lag_seconds=None, declared=None,
+                                heartbeat_seconds=None, registered=False)]},
+         {"consumer_lag_events/stock": None, "consumer_lag_seconds/stock": None,
+          "consumer_declared/stock": None, "consumer_unheld_slots/stock": None,
+          "consumer_heartbeat_age_seconds/stock": None}),
+        ({"consumers": [replace(CONSUMER, paused=True, parked=4, replay_to=9, unheld_slots=[1])]},
+         {"consumer_paused/stock": 1, "consumer_parked/stock": 4, "consumer_replaying/stock": 1,
+          "consumer_unheld_slots/stock": 1}),
         ({"problems": [DISABLED]}, {"trigger_ok": 0, "problems": 1}),
         ({"problems": [replace(DISABLED, id="pg_eventstream.W021")]}, {"problems": 1}),
         ({"oldest_transaction": None}, {"oldest_transaction_seconds": 0}),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
+from pg_eventstream.consumers.progress import ConsumerState, Holder
 from pg_eventstream.operate.state import (
     OldestTransaction,
     ProxyState,
@@ -19,6 +20,16 @@ from pg_eventstream.operate.state import (
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 PROXY = ProxyState(
     name="http://proxy:5561", configured=True, position=90, lag_events=10, lag_seconds=1.5
+)
+CONSUMER = ConsumerState(
+    name="stock",
+    declared=True,
+    lag_events=3,
+    lag_seconds=0.5,
+    free_lag_seconds=0.5,
+    processes=2,
+    holders=[Holder(name="host:7/a", slots=[*range(16)], heartbeat_seconds=7.0)],
+    heartbeat_seconds=7.0,
 )
 HEALTHY = State(
     at=NOW,
@@ -39,6 +50,7 @@ HEALTHY = State(
     report={"listens": True},
     awake=False,
     proxies=[PROXY],
+    consumers=[CONSUMER],
     oldest_transaction=OldestTransaction(kind="session", name="3", seconds=7.0, transactions=4),
     pruning=Pruning(
         oldest_seconds=80_000.0, retention_seconds=86_400.0, ran_seconds=20.0, behind_seconds=0.0

@@ -6,7 +6,9 @@ import signal
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError
+from contextlib import AbstractContextManager
 from datetime import datetime
+from functools import partial
 from mmap import mmap
 from typing import Any
 
@@ -23,6 +25,12 @@ from ...consumers.worker import Worker
 from ...operate.consumer_screen import render_consumers, render_parked
 from ...postgres.connector import Connector
 from ..base import DatabaseCommand, log_to_stderr
+from ..metrics_port import (
+    add_metrics_arguments,
+    counting_in_all_processes,
+    require_prometheus_client,
+    serving_metrics,
+)
 from ..progress import Progress
 
 _MOST_PROCESSES = 64
@@ -67,6 +75,7 @@ class Command(DatabaseCommand):
             "--dsn",
             help="libpq connection string for the locks, where the alias leads through a pooler",
         )
+        add_metrics_arguments(run)
         reset.add_argument(
             "--to",
             required=True,
@@ -105,7 +114,16 @@ class Command(DatabaseCommand):
             if options["processes"] > 1:
                 raise CommandError("--once runs in one process. Leave out --processes.")
             self._run_once(make_worker())
-        elif not Supervisor(make_worker, options["processes"], self.limits).run():
+        elif options["metrics_port"] is None:
+            self._supervise(Supervisor(make_worker, options["processes"], self.limits))
+        else:
+            require_prometheus_client()
+            serve = partial(_serve, consumers, connector, options)
+            with counting_in_all_processes():
+                self._supervise(Supervisor(make_worker, options["processes"], self.limits, serve))
+
+    def _supervise(self, supervisor: Supervisor) -> None:
+        if not supervisor.run():
             raise CommandError("The consumers cannot run; the reason is in the log.")
 
     def _run_once(self, worker: Worker) -> None:
@@ -242,6 +260,20 @@ class Command(DatabaseCommand):
                 raise CommandError("Nothing was removed.")
         operations.remove(alias, name, self.limits)
         self.stdout.write(f"The consumer {name!r} is removed.")
+
+
+def _serve(
+    consumers: list[Consumer], connector: Connector, options: dict[str, Any]
+) -> AbstractContextManager[None]:
+    from ...operate.prometheus.health import ConsumersHealth
+
+    names = {consumer.name for consumer in consumers}
+    return serving_metrics(
+        options["metrics_host"],
+        options["metrics_port"],
+        connector,
+        lambda state: ConsumersHealth(names, state),
+    )
 
 
 def _choose(names: list[str]) -> list[Consumer]:

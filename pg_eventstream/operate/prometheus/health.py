@@ -1,4 +1,4 @@
-"""Judges whether a publisher is alive, and whether it is ready, for Kubernetes and the like.
+"""Judges whether processes are alive, and whether they are ready, for Kubernetes and the like.
 
 Alive means that a restart would not help. A database that is down or a proxy that is unreachable
 makes it unready, because after a restart they would be so, too.
@@ -7,13 +7,15 @@ makes it unready, because after a restart they would be so, too.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import psycopg
 
 from ...liveness import LATE_SECONDS
 from ...postgres.connector import Connector
+from ..consumer_findings import judge_consumers
 from ..state import State
 from .latest import Latest
 from .metrics import CANNOT_READ, is_led, reason
@@ -22,6 +24,13 @@ from .metrics import CANNOT_READ, is_led, reason
 _STUCK_SECONDS = 60.0
 #: Probes of Kubernetes wait a second by default.
 _LIVE_PATIENCE, _READY_PATIENCE = 0.7, 3.0
+
+
+class Probes(Protocol):
+    """Both say what is wrong, in sentences."""
+
+    def why_not_live(self) -> list[str]: ...
+    def why_not_ready(self) -> list[str]: ...
 
 
 class Vitals(Protocol):
@@ -93,11 +102,7 @@ class Health:
             state = self._state.get(_READY_PATIENCE)
         except CANNOT_READ as e:
             return [f"The database cannot be read: {reason(e)}"]
-        reasons = [
-            f"{problem.message} ({problem.id})"
-            for problem in state.problems
-            if ".E" in problem.id  # a warning stops no event
-        ]
+        reasons = _problems(state)
         match self._vitals.stage.value:
             case "leading":
                 reasons += self._why_not_leading_well(state)
@@ -121,6 +126,39 @@ class Health:
                 " through a pooler, by --database or --dsn."
             )
         return reasons
+
+
+class ConsumersHealth:
+    """For the processes that run these consumers, which are children of the same parent.
+
+    They are always live: the parent replaces those that end, and those whose handler takes longer
+    than its ``timeout``. A handler without one may take any time.
+    """
+
+    def __init__(self, names: Collection[str], state: Latest[State]) -> None:
+        self._names = names
+        self._state = state
+
+    def why_not_live(self) -> list[str]:
+        return []
+
+    def why_not_ready(self) -> list[str]:
+        """Why a consumer handles no events now, or some of them not."""
+        try:
+            state = self._state.get(_READY_PATIENCE)
+        except CANNOT_READ as e:
+            return [f"The database cannot be read: {reason(e)}"]
+        consumers = [consumer for consumer in state.consumers if consumer.name in self._names]
+        found = judge_consumers(replace(state, consumers=consumers))
+        return _problems(state) + [one.message for one in found if one.level == "broken"]
+
+
+def _problems(state: State) -> list[str]:
+    return [
+        f"{problem.message} ({problem.id})"
+        for problem in state.problems
+        if ".E" in problem.id  # a warning stops no event
+    ]
 
 
 def _why_not_led(state: State) -> list[str]:

@@ -175,6 +175,11 @@ GAUGES = [
         "pg_eventstream_consumer_paused", "Whether the consumer is paused", lambda c: c.paused
     ),
     _by_consumer(
+        "pg_eventstream_consumer_replaying",
+        "Whether the consumer handles events again after a reset",
+        lambda c: c.replay_to is not None,
+    ),
+    _by_consumer(
         "pg_eventstream_consumer_declared",
         "Whether the code of the process that is scraped declares the consumer",
         lambda c: c.declared,

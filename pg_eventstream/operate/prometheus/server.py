@@ -1,4 +1,4 @@
-"""The HTTP port of a publisher: ``/metrics``, ``/live`` and ``/ready``. Needs prometheus-client."""
+"""The HTTP port of a process: ``/metrics``, ``/live`` and ``/ready``. Needs prometheus-client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from .health import Health
+from .health import Probes
 from .metrics import encode
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _REQUEST_SECONDS = 5.0
 
 
 @contextmanager
-def serving(host: str, port: int, metrics: CollectorRegistry, health: Health) -> Iterator[int]:
+def serving(host: str, port: int, metrics: CollectorRegistry, health: Probes) -> Iterator[int]:
     """Serve during the block, on threads. Yields the port.
 
     Raises `OSError` if the port is taken or the host has no address.
@@ -88,7 +88,7 @@ class _Server(HTTPServer):
 
     request_queue_size = 32
 
-    def __init__(self, host: str, port: int, metrics: CollectorRegistry, health: Health) -> None:
+    def __init__(self, host: str, port: int, metrics: CollectorRegistry, health: Probes) -> None:
         self.metrics = metrics
         self.health = health
         self._lock = threading.Lock()
