@@ -16,7 +16,7 @@
     operations   what a person does: pause, reset, rename, remove, parked events
     exclusive    the transaction of an operation, during which no event is handled
     targets      where a reset leads
-    overview     what there is to know about consumers
+    trouble      the events that wait for a person
 
 A consumer has 16 slots (`postgres.slots`), each with a checkpoint of its own. A process holds the
 session lock of a slot while it handles the slot's events.

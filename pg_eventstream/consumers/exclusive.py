@@ -27,7 +27,7 @@ from ..postgres.slots import CHECKPOINTS, SLOTS, follows_sql, slot_sql
 from .checkpoints import Connection, lock_out_pruner
 from .event import event_id
 from .handling import is_transient, raw_connection
-from .overview import unknown_consumer
+from .trouble import unknown_consumer
 
 _T = TypeVar("_T")
 _MOST_DEADLOCKS = 5

@@ -24,8 +24,8 @@ from .checkpoints import forget_failure
 from .declare import discover
 from .exclusive import Change, change, notify, patient_transaction
 from .handling import describe
-from .overview import Named, Parked, find_consumer, held_slots, list_failing, list_parked, match
 from .targets import Target, find_position
+from .trouble import Named, Parked, find_consumer, held_slots, list_failing, list_parked, match
 
 logger = logging.getLogger(__name__)
 
@@ -332,7 +332,7 @@ class Usage:
 
 def usage(alias: str, name: str, limits: Limits = LIMITS) -> Usage:
     with patient_transaction(alias, limits) as connection:
-        held = held_slots(connection).get(find_consumer(connection, name), set())
+        held = held_slots(connection, find_consumer(connection, name))
     consumer = discover().get(name)
     return Usage(consumer.place if consumer else None, len(held))
 

@@ -313,7 +313,7 @@ class Runner:
             self._requeue()
             self.is_idle = True
             return self._longest_rest()
-        if not self._is_stale:
+        if not self._is_stale and not self.gone:
             self._handle_requests()
         self._handle_page()
         self.measures.flush()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..consumers.overview import Failing, Overview, Parked
+from ..consumers.progress import MOST_COUNTED, ConsumerState, TroubledSlot
+from ..consumers.trouble import Parked
 from ..postgres.slots import SLOTS
 from .ages import age
 from .screen import Paint, plain, printable, wrap
 
 _INDENT = "    "
-_MOST_FAILING = 5
+#: So many slots of a consumer are shown.
+_MOST_TROUBLED = 5
+_KINDS = ["healthy", "degraded", "broken"]
 
 
-def render_consumers(consumers: Sequence[Overview], paint: Paint = plain) -> str:
+def render_consumers(consumers: Sequence[ConsumerState], paint: Paint = plain) -> str:
     """All consumers: what each does, and what is wrong."""
     if not consumers:
         return (
@@ -23,56 +26,57 @@ def render_consumers(consumers: Sequence[Overview], paint: Paint = plain) -> str
     return "\n".join(line for one in consumers for line in _consumer(one, paint))
 
 
-def _consumer(one: Overview, paint: Paint) -> Iterator[str]:
-    kind, state = _state(one)
-    name = printable(one.name)
-    yield f"{paint('label', name)}  {paint(kind, state)}"
+def _consumer(one: ConsumerState, paint: Paint) -> Iterator[str]:
+    kind, words = describe(one)
+    yield f"{paint('label', printable(one.name))}  {paint(kind, words)}"
     for text in _details(one):
         yield from wrap(text, _INDENT + "  ", _INDENT)
 
 
-def _state(one: Overview) -> tuple[str, str]:
-    """What it does now, in a few words, and how bad that is."""
+def describe(one: ConsumerState) -> tuple[str, str]:
+    """How bad it is, and what it does now, in a few words."""
     if one.renamed_to is not None:
         return "broken", f"was renamed to {printable(one.renamed_to)}"
-    if not one.has_run:
+    if not one.registered:
         return "degraded", "has never run"
-    words = []
     kind = "healthy"
-    if one.is_orphaned:
+    words = []
+    if one.declared is False:
         kind = "degraded"
         words.append("orphaned")
-    if one.paused:
-        kind = "degraded"
-        words.append("paused")
-    elif not one.holders:
-        kind = "broken" if one.lag_events else "degraded"
-        words.append("not running")
-    elif any(failing.stopped for failing in one.failing):
+    if one.stopped:
         kind = "broken"
         words.append("stopped")
-    elif one.failing:
-        kind = "degraded"
+    if one.paused:
+        kind = max(kind, "degraded", key=_KINDS.index)
+        words.append("paused")
+    if not one.processes:
+        kind = max(kind, "broken" if one.lag_events else "degraded", key=_KINDS.index)
+        words.append("not running")
+    if one.failing:
+        kind = max(kind, "degraded", key=_KINDS.index)
         words.append("failing")
-    else:
+    if not {"stopped", "paused", "not running", "failing"} & {*words}:
         words.append("running")
     return kind, ", ".join([*words, _lag(one)])
 
 
-def _lag(one: Overview) -> str:
+def _lag(one: ConsumerState) -> str:
+    if one.lag_events is None:
+        return "lag unknown"
     if not one.lag_events:
         return "nothing behind"
-    most = "" if one.lag_is_exact else "at most "
-    behind = f"{most}{one.lag_events:,} event{'' if one.lag_events == 1 else 's'} behind"
-    return behind if one.lag_seconds is None else f"{behind}, {most}{age(one.lag_seconds)}"
+    about = "about " if one.lag_is_estimate else ""
+    behind = f"{about}{_count(one.lag_events, 'event')} behind"
+    return behind if one.lag_seconds is None else f"{behind}, {age(one.lag_seconds)}"
 
 
-def _details(one: Overview) -> Iterator[str]:
+def _details(one: ConsumerState) -> Iterator[str]:
     if one.renamed_to is not None:
         yield f"Rename it in the code, too: {one.declared_at}"
-    elif not one.has_run:
+    elif not one.registered:
         yield f"declared at {one.declared_at}"
-    elif one.is_orphaned:
+    elif one.declared is False:
         yield (
             "No code declares it here. If it is not needed any more: manage.py"
             f" eventstream_consumers remove {one.name}"
@@ -81,36 +85,44 @@ def _details(one: Overview) -> Iterator[str]:
         heartbeat = ""
         if holder.heartbeat_seconds is not None:
             heartbeat = f", heartbeat {age(holder.heartbeat_seconds)} ago"
-        count = len(holder.slots)
-        slots = f"{count} slot{'' if count == 1 else 's'}"
-        yield f"run by {holder.name or 'a process that begins'}: {slots}{heartbeat}"
-    if one.holders and one.free_slots:
-        yield f"{len(one.free_slots)} of {SLOTS} slots are free, and are taken within a second"
+        name = holder.name or "a process that begins"
+        yield f"run by {name}: {_count(len(holder.slots), 'slot')}{heartbeat}"
+    if one.holders and one.unheld_slots:
+        yield f"{len(one.unheld_slots)} of {SLOTS} slots are held by no process"
+    if one.working is not None:
+        yield f"works on {one.working.event} for {age(one.working.seconds)}"
     if one.replay_to is not None:
         yield (
-            f"handles again what it had handled up to position {one.replay_to:,}:"
-            f" {one.replay_left:,} positions left"
+            f"handles again what it had handled up to position {one.replay_to:,}; it is at"
+            f" {one.position or 0:,}"
         )
-    for failing in one.failing[:_MOST_FAILING]:
-        yield _failing(failing)
-    if (more := len(one.failing) - _MOST_FAILING) > 0:
-        yield f"{more} more slots fail or have stopped"
+    if one.lost is not None:
+        yield f"events up to position {one.lost:,} were pruned before it had handled them"
+    troubled = [*one.stopped, *one.failing]
+    for slot in troubled[:_MOST_TROUBLED]:
+        yield _trouble(slot)
+    if (more := len(troubled) - _MOST_TROUBLED) > 0:
+        yield f"{more} more slots have stopped or fail"
     if one.parked:
+        most = "at least " if one.parked >= MOST_COUNTED else ""
         yield (
-            f"{one.parked:,} parked event{'' if one.parked == 1 else 's'}: manage.py"
+            f"{most}{_count(one.parked, 'parked event')}: manage.py"
             f" eventstream_consumers parked {one.name}"
         )
 
 
-def _failing(one: Failing) -> str:
-    tries = f"{one.attempts} attempt{'' if one.attempts == 1 else 's'}"
-    if one.stopped:
-        place = f"stopped at {one.id} after {tries}" if one.id else "stopped"
-    elif one.retry_seconds is None:
-        place = f"tries {one.id} again after {tries}"
+def _trouble(one: TroubledSlot) -> str:
+    place = f" at {one.event} after {_count(one.attempts, 'attempt')}" if one.event else ""
+    if one.retry_seconds is None:
+        what = f"has stopped{place}"
     else:
-        place = f"fails at {one.id} after {tries}, tries again in {age(one.retry_seconds)}"
-    return f"slot {one.slot} {place}: {one.error}"
+        again = f"in {age(one.retry_seconds)}" if one.retry_seconds else "now"
+        what = f"fails{place}, tries again {again}"
+    return f"slot {one.slot} {what}: {one.error}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def render_parked(
@@ -126,7 +138,7 @@ def _parked_lines(
     name: str, events: Iterable[Parked], *, tracebacks: bool, paint: Paint
 ) -> Iterator[str]:
     for event in events:
-        tries = f"{event.attempts} attempt{'' if event.attempts == 1 else 's'}"
+        tries = _count(event.attempts, "attempt")
         facts = f"{event.type}, {tries}, parked {event.parked_at:%Y-%m-%d %H:%M:%S} UTC"
         if event.retry:
             facts += ", will be tried again"

@@ -12,14 +12,11 @@ from django.db import connection, transaction
 from pg_eventstream import send_event, send_events
 from pg_eventstream.consumers import ConsumedEvent, Consumer, Retry, consumer, declare, operations
 from pg_eventstream.consumers.handling import raw_connection
-from pg_eventstream.consumers.overview import (
-    Overview,
-    find_consumer,
-    list_consumers,
-    list_parked,
-)
+from pg_eventstream.consumers.progress import ConsumerState, read_consumers
+from pg_eventstream.consumers.trouble import find_consumer, list_parked
 from pg_eventstream.errors import ConsumerBusy, ConsumerStopped, UnknownConsumer
 from pg_eventstream.limits import Limits
+from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.servers.processes import wait_until
 from tests.support.consumers import Handled, handle_all, running_worker
 from tests.support.database import Database
@@ -50,9 +47,14 @@ def make(name: str = "stock", handler: Any = obey, **options: Any) -> Consumer:
     )
 
 
-def overview(name: str = "stock") -> Overview:
-    found = list_consumers(raw_connection("default"), declare.discover())
-    return next(one for one in found if one.name == name)
+def state(name: str = "stock") -> ConsumerState:
+    with Connector("default").connect("test") as connection:
+        found = read_consumers(connection, declare.discover())
+    return next(one for one in found or [] if one.name == name)
+
+
+def is_held() -> bool:
+    return not state().unheld_slots
 
 
 def parked_ids(name: str = "stock") -> list[str]:
@@ -142,7 +144,7 @@ def test_operation_without_a_process(database: Database, handled: Handled, name:
 def test_operation_while_a_process_runs(database: Database, handled: Handled, name: str) -> None:
     stock = with_a_parked_event()
     with running_worker(stock):
-        wait_until(lambda: len(overview().free_slots) == 0, timeout=10)
+        wait_until(is_held, timeout=10)
         OPERATIONS[name]("stock", Limits())
         send_event("orders", "placed", 4)
         if name not in ("pause", "rename", "remove"):
@@ -234,7 +236,7 @@ def test_operation_on_a_paused_consumer(database: Database, handled: Handled, na
     operations.pause("default", "stock")
     assert not operations.pause("default", "stock")
     with running_worker(stock):
-        wait_until(lambda: len(overview().free_slots) == 0, timeout=10)
+        wait_until(is_held, timeout=10)
         OPERATIONS[name]("stock", Limits())
         send_event("orders", "placed", 4)
         sequence(database)
@@ -242,7 +244,7 @@ def test_operation_on_a_paused_consumer(database: Database, handled: Handled, na
             handled.wait("stock", 3)
         elif name != "remove":
             new = "goods" if name == "rename" else "stock"
-            assert overview(new).paused
+            assert state(new).paused
             assert handled.eids("stock")["orders"] == [1, 3]
     if name in ("resume", "remove"):
         finish(name)
@@ -276,7 +278,7 @@ def test_unknown_names_are_told_with_those_that_there_are(
 def test_operation_on_an_orphaned_consumer(database: Database, handled: Handled, name: str) -> None:
     with_a_parked_event()
     del declare._declared["stock"]
-    assert overview().is_orphaned
+    assert state().declared is False
     OPERATIONS[name]("stock", Limits())
     send_event("orders", "placed", 4)
     finish(name)

@@ -11,7 +11,7 @@ from django.db import connection, transaction
 from pg_eventstream import send_event, send_events
 from pg_eventstream.consumers import Consumer, Retry, consumer, declare, operations
 from pg_eventstream.consumers.handling import raw_connection
-from pg_eventstream.consumers.overview import Parked, find_consumer, list_failing, list_parked
+from pg_eventstream.consumers.trouble import Parked, find_consumer, list_failing, list_parked
 from pg_eventstream.errors import ConsumerBusy, ConsumerStopped, OperationRefused
 from pg_eventstream.limits import Limits
 from pg_eventstream.servers.processes import wait_until

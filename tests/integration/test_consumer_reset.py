@@ -15,8 +15,8 @@ from django.utils import timezone
 from pg_eventstream import send_event, send_events
 from pg_eventstream.consumers import Consumer, Retry, consumer, declare, operations
 from pg_eventstream.consumers.handling import raw_connection
-from pg_eventstream.consumers.overview import find_consumer, list_parked
 from pg_eventstream.consumers.targets import parse_target
+from pg_eventstream.consumers.trouble import find_consumer, list_parked
 from pg_eventstream.errors import OperationRefused
 from tests.support.consumers import Handled, handle_all
 from tests.support.database import Database

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from io import StringIO
 from typing import Any
@@ -12,9 +13,12 @@ from django.core.management import CommandError, call_command
 
 from pg_eventstream import send_event, send_events
 from pg_eventstream.consumers import Retry, consumer, declare
-from tests.support.consumers import Handled, handle_all, running_worker
+from pg_eventstream.servers.processes import wait_until
+from tests.support.consumers import Handled, declared, handle_all, running_worker
 from tests.support.database import Database
+from tests.support.environment import child_environment
 from tests.support.handlers import named, obey
+from tests.support.terminal import Terminal
 
 
 @pytest.fixture(autouse=True)
@@ -61,19 +65,20 @@ def test_list_and_parked(database: Database, handled: Handled) -> None:
         handled.wait("stops", 1)
         listed = run("list")
         found = {one["name"]: one for one in json.loads(run("list", "--json"))}
+    flat = " ".join(listed.split())
     assert "gone  orphaned, not running, 1 event behind, " in listed
-    assert "manage.py eventstream_consumers remove gone" in " ".join(listed.split())
+    assert "manage.py eventstream_consumers remove gone" in flat
     assert "never  has never run" in listed
-    assert "paused  paused, 1 event behind, " in listed
+    assert "paused  paused, not running, 1 event behind, " in listed
     assert "stock  running, nothing behind" in listed
     assert "2 parked events: manage.py eventstream_consumers parked stock" in listed
     assert "stops  stopped, 3 events behind" in listed
-    assert "stopped at orders:2 after 1 attempt: ValueError: no such product" in listed
+    assert "has stopped at orders:2 after 1 attempt: ValueError: no such product" in flat
     assert ": 16 slots, heartbeat " in listed
     assert max(map(len, listed.splitlines())) <= 80
     assert listed.isascii() or "\N{REPLACEMENT CHARACTER}" in listed
     assert found["stock"]["parked"] == 2
-    assert found["stops"]["failing"][1]["id"] == "orders:2"
+    assert "orders:2" in {slot["event"] for slot in found["stops"]["stopped"]}
     shown = run("parked", "stock")
     assert shown.splitlines()[0] == "orders:2"
     assert "    placed, 1 attempt, parked 20" in shown
@@ -152,3 +157,33 @@ def test_mistakes_are_told(database: Database, handled: Handled) -> None:
         with pytest.raises(CommandError) as caught:
             run(*arguments)
         assert message in str(caught.value)
+
+
+def test_rebuild_shows_how_far_it_is_and_ends_with_ctrl_c(
+    database: Database, handled: Handled
+) -> None:
+    send_events([(f"c{n % 7}", "message", {"sleep": 0.01}) for n in range(400)])
+    environment = child_environment(
+        None, **declared({"name": "stock", "handler": "obey", "start": "earliest"})
+    )
+    command = ["eventstream_consumers", "run", "stock", "--once"]
+    for _ in range(2):
+        before = handled.count("stock")
+        with Terminal(*command, environment=environment) as terminal:
+            terminal.wait_for(" left")
+            wait_until(lambda: handled.count("stock") >= before + 20, timeout=20)  # noqa: B023
+            terminal.wait_for("%  ")
+            terminal.interrupt()
+            assert terminal.wait() == 1
+            assert "Traceback" not in terminal.output
+        [shown] = re.findall(r"Interrupted\. ([\d,]+) events? handled", terminal.output)
+        assert handled.count("stock") == before + int(shown)
+        assert re.search(
+            r"\r\[#* *\] +\d+%  [\d,]+ events?, [\d,]+/s, [\d,]+ left", terminal.output
+        )
+    database.execute("UPDATE pg_eventstream_event SET data = '{}'")
+    with Terminal(*command, environment=environment) as terminal:
+        assert terminal.wait() == 0
+    assert sorted(handled.eids("stock").values())[-1] == [*range(1, 59)]
+    assert handled.count("stock") == 400
+    assert database.value("SELECT max(attempt) FROM handled") == 1

@@ -17,13 +17,14 @@ from django.core.management.base import CommandError
 
 from ...consumers import operations
 from ...consumers.declare import Consumer, discover
-from ...consumers.overview import find_consumer, list_consumers, list_parked
+from ...consumers.progress import read_consumers
 from ...consumers.supervisor import Supervisor, stopping_on
 from ...consumers.targets import FORMS, parse_target
+from ...consumers.trouble import find_consumer, list_parked
 from ...consumers.worker import Progress as RunProgress
 from ...consumers.worker import Worker
 from ...operate.consumer_screen import render_consumers, render_parked
-from ...postgres.connector import Connector
+from ...postgres.connector import Connector, plain_sql
 from ..base import DatabaseCommand, log_to_stderr
 from ..metrics_port import (
     add_metrics_arguments,
@@ -151,7 +152,12 @@ class Command(DatabaseCommand):
 
     def _list(self, alias: str, options: dict[str, Any]) -> None:
         with self.connect(alias, "consumers list") as connection:
-            found = list_consumers(connection, discover())
+            found = read_consumers(connection, discover())
+        if found is None:
+            raise CommandError(
+                "The tables of the consumers are missing, or this role may not read them. Apply the"
+                f" migrations, or grant the rights of an observer ({plain_sql()}/grants.sql)."
+            )
         if options["json"]:
             self._write_json([dataclasses.asdict(one) for one in found])
         else:
