@@ -35,7 +35,7 @@ Shared by these:
 For a project:
 
     conf            the settings
-    admin           pages for Django's admin
+    admin           pages for Django's admin, with `admin_consumers` and `admin_pages`
     checks/         checks the settings and the tables
     tables/         decides which databases get the tables
     channelmanager  the class that a project overrides to decide who reads what

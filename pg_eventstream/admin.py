@@ -1,5 +1,7 @@
 """Django's admin: events, channels and the state, and two actions with permissions of their own.
 
+The pages of consumers are in `admin_consumers`.
+
 Nobody can add, change or delete an event here. The events are in ``EVENTSTREAM_DATABASE``, and the
 log of the actions is where the admin keeps it.
 """
@@ -7,8 +9,6 @@ log of the actions is where the admin keeps it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 from urllib.parse import urlencode
 
@@ -17,14 +17,14 @@ from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.contenttypes.models import ContentType
-from django.core.exceptions import PermissionDenied
 from django.db import DatabaseError, connections, transaction
-from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.response import TemplateResponse
+from django.http import Http404, HttpRequest, HttpResponse
 from django.urls import path, reverse
 from django.urls.resolvers import URLPattern
 from django.utils.html import format_html
 
+from .admin_consumers import ConsumerAdmin
+from .admin_pages import PagesAdmin, requires
 from .channels import problem_of_name
 from .checks.tables import SEND_AGAIN
 from .conf import conf
@@ -37,7 +37,7 @@ from .operate.state import read_state
 from .postgres.connector import explain
 from .send import NewEvent, Row, parse_json, to_row
 
-__all__ = ["EventAdmin"]
+__all__ = ["ConsumerAdmin", "EventAdmin"]
 
 _VIEW = "pg_eventstream.view_event"
 _SEND = "pg_eventstream.send_event"
@@ -104,46 +104,11 @@ class _SendForm(forms.Form):
         return found
 
 
-_View = Callable[..., HttpResponse]
-
-
-def _requires(*permissions: str) -> Callable[[_View], _View]:
-    """Refuse users who lack one of the permissions, and show errors of the database."""
-
-    def decorate(view: _View) -> _View:
-        @wraps(view)
-        def checked(
-            self: EventAdmin, request: HttpRequest, *args: Any, **more: Any
-        ) -> HttpResponse:
-            if not request.user.is_active or not request.user.has_perms(permissions):
-                raise PermissionDenied
-            try:
-                return view(self, request, *args, **more)
-            except DatabaseError as e:
-                return self._render(request, "error", "Events", status=503, error=str(e))
-
-        return checked
-
-    return decorate
-
-
 @admin.register(Event)
-class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
+class EventAdmin(PagesAdmin):
     """Shows the events. Register it with an admin site of your own, if you have one."""
 
-    # Permissions: no object can be added, changed or deleted.
-
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        return False
-
-    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return False
-
-    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return False
-
-    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        return request.user.is_active and request.user.has_perm(_VIEW)
+    view_permission = _VIEW
 
     def get_urls(self) -> list[URLPattern]:
         wrap = self.admin_site.admin_view
@@ -158,7 +123,7 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
     # Pages
 
-    @_requires(_VIEW)
+    @requires(_VIEW)
     def list_view(self, request: HttpRequest) -> HttpResponse:
         form = _FilterForm(request.GET)
         page = browse.EventPage([], [], None)
@@ -184,7 +149,7 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             newest="?" + urlencode(query) if "before" in request.GET else "",
         )
 
-    @_requires(_VIEW)
+    @requires(_VIEW)
     def event_view(self, request: HttpRequest, pk: int) -> HttpResponse:
         position = request.GET.get("position", "")
         event = browse.get_event(
@@ -198,7 +163,7 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             request, "event", f"Event {event.id or pk}", event=event, data=_indent(event.data)
         )
 
-    @_requires(_VIEW)
+    @requires(_VIEW)
     def channels_view(self, request: HttpRequest) -> HttpResponse:
         first = request.GET.get("from", "")
         if "\0" in first:
@@ -209,7 +174,7 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             request, "channels", "Channels", page=page, first=first, following=following
         )
 
-    @_requires(_VIEW)
+    @requires(_VIEW)
     def state_view(self, request: HttpRequest) -> HttpResponse:
         try:
             state = read_state()
@@ -220,7 +185,7 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
     # Actions
 
-    @_requires(_SEND)
+    @requires(_SEND)
     def send_view(self, request: HttpRequest) -> HttpResponse:
         form = _SendForm(request.POST if request.method == "POST" else None)
         if request.method == "POST" and form.is_valid():
@@ -231,7 +196,9 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             except DatabaseError as e:
                 form.add_error(None, f"The database did not take the event: {e}")
             else:
-                link = reverse(f"admin:{_URL}change", args=[event.pk], current_app=self._site)
+                link = reverse(
+                    f"admin:{_URL}change", args=[event.pk], current_app=self.admin_site.name
+                )
                 self.message_user(
                     request,
                     format_html('The <a href="{}">event</a> was sent.', link),
@@ -240,7 +207,7 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
                 return self._redirect("changelist" if request.user.has_perm(_VIEW) else "send")
         return self._render(request, "send", "Send a test event", form=form)
 
-    @_requires(_RETRY)
+    @requires(_RETRY)
     def send_again_view(self, request: HttpRequest) -> HttpResponse:
         if request.method == "POST":
             try:
@@ -262,37 +229,18 @@ class EventAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             return self._redirect("send_again")
         return self._render(request, "send_again", "Send again", statement=SEND_AGAIN)
 
-    @property
-    def _site(self) -> str:
-        return self.admin_site.name
-
     def _redirect(self, view: str) -> HttpResponse:
-        return HttpResponseRedirect(reverse(f"admin:{_URL}{view}", current_app=self._site))
+        return self.redirect(f"{_URL}{view}")
 
     def _render(
-        self,
-        request: HttpRequest,
-        template: str,
-        title: str,
-        *,
-        status: int = 200,
-        **context: Any,
+        self, request: HttpRequest, template: str, title: str, *, status: int = 200, **context: Any
     ) -> HttpResponse:
-        request.current_app = self._site
-        return TemplateResponse(
-            request,
-            f"pg_eventstream/admin/{template}.html",
-            {
-                **self.admin_site.each_context(request),
-                "opts": self.opts,
-                "title": title,
-                "may_view": request.user.has_perm(_VIEW),
-                "may_send": request.user.has_perm(_SEND),
-                "may_retry": request.user.has_perm(_RETRY),
-                **context,
-            },
-            status=status,
-        )
+        may = {
+            "may_view": request.user.has_perm(_VIEW),
+            "may_send": request.user.has_perm(_SEND),
+            "may_retry": request.user.has_perm(_RETRY),
+        }
+        return self.render(request, template, title, status=status, **may, **context)
 
 
 def _insert(row: Row) -> Event:

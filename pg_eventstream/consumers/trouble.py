@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from .. import sse
 from ..errors import EventStreamError, UnknownConsumer
@@ -116,15 +116,25 @@ def match(events: Sequence[_Named], text: str) -> _Named | None:
 # Reading
 
 
-def list_parked(connection: Connection, consumer_id: int) -> list[Parked]:
-    """The parked events, in their order."""
+_PARKED = """
+    SELECT id, channel, number, type, position, slot, attempts, parked_at, retry,
+           CASE WHEN %(content)s <> 'none' THEN error ELSE '' END,
+           CASE WHEN %(content)s = 'all' THEN traceback ELSE '' END,
+           CASE WHEN %(content)s = 'all' THEN data ELSE '' END
+      FROM pg_eventstream_parked WHERE consumer_id = %(id)s ORDER BY position LIMIT %(most)s
+"""
+
+
+def list_parked(
+    connection: Connection,
+    consumer_id: int,
+    *,
+    content: Literal["none", "error", "all"] = "none",
+    most: int | None = None,
+) -> list[Parked]:
+    """The parked events, in their order. ``content`` says what is read besides their places."""
     rows = connection.execute(
-        """
-        SELECT id, channel, number, type, position, slot, attempts, parked_at, retry, error,
-               traceback, data
-          FROM pg_eventstream_parked WHERE consumer_id = %s ORDER BY position
-        """,
-        [consumer_id],
+        _PARKED, {"id": consumer_id, "content": content, "most": most}
     ).fetchall()
     return [
         Parked(pk, event_id(channel, number), channel, *rest) for pk, channel, number, *rest in rows

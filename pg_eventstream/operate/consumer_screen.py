@@ -29,7 +29,7 @@ def render_consumers(consumers: Sequence[ConsumerState], paint: Paint = plain) -
 def _consumer(one: ConsumerState, paint: Paint) -> Iterator[str]:
     kind, words = describe(one)
     yield f"{paint('label', printable(one.name))}  {paint(kind, words)}"
-    for text in _details(one):
+    for text in details(one):
         yield from wrap(text, _INDENT + "  ", _INDENT)
 
 
@@ -71,7 +71,8 @@ def _lag(one: ConsumerState) -> str:
     return behind if one.lag_seconds is None else f"{behind}, {age(one.lag_seconds)}"
 
 
-def _details(one: ConsumerState) -> Iterator[str]:
+def details(one: ConsumerState) -> Iterator[str]:
+    """What there is to know besides."""
     if one.renamed_to is not None:
         yield f"Rename it in the code, too: {one.declared_at}"
     elif not one.registered:

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 from io import StringIO
 from typing import Any
@@ -15,7 +14,6 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from django.contrib.auth.models import Permission, User
 from django.core.management import call_command
 from django.db import connection, connections
 from django.test import Client, override_settings
@@ -24,7 +22,7 @@ from django.utils import timezone
 
 from pg_eventstream.operate.events import browse
 from pg_eventstream.operate.state import read_state
-from tests.project import admin_settings
+from tests.endpoint.conftest import Login
 from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.roles import granted
@@ -36,37 +34,6 @@ STATE = f"{EVENTS}state/"
 CHANNELS, SEND, AGAIN = f"{EVENTS}channels/", f"{EVENTS}send/", f"{EVENTS}send-again/"
 EVENT = {"channel": "room", "type": "message", "data": '{"n": 1}'}
 HOSTILE = "<script>alert('\"&</script>{{ 7|add:1 }}"
-
-
-@pytest.fixture
-def admin(database: Database) -> Iterator[None]:
-    """The test project with the admin."""
-    names = ("INSTALLED_APPS", "MIDDLEWARE", "TEMPLATES", "ROOT_URLCONF", "STATIC_URL")
-    with override_settings(**{name: getattr(admin_settings, name) for name in names}):
-        from django.contrib.admin.models import LogEntry
-
-        with connection.schema_editor() as editor:
-            editor.create_model(LogEntry)
-        yield
-
-
-Login = Callable[..., Client]
-
-
-@pytest.fixture
-def login(admin: None) -> Login:
-    """Makes clients of new users with these permissions."""
-
-    def log_in(*permissions: str, staff: bool = True, checks_csrf: bool = False) -> Client:
-        name = f"user {User.objects.count()}"
-        user = User.objects.create_user(name, is_staff=staff)
-        for permission in permissions:
-            user.user_permissions.add(Permission.objects.get(codename=permission))
-        client = Client(enforce_csrf_checks=checks_csrf)
-        client.force_login(user)
-        return client
-
-    return log_in
 
 
 def send(database: Database, channel: str, *data: str) -> None:

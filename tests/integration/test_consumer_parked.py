@@ -49,7 +49,7 @@ def make(**options: Any) -> Consumer:
 def parked() -> list[Parked]:
     with transaction.atomic():
         here = raw_connection("default")
-        return list_parked(here, find_consumer(here, "stock"))
+        return list_parked(here, find_consumer(here, "stock"), content="all")
 
 
 def ids() -> list[str]:

@@ -166,7 +166,12 @@ class Command(DatabaseCommand):
     def _parked(self, alias: str, options: dict[str, Any]) -> None:
         name = options["name"]
         with self.connect(alias, "consumers list") as connection:
-            found = list_parked(connection, find_consumer(connection, name))
+            is_whole = options["json"] or options["tracebacks"]
+            found = list_parked(
+                connection,
+                find_consumer(connection, name),
+                content="all" if is_whole else "error",
+            )
         if options["json"]:
             self._write_json([dataclasses.asdict(one) for one in found])
         else:
