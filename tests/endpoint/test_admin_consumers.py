@@ -139,7 +139,9 @@ def test_operations_are_done_and_logged(database: Database, stock: Consumer, log
     assert operate(client, database, "retry", all="1").endswith("tried again: 1.")
     assert operate(client, database, "skip", id="orders:1") == "Consumer stock: Skipped orders:1."
     text = operate(client, database, "reset", to="earliest")
-    assert text.startswith("Consumer stock: Reset: it continues after position 0. Events up to position 2")
+    assert text.startswith(
+        "Consumer stock: Reset: it continues after position 0. Events up to position 2"
+    )
     done = list(LogEntry.objects.order_by("id").values_list("object_repr", "change_message"))
     assert [message.split(".")[0] for _, message in done] == [
         "Paused", "It was paused already", "Resumed",
@@ -155,7 +157,9 @@ def test_operations_are_done_and_logged(database: Database, stock: Consumer, log
     ):
         assert message in operate(client, database, operation, **fields)
     assert LogEntry.objects.count() == len(done)
-    assert operate(client, database, "remove", confirm="stock").startswith("Removed all")
+    assert operate(client, database, "remove", confirm="stock") == (
+        "Consumer stock: Removed all that was stored about stock."
+    )
     assert database.value("SELECT count(*) FROM pg_eventstream_consumer") == 0
 
 
