@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from asgiref.sync import sync_to_async
 from django.db import Error, connections
@@ -16,6 +17,10 @@ from django.db import Error, connections
 from .channels import PERMISSION_CHANGES, RESERVED
 from .conf import conf
 from .stream_event import parse_change
+
+if TYPE_CHECKING:
+    from .consumers import Consumer
+    from .consumers.delivery import Delivery
 
 __all__ = ["SentEvent", "SentEvents", "captured_events"]
 
@@ -43,7 +48,12 @@ class SentEvent:
         return f"SentEvent({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
-def captured_events(using: str | None = None) -> SentEvents:
+def captured_events(
+    using: str | None = None,
+    *,
+    deliver: bool = False,
+    consumers: Iterable[Consumer] | None = None,
+) -> SentEvents:
     """Capture the events sent in a block: ``with captured_events() as sent:``.
 
     Inside the block, each access to ``sent`` reads the database. After the block, it contains the
@@ -55,19 +65,54 @@ def captured_events(using: str | None = None) -> SentEvents:
     events of others (threads, a live server). A block that breaks its transaction, so that the
     database refuses further statements, has sent nothing.
 
+    With ``deliver`` it runs the consumers that follow the events' channels, at the end of the block
+    and whenever `SentEvents.deliver` is called: see there. Inside the block `Consumer.wait` does
+    the same and returns at once: True, unless the consumer is not one of ``consumers``. Without
+    ``consumers``, all that are declared run.
+
     ``using`` is a database alias, by default ``EVENTSTREAM_DATABASE``. The database is read at the
-    beginning and at the end of the block. Raises `django.db.Error`.
+    beginning and at the end of the block. Raises `django.db.Error`, and what a handler raises.
     """
-    return SentEvents(using or conf.database)
+    return SentEvents(using or conf.database, deliver, consumers)
 
 
 class SentEvents(Sequence[SentEvent]):
     """The events of a block, in the order in which they were sent. Equals a list of them."""
 
-    def __init__(self, using: str) -> None:
+    def __init__(
+        self, using: str, deliver: bool = False, consumers: Iterable[Consumer] | None = None
+    ) -> None:
         self._using = using
+        self._delivers = deliver
+        self._consumers = consumers
+        self._delivery: Delivery | None = None
+        self._block = ExitStack()
         self._begin = 0
         self._final: list[SentEvent] | None = None
+
+    def deliver(self) -> None:
+        """Run the consumers on what was sent in the block and is not handled yet.
+
+        It handles the events in order, and then those that the handlers have sent, until there is
+        nothing left. Each handler runs in a savepoint of the test's transaction. If it raises, that
+        is rolled back, and this raises the same; nothing is tried again or parked. Events of
+        unreliable channels are not handled, as in production.
+        """
+        self._prepare().run()
+
+    def _deliver_for(self, consumer: Consumer) -> bool:
+        self.deliver()
+        return consumer in self._prepare().consumers
+
+    def _prepare(self) -> Delivery:
+        if self._delivery is None:
+            # Here, because pytest imports this module before Django is configured.
+            from .consumers.declare import discover
+            from .consumers.delivery import Delivery
+
+            consumers = discover().values() if self._consumers is None else self._consumers
+            self._delivery = Delivery(self._using, consumers, self._begin)
+        return self._delivery
 
     @property
     def permission_changes(self) -> list[tuple[str, str]]:
@@ -112,9 +157,21 @@ class SentEvents(Sequence[SentEvent]):
                 "pg_get_serial_sequence('pg_eventstream_event', 'id')::regclass), 0)"
             )
             (self._begin,) = cursor.fetchone()
+        if self._delivers:
+            from .consumers.waiting import delivering
+
+            self._block.enter_context(delivering(self._using, self._deliver_for))
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._block:
+                if self._delivers and exc_type is None:
+                    self.deliver()
+        finally:
+            self._end(exc_type)
+
+    def _end(self, exc_type: type[BaseException] | None) -> None:
         try:
             self._final = self._everything()
         except Error:

@@ -13,6 +13,7 @@
     supervisor   starts the processes, and replaces those that end
     progress     how far all consumers are, and what keeps them
     waiting      waits until a consumer has handled what was committed
+    delivery     runs consumers in the transaction of a test
     operations   what a person does: pause, reset, rename, remove, parked events
     exclusive    the transaction of an operation, during which no event is handled
     targets      where a reset leads

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from django.db import connections
 from django.db.transaction import TransactionManagementError
@@ -37,9 +39,31 @@ _UNHANDLED = f"""
 """  # noqa: S608
 
 
+Deliver = Callable[[Consumer], bool]
+# Blocks of tests that deliver events themselves: the database, and what handles its events.
+_blocks: list[tuple[str, Deliver]] = []
+
+
+@contextmanager
+def delivering(alias: str, deliver: Deliver) -> Iterator[None]:
+    """In this block, call ``deliver`` instead of waiting for processes that cannot see the events.
+
+    It returns whether the consumer has handled them.
+    """
+    block = alias, deliver
+    _blocks.append(block)
+    try:
+        yield
+    finally:
+        _blocks.remove(block)
+
+
 def wait(consumer: Consumer, timeout: float) -> bool:
     """See `Consumer.wait`."""
     alias = conf.database
+    for of, deliver in reversed(_blocks):
+        if of == alias:
+            return deliver(consumer)
     refuse_in_transaction(alias, "wait()")
     connection = raw_connection(alias)
     (snapshot,) = fetch_one(connection, "SELECT pg_current_snapshot()::text")

@@ -285,6 +285,7 @@ def test_worker_follows_from_its_checkpoint(project: Project) -> None:
 def test_tests_of_a_project(project: Project) -> None:
     add(project, example("docs/how-to/testing.md", "OrderTest"))
     add(project, example("docs/how-to/testing.md", "StreamTest"))
+    add(project, example("docs/how-to/testing.md", "InvoiceTest"))
     project.manage("test", "shop")
 
 
