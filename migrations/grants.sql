@@ -79,6 +79,7 @@ GRANT SELECT, INSERT, UPDATE ON pg_eventstream_consumer TO :"consumer";
 GRANT SELECT, INSERT, UPDATE, DELETE ON pg_eventstream_checkpoint, pg_eventstream_slot,
                                         pg_eventstream_parked
    TO :"consumer";
+GRANT SELECT, INSERT, UPDATE ON pg_eventstream_report TO :"consumer";
 \endif
 
 -- A waiter: a web application that calls Consumer.wait().

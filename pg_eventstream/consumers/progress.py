@@ -27,7 +27,7 @@ Connection = psycopg.Connection[Any]
 MOST_COUNTED = 10_000
 #: Events are counted exactly up to this many positions after a checkpoint. Of the positions above
 #: these, so many are looked at, and the number is estimated.
-EXACT_POSITIONS, SAMPLED_POSITIONS = 5000, 1000
+EXACT_POSITIONS, SAMPLED_POSITIONS = 2000, 500
 
 _LEAST = -(2**63)
 

@@ -150,6 +150,7 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
                 "checkpoint": "DELETE INSERT SELECT UPDATE",
                 "slot": "DELETE INSERT SELECT UPDATE",
                 "parked": "DELETE INSERT SELECT UPDATE",
+                "report": "INSERT SELECT UPDATE",
             },
         ),
         (

@@ -22,6 +22,7 @@ from pg_eventstream.consumers.waiting import wait
 from pg_eventstream.limits import LIMITS
 from pg_eventstream.operate.state import read_state
 from pg_eventstream.postgres.connector import Connector
+from pg_eventstream.postgres.report import write_report
 from pg_eventstream.postgres.slots import SLOTS
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Pruner
@@ -131,6 +132,12 @@ def consume(dsn: str) -> None:
         ).fetchone()
         _require(handled and row == (0,))
         _require(wait(succeed, 0))
+        for event in ("a:1", "a:2"):  # on which a handler works for long
+            write_report(connection, "consumer 1", {"event": event})
+            found = connection.execute(
+                "SELECT content ->> 'event' FROM pg_eventstream_report WHERE name = 'consumer 1'"
+            ).fetchone()
+            _require(found == (event,))
 
 
 def _run(connection: psycopg.Connection[Any], one: Consumer) -> None:

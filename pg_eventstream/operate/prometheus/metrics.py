@@ -148,7 +148,7 @@ GAUGES = [
     ),
     _by_consumer(
         "pg_eventstream_consumer_lag_events",
-        "Committed events that the consumer has to handle and has not; above 5,000 an estimate",
+        "Committed events that the consumer has to handle and has not; far behind, an estimate",
         lambda c: c.lag_events,
     ),
     _by_consumer(
