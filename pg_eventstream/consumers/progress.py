@@ -198,7 +198,7 @@ LAGS = f"""
                SELECT channel, position, coalesce(committed_at, sequenced_at) AS at
                  FROM pg_eventstream_stream
                 WHERE position = far.after + ceil(
-                      (nth - 1 + mod(nth * 0.618034, 1)) * far.step)::bigint
+                      (nth - 1 + mod(nth * nth * 0.618034, 1)) * far.step)::bigint
                 OFFSET 0) AS s
          WHERE far.step > 0
     )

@@ -62,6 +62,8 @@ def number(text: str, series: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+@pytest.mark.thorough
+@pytest.mark.faults
 def test_port_counts_for_all_processes_and_ends_with_them(
     database: Database, tmp_path: Path
 ) -> None:

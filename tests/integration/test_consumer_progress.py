@@ -89,7 +89,7 @@ def test_lag_is_what_the_consumer_then_handles(database: Database, handled: Hand
     for one in consumers:
         one.drain()
     with override_settings(EVENTSTREAM_CHANNELMANAGER_CLASS=UNRELIABLE):
-        for sequenced in (True, False, True):
+        for sequenced in (True, False):
             send_events([(chance.choice(channels), "m", n) for n in range(200)])
             database.send("pg_eventstream:x")
             if sequenced:
@@ -223,6 +223,8 @@ def test_parked_events_are_counted_and_what_was_lost_is_seen(
     assert (state.lost, state.replay_to) == (7, 9)
 
 
+@pytest.mark.thorough
+@pytest.mark.faults
 def test_processes_and_their_slots_are_seen(database: Database, handled: Handled) -> None:
     environment = declared({"name": "all", "handler": "record", "start": "earliest"})
     send_event("a", "message", 1)

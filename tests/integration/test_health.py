@@ -28,7 +28,7 @@ from pg_eventstream.servers.processes import HOST, free_port, wait_until
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.publisher_thread import running_publisher
-from tests.support.states import HEALTHY, PROXY, state
+from tests.support.states import CONSUMER, HEALTHY, PROXY, state
 
 
 @dataclass
@@ -84,6 +84,37 @@ def test_ready(vitals: FakeVitals, found: State | Exception, reason: str | None)
     assert len(reasons) == (reason is not None)
     assert all((reason or "") in given for given in reasons)
     assert health_of(vitals, found).why_not_live() == []  # a restart would help none of these
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"paused": True}, None),
+        ({"parked": 3}, None),
+        ({"processes": 0}, "The consumer 'stock' is run by no process"),
+        ({"heartbeat_seconds": 31.0}, "has shown no sign of life for 31 seconds"),
+        ({"lost": 7}, "were pruned, up to position 7"),
+        ({"name": "another", "processes": 0}, None),
+    ],
+)
+def test_consumers_are_ready_unless_one_of_theirs_handles_nothing(
+    changes: dict[str, Any], reason: str | None
+) -> None:
+    found = state(consumers=[CONSUMER, replace(CONSUMER, **changes)])
+    probes = health.ConsumersHealth({"stock"}, Latest(lambda: found))
+    reasons = probes.why_not_ready()
+    assert len(reasons) == (reason is not None)
+    assert all((reason or "") in given for given in reasons)
+    assert probes.why_not_live() == []
+
+
+def test_consumers_are_not_ready_if_the_database_cannot_be_read() -> None:
+    def read() -> State:
+        raise psycopg.OperationalError("refused")
+
+    (reason,) = health.ConsumersHealth({"stock"}, Latest(read)).why_not_ready()
+    assert reason == "The database cannot be read: refused"
 
 
 def test_publisher_whose_thread_has_ended_is_not_live() -> None:
