@@ -205,6 +205,15 @@ def release(connection: Connection, consumer_id: int, slots: Iterable[int], hold
     )
 
 
+def hold(connection: Connection, consumer_id: int, slot: int, holder: str) -> None:
+    """Write down again, after `release`, who handles the events of a slot."""
+    connection.execute(
+        "UPDATE pg_eventstream_slot SET holder = %s"
+        " WHERE consumer_id = %s AND slot = %s AND holder = ''",
+        [holder, consumer_id, slot],
+    )
+
+
 def beat(connection: Connection, held: Iterable[tuple[int, int]], holder: str) -> None:
     """Write down that the holder of these slots, each with its consumer, is at work."""
     consumers, slots = zip(*held, strict=True)

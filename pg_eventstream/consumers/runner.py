@@ -825,6 +825,8 @@ class Runner:
             held = self._held[event.slot]
             place = Move(held.slot, held.epoch, held.position, held.position)
             self.backend_pid = checkpoints.own_pid(self._connection())
+            # If this event ends the process, no other event is to blame.
+            checkpoints.release(connection, self.consumer_id, [event.slot], self._holder)
             self.working = event, time.monotonic()
             try:
                 is_handled = parked.retry(
@@ -842,6 +844,8 @@ class Runner:
                 return
             finally:
                 self.working = None
+            connection = self._connection()  # another one, if the handler broke it
+            checkpoints.hold(connection, self.consumer_id, event.slot, self._holder)
         channels = parked.channels_of(self._connection(), self.consumer_id, [*self._held])
         for slot, held in self._held.items():
             if self.consumer.on_failure == "park-channel":

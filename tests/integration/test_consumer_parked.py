@@ -93,6 +93,8 @@ def test_events_are_named_by_id_or_position(database: Database, handled: Handled
     assert retry() == 0
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_all_parked_events_are_tried_however_many(database: Database, handled: Handled) -> None:
     stock = make(batch=100)
     send_event("orders", "m", poison())
@@ -160,6 +162,27 @@ def test_event_that_kills_the_process_stays_parked(database: Database, handled: 
     assert handled.eids("stock") == {"orders": [2, 3]}
     attempts = database.fetch("SELECT attempt FROM handled ORDER BY nth")
     assert attempts[0] == (1,)
+
+
+@pytest.mark.faults
+@pytest.mark.thorough
+def test_retry_that_kills_is_not_blamed_on_the_next_event(
+    database: Database, handled: Handled
+) -> None:
+    send_events([("orders", "m", {"kill": 1, "until_attempt": 9}), ("orders", "m", poison(2))])
+    environment = declared(
+        {"name": "stock", "handler": "obey", "start": "earliest",
+         "retry": {"attempts": 2, "backoff": 8}}
+    )  # fmt: skip
+    with ConsumerProcess(environment=environment) as process:
+        process.wait_for_log("event orders:2: attempt 1 of 2 failed")
+        assert ids() == ["orders:1"]
+        deaths = process.log.count("starting another")
+        retry("orders:1")
+        wait_until(lambda: process.log.count("starting another") > deaths, timeout=30)
+        handled.wait("stock", 1)
+    assert ids() == ["orders:1"]
+    assert handled.eids("stock") == {"orders": [2]}
 
 
 @pytest.mark.faults
@@ -264,7 +287,14 @@ def parked_in(database: Database) -> list[tuple[Any, ...]]:
     return database.fetch("SELECT channel FROM pg_eventstream_parked")
 
 
-@pytest.mark.parametrize("runs", [False, True], ids=["no process", "a process"])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        pytest.param(False, marks=[pytest.mark.faults, pytest.mark.thorough]),
+        True,
+    ],
+    ids=["no process", "a process"],
+)
 def test_skip_where_it_has_stopped(database: Database, handled: Handled, runs: bool) -> None:
     stock = make(on_failure="stop")
     send_events([("a", "m", 1), ("a", "m", poison(9)), ("a", "m", 3)])

@@ -249,7 +249,7 @@ def test_reset_works_in_a_transaction_of_the_caller(database: Database, handled:
     assert handle_all(stock) == 1
 
 
-@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+@pytest.mark.parametrize("level", ["serializable"])
 def test_reset_with_another_isolation_level(
     database: Database, handled: Handled, level: str
 ) -> None:

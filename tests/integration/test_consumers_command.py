@@ -159,6 +159,8 @@ def test_mistakes_are_told(database: Database, handled: Handled) -> None:
         assert message in str(caught.value)
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_rebuild_shows_how_far_it_is_and_ends_with_ctrl_c(
     database: Database, handled: Handled
 ) -> None:
