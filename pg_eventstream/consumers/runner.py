@@ -336,9 +336,11 @@ class Runner:
                 wait = min(wait, oldest + self._limits.checkpoint - now)
         blocked = [held.blocked_until for held in self._held.values() if held.is_blocked(now)]
         self.is_idle = True
-        for other in connections.all(initialized_only=True):
-            if other.alias != self._alias:
-                other.close_if_unusable_or_obsolete()
+        if self.thread_id is not None:
+            # Those of this thread. They are not those of a program that calls `drain`.
+            for other in connections.all(initialized_only=True):
+                if other.alias != self._alias:
+                    other.close_if_unusable_or_obsolete()
         return max(0.001, min([wait, *(until - now for until in blocked)]))
 
     def _longest_rest(self) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from django.db import transaction
+from django.db import connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 
@@ -271,3 +271,21 @@ def test_drain_that_is_interrupted_skips_nothing(
             stock.drain()
     stock.drain()
     assert handled.eids("stock") == {"orders": [*range(1, 8)]}
+
+
+def test_drain_leaves_other_connections_of_the_program_alone(
+    database: Database, handled: Handled
+) -> None:
+    stock = recorder("stock")
+    connections.settings["other"] = dict(connections.settings["default"])
+    try:
+        transaction.set_autocommit(False, "other")
+        send_event("orders", "placed", 1, using="other")
+        send_event("orders", "placed", 2)
+        assert stock.drain() == 1
+        transaction.commit("other")
+        assert stock.drain() == 1
+    finally:
+        connections["other"].close()
+        del connections.settings["other"], connections["other"]
+    assert handled.eids("stock") == {"orders": [1, 2]}
