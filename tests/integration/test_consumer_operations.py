@@ -283,3 +283,19 @@ def test_operation_on_an_orphaned_consumer(database: Database, handled: Handled,
     send_event("orders", "placed", 4)
     finish(name)
     check_the_end(database, handled, name)
+
+
+def test_consumer_whose_rows_are_incomplete_can_be_removed(
+    database: Database, handled: Handled
+) -> None:
+    """As its error says, after tables were restored in part."""
+    stock = with_a_parked_event()
+    database.execute("DELETE FROM pg_eventstream_checkpoint WHERE slot < 9")
+    database.execute("DELETE FROM pg_eventstream_slot WHERE slot > 5")
+    with pytest.raises(ConsumerStopped, match="remove stock"):
+        handle_all(stock)
+    operations.remove("default", "stock")
+    for table in ("consumer", "checkpoint", "slot", "parked"):
+        assert database.value(f"SELECT count(*) FROM pg_eventstream_{table}") == 0  # noqa: S608
+    handle_all(stock)
+    assert handled.eids("stock") == {"orders": [1, 3, 1, 3]}
