@@ -88,6 +88,13 @@ class ConsumerStopped(EventStreamError):
     """A consumer cannot go on before a person has decided. The message says what to do."""
 
 
+class DoNotRetry(EventStreamError):
+    """Raise this in a handler if no further attempt can help: the event counts as tried enough.
+
+    Then the consumer does what its ``on_failure`` says.
+    """
+
+
 class ConsumerBusy(EventStreamError):
     """A handler holds its transaction open for so long that the consumer could not be changed."""
 

@@ -25,7 +25,8 @@ session lock of a slot while it handles the slot's events.
 Imports neither `publisher`, `streams`, `grip` nor `operate`.
 """
 
+from ..errors import DoNotRetry
 from .declare import Consumer, Retry, consumer
 from .event import ConsumedEvent, upcast
 
-__all__ = ["ConsumedEvent", "Consumer", "Retry", "consumer", "upcast"]
+__all__ = ["ConsumedEvent", "Consumer", "DoNotRetry", "Retry", "consumer", "upcast"]

@@ -24,7 +24,7 @@ from django.db import connections
 from .. import tracing
 from ..backoff import Backoff
 from ..conf import conf
-from ..errors import CheckpointAhead, ConsumerMissedEvents, EventStreamError
+from ..errors import CheckpointAhead, ConsumerMissedEvents, DoNotRetry, EventStreamError
 from ..limits import Limits
 from ..postgres.sequence import UNKNOWN
 from . import checkpoints, parked
@@ -682,7 +682,9 @@ class Runner:
         self._transient = 0
         [row] = rows
         text = "".join(traceback.format_exception(error))
-        self._count_attempt(self._held[row.slot], row, describe(error), text)
+        self._count_attempt(
+            self._held[row.slot], row, describe(error), text, isinstance(error, DoNotRetry)
+        )
 
     def _count_undone(self, held: _Held, position: int) -> None:
         """An event that seemed to be handled was not: its handler ended the transaction."""
@@ -698,13 +700,15 @@ class Runner:
         for held in self._held.values():
             held.read_to = held.position
 
-    def _count_attempt(self, held: _Held, row: Row, error: str, trace: str) -> None:
+    def _count_attempt(
+        self, held: _Held, row: Row, error: str, trace: str, is_final: bool = False
+    ) -> None:
         """An attempt failed: try again later, or do what ``on_failure`` says."""
         self.measures.failed()
         attempts = (held.attempts if held.failing == row.position else 0) + 1
         name = event_id(row.channel, row.number)
         retry = self.consumer.retry
-        is_last = attempts >= retry.attempts
+        is_last = is_final or attempts >= retry.attempts
         logger.log(
             logging.ERROR if is_last else logging.WARNING,
             "consumer %s: event %s: attempt %d of %d failed: %s",
