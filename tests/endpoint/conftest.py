@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from django.db import connection
 from django.test import Client, override_settings
 
 from tests.support.database import Database
+from tests.support.logins import Login
 
 
 @pytest.fixture
@@ -23,9 +24,6 @@ def admin(database: Database) -> Iterator[None]:
         with connection.schema_editor() as editor:
             editor.create_model(LogEntry)
         yield
-
-
-Login = Callable[..., Client]
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from django.utils import timezone
 
 from pg_eventstream.operate.events import browse
 from pg_eventstream.operate.state import read_state
-from tests.endpoint.conftest import Login
 from tests.support.database import Database
 from tests.support.environment import child_environment
+from tests.support.logins import Login
 from tests.support.roles import granted
 from tests.support.rounds import prune, sequence
 from tests.support.stored import age

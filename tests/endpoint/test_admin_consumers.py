@@ -14,10 +14,10 @@ from django.test import Client, override_settings
 from pg_eventstream import send_event, send_events
 from pg_eventstream.consumers import Consumer, Retry, consumer, declare
 from pg_eventstream.errors import ConsumerStopped
-from tests.endpoint.conftest import Login
 from tests.support.consumers import Handled, handle_all
 from tests.support.database import Database
 from tests.support.handlers import named, obey
+from tests.support.logins import Login
 
 LIST = "/admin/pg_eventstream/consumer/"
 HOSTILE = "<script>alert('\"&</script>{{ 7|add:1 }}"
