@@ -24,6 +24,7 @@ _PACKAGES = (
     "django-eventstream",
     "django-pgpubsub",
     "django-outbox-pattern",
+    "eventsourcing",
 )
 
 

@@ -75,13 +75,13 @@ class Database:
         assert row
         return row[0]
 
-    def process(self, name: str, *arguments: str) -> Process:
+    def process(self, name: str, *arguments: str, **environment: str) -> Process:
         """A Python process that uses this database. The arguments are those of ``python``."""
         return Process(
             name,
             [sys.executable, *arguments],
             log_path=self.server.directory / f"{name}-{self.name}.log",
-            environment=self.environment,
+            environment={**self.environment, **environment},
         )
 
     @contextmanager

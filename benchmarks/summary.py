@@ -22,6 +22,8 @@ NAMES = (
     "prune",
     "idle",
     "held_snapshot",
+    "consume",
+    "consume_held",
     "fanout",
     "followed",
     "slow_client",

@@ -30,6 +30,8 @@ if PACKAGE == "pgpubsub":
     from dataclasses import dataclass
     from importlib import import_module
 
+    from .. import consuming
+
     _pgpubsub = import_module(PACKAGE)
 
     @dataclass
@@ -39,4 +41,5 @@ if PACKAGE == "pgpubsub":
 
     @_pgpubsub.post_insert_listener(MessageChannel)  # type: ignore[untyped-decorator]
     def _heard(old: Message, new: Message) -> None:
-        """Only the sender is measured."""
+        """What a consumer does in the benchmark `consume`."""
+        consuming.handle(new.pk)

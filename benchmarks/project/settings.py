@@ -18,6 +18,8 @@ DATABASES = {
         "USER": os.environ.get("PGUSER", ""),
         "HOST": os.environ.get("PGHOST", ""),
         "PORT": os.environ.get("PGPORT", ""),
+        # Statements are prepared, as psycopg does without Django.
+        "OPTIONS": {"prepare_threshold": int(os.environ.get("BENCHMARK_PREPARE", "5")) or None},
     }
 }
 INSTALLED_APPS = [
