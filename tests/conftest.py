@@ -32,6 +32,7 @@ from tests.support.sse_client import OpenStream, SSEClient
 
 if TYPE_CHECKING:
     from tests.support.browser import Browser, Page
+    from tests.support.consumers import Handled
 
 
 def pytest_configure() -> None:
@@ -81,6 +82,27 @@ def database(postgres: Postgres) -> Iterator[Database]:
     """A new, migrated database that Django and every child process of the test use."""
     with new_database(postgres) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def forget_consumers() -> Iterator[None]:
+    """Forget the consumers that a test declares, and its conversions of old events."""
+    from pg_eventstream.consumers import declare, event
+
+    known, upcasts = dict(declare._declared), dict(event._upcasts)
+    yield
+    declare._declared.clear()
+    declare._declared.update(known)
+    event._upcasts.clear()
+    event._upcasts.update(upcasts)
+
+
+@pytest.fixture
+def handled(database: Database) -> Handled:
+    """What consumers have handled, with the handlers of `tests.support.handlers`."""
+    from tests.support.consumers import Handled
+
+    return Handled(database)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,15 +20,6 @@ from tests.support.logins import Login
 
 LIST = "/admin/pg_eventstream/consumer/"
 HOSTILE = "<script>alert('\"&</script>{{ 7|add:1 }}"
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
 
 
 @pytest.fixture

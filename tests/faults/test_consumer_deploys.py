@@ -20,11 +20,6 @@ pytestmark = [pytest.mark.faults]
 CHANNELS = 24
 
 
-@pytest.fixture
-def handled(database: Database) -> Handled:
-    return Handled(database)
-
-
 def code(*names: str, **options: Any) -> dict[str, str]:
     """The environment of a process whose code declares consumers of these names."""
     return declared(

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from pg_eventstream import instruments, send_event, send_events
-from pg_eventstream.consumers import ConsumedEvent, Retry, consumer, declare
+from pg_eventstream.consumers import ConsumedEvent, Retry, consumer
 from pg_eventstream.consumers.declare import Consumer
 from pg_eventstream.consumers.measures import Measures
 from pg_eventstream.consumers.worker import Worker
@@ -22,15 +22,6 @@ from tests.support.handlers import named, obey
 from tests.support.instrument_values import Increases, value
 
 SEQUENCE = "SELECT pg_eventstream_sequence()"
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
 
 
 def do_nothing(event: ConsumedEvent, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,20 +24,6 @@ from tests.support.handlers import named, obey
 from tests.support.rounds import sequence
 
 IMPATIENT = Limits(command_patience=0.3)
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
-
-
-@pytest.fixture
-def handled(database: Database) -> Handled:
-    return Handled(database)
 
 
 def make(name: str = "stock", handler: Any = obey, **options: Any) -> Consumer:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from django.db import connection, transaction
 
 from pg_eventstream import send_event, send_events
-from pg_eventstream.consumers import Consumer, Retry, consumer, declare, operations
+from pg_eventstream.consumers import Consumer, Retry, consumer, operations
 from pg_eventstream.consumers.handling import raw_connection
 from pg_eventstream.consumers.trouble import Parked, find_consumer, list_failing, list_parked
 from pg_eventstream.errors import ConsumerBusy, ConsumerStopped, OperationRefused
@@ -24,20 +23,6 @@ from tests.support.consumers import (
 )
 from tests.support.database import Database
 from tests.support.handlers import named, obey
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
-
-
-@pytest.fixture
-def handled(database: Database) -> Handled:
-    return Handled(database)
 
 
 def make(**options: Any) -> Consumer:

@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from django.test import override_settings
 
 from pg_eventstream import send_event, send_events
 from pg_eventstream.consumers import consumer, declare
-from pg_eventstream.consumers.declare import Consumer
 from pg_eventstream.consumers.progress import ConsumerState, read_consumers
 from pg_eventstream.postgres.slots import slot_of
-from tests.support.consumers import ConsumerProcess, Handled, declared
+from tests.support.consumers import ConsumerProcess, Handled, declared, recorder
 from tests.support.database import Database
-from tests.support.handlers import named, obey, record
+from tests.support.handlers import named, obey
 
 SEQUENCE = "SELECT pg_eventstream_sequence()"
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
-
-
-@pytest.fixture
-def handled(database: Database) -> Handled:
-    return Handled(database)
-
-
-def recorder(name: str, **options: Any) -> Consumer:
-    return consumer(name, **{"start": "earliest", **options})(named(record, name))
 
 
 def read(database: Database, **options: int) -> dict[str, ConsumerState]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
-from typing import Any
 
 import pytest
 from django.core.management import call_command
@@ -28,33 +27,14 @@ from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.rarely import Rarely
 from pg_eventstream.servers.processes import wait_until
 from tests.support.chance import seeded
-from tests.support.consumers import ConsumerProcess, Handled, declared
+from tests.support.consumers import ConsumerProcess, Handled, declared, recorder
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.environment import THOROUGH, settings_everywhere
-from tests.support.handlers import named, record
 from tests.support.roles import as_role, granted
 from tests.support.stored import DAY, age, make_older
 
 WEEK = 7 * DAY
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
-
-
-@pytest.fixture
-def handled(database: Database) -> Handled:
-    return Handled(database)
-
-
-def recorder(name: str, **options: Any) -> declare.Consumer:
-    return consumer(name, **{"start": "earliest", **options})(named(record, name))
 
 
 def prune(database: Database) -> int:
@@ -308,19 +288,25 @@ def test_consumer_that_begins_with_the_earliest_beside_a_pruner_misses_nothing(
     database: Database, handled: Handled
 ) -> None:
     """Each registers while events are pruned, and later handles an unbroken rest."""
-    events, rounds = (30_000, 50) if THOROUGH else (1000, 3)
+    events, rounds, milliseconds = (30_000, 50, 4) if THOROUGH else (1000, 3, 20)
     begun: set[int] = set()
+
+    def least() -> int:
+        return int(database.value("SELECT min(position) FROM pg_eventstream_stream"))
+
     send(database, "a", events)
     database.execute(
         "UPDATE pg_eventstream_stream SET sequenced_at = now() - interval '1 day'"
-        " + position * interval '4 ms'"
+        " + position * make_interval(secs => %s / 1000.0)",
+        [milliseconds],
     )
     with pruning(database):
         for n in range(rounds):
-            before = database.value("SELECT min(position) FROM pg_eventstream_stream")
+            # More is due than when the last one began.
+            wait_until(lambda: least() > max(begun, default=0), timeout=60)
+            before = least()
             late = recorder(f"late{n}", channels=["a"], batch=1000)
             registered(database, late)
-            time.sleep(0.1)  # more is due now
             if n % 2:
                 Worker([late], "default").run_once()
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from datetime import timezone as zones
 from typing import Any
@@ -22,20 +22,6 @@ from tests.support.consumers import Handled, handle_all
 from tests.support.database import Database
 from tests.support.handlers import named, obey
 from tests.support.rounds import prune, sequence
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
-
-
-@pytest.fixture
-def handled(database: Database) -> Handled:
-    return Handled(database)
 
 
 def make(name: str = "stock", **options: Any) -> Consumer:

@@ -5,7 +5,7 @@ Each case is tried with a process that begins after that, and with one that runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,20 +32,6 @@ AHEAD = "emptied, restored or replaced"
 BEFORE, AFTER = 10, 5
 
 Way = Callable[[Database], None]
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
-
-
-@pytest.fixture
-def handled(database: Database) -> Handled:
-    return Handled(database)
 
 
 def declared(start: declare.Start = "earliest") -> declare.Consumer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,28 +10,10 @@ from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 
 from pg_eventstream import permission, send_event, send_events
-from pg_eventstream.consumers import ConsumedEvent, consumer, declare, upcast
-from tests.support.consumers import ConsumerProcess, Handled, declared
+from pg_eventstream.consumers import ConsumedEvent, consumer, upcast
+from tests.support.consumers import ConsumerProcess, Handled, declared, recorder
 from tests.support.database import Database
-from tests.support.handlers import named, record
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
-
-
-@pytest.fixture
-def handled(database: Database) -> Handled:
-    return Handled(database)
-
-
-def recorder(name: str, **options: Any) -> declare.Consumer:
-    return consumer(name, **{"start": "earliest", **options})(named(record, name))
+from tests.support.handlers import record
 
 
 def test_drain_handles_what_is_committed_once_and_in_order(handled: Handled) -> None:

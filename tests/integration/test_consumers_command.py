@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from io import StringIO
 from typing import Any
 
@@ -19,20 +18,6 @@ from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.handlers import named, obey
 from tests.support.terminal import Terminal
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget the consumers that a test has declared."""
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
-
-
-@pytest.fixture
-def handled(database: Database) -> Handled:
-    return Handled(database)
 
 
 def make(name: str, **options: Any) -> declare.Consumer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unittest
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from django.test import TestCase, TransactionTestCase, override_settings
 from django.utils import timezone
 
 from pg_eventstream import asend_event, send_event, send_events
-from pg_eventstream.consumers import ConsumedEvent, Consumer, consumer, declare, event, upcast
+from pg_eventstream.consumers import ConsumedEvent, Consumer, consumer, declare, upcast
 from pg_eventstream.errors import EventStreamError
 from pg_eventstream.postgres.sequence import sequence_all
 from pg_eventstream.testing import captured_events
@@ -22,15 +22,9 @@ from tests.support.database import Database
 
 
 @pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    """Forget what a test has declared."""
-    known, upcasts = dict(declare._declared), dict(event._upcasts)
+def no_others() -> None:
+    """Begin without the consumers of the test project."""
     declare._declared.clear()
-    yield
-    declare._declared.clear()
-    declare._declared.update(known)
-    event._upcasts.clear()
-    event._upcasts.update(upcasts)
 
 
 class Recorded(list[ConsumedEvent]):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pg_eventstream.consumers import Consumer
+from pg_eventstream.consumers import Consumer, consumer
 from pg_eventstream.consumers.worker import Worker
 from pg_eventstream.limits import LIMITS, Limits
 from pg_eventstream.postgres.connector import Connector
@@ -18,7 +18,12 @@ from pg_eventstream.servers.processes import wait_until
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
 from tests.support.forked import ForkedProcess
-from tests.support.handlers import TABLE
+from tests.support.handlers import TABLE, named, record
+
+
+def recorder(name: str, **options: Any) -> Consumer:
+    """A consumer that records each event, beginning with the earliest."""
+    return consumer(name, **{"start": "earliest", **options})(named(record, name))
 
 
 def declared(*consumers: dict[str, Any]) -> dict[str, str]:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from pg_eventstream.consumers import ConsumedEvent, Consumer, Retry, consumer, declare, upcast
+from pg_eventstream.consumers import ConsumedEvent, Consumer, Retry, consumer, upcast
 from pg_eventstream.postgres.slots import slot_of
-
-
-@pytest.fixture(autouse=True)
-def undeclare() -> Iterator[None]:
-    before = dict(declare._declared)
-    yield
-    declare._declared.clear()
-    declare._declared.update(before)
 
 
 def handle(event: ConsumedEvent) -> None:
