@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from django.core.management import load_command_class
 
 import pg_eventstream
 from pg_eventstream import instruments
@@ -105,6 +106,14 @@ def test_port_and_paths_are_the_same_in_all_examples() -> None:
     arguments = json.loads(re.findall(r"command: (\[.*\])", pod)[0])
     assert arguments[:4] == [*command.split()[:3], f"--metrics-port={port}"]
     assert re.findall(r"path: (/\w+)", pod) == ["/live", "/ready"]
+
+
+def test_command_of_the_consumers_port_is_one_that_the_parser_accepts() -> None:
+    shown = example("docs/production/monitoring.md", "eventstream_consumers run")
+    _, _, name, *arguments = shown.code.split()
+    command = load_command_class("pg_eventstream", name)
+    parsed = command.create_parser("manage.py", name).parse_args(arguments)
+    assert (parsed.subcommand, parsed.processes, parsed.metrics_port) == ("run", 4, 9401)
 
 
 def test_view_is_mounted_as_the_page_says(project: Project) -> None:
