@@ -10,8 +10,16 @@ from django.test import override_settings
 from pg_eventstream import send_event, send_events
 from pg_eventstream.consumers import consumer, declare
 from pg_eventstream.consumers.progress import ConsumerState, read_consumers
+from pg_eventstream.limits import Limits
 from pg_eventstream.postgres.slots import slot_of
-from tests.support.consumers import ConsumerProcess, Handled, declared, recorder
+from pg_eventstream.servers.processes import wait_until
+from tests.support.consumers import (
+    ConsumerProcess,
+    Handled,
+    declared,
+    recorder,
+    running_worker,
+)
 from tests.support.database import Database
 from tests.support.handlers import named, obey
 
@@ -236,3 +244,19 @@ def test_role_without_rights_and_database_without_tables_get_nothing(database: D
         assert read_consumers(connection, {}) == []
         connection.execute("DROP TABLE pg_eventstream_slot")
         assert read_consumers(connection, {}) is None
+
+
+@pytest.mark.parametrize("safety_poll", [None, 3600])
+def test_heart_of_a_consumer_that_has_nothing_to_do_beats(
+    database: Database, handled: Handled, safety_poll: float | None
+) -> None:
+    idle = recorder("idle", channels=["none"])
+    beats = "SELECT count(*) FROM pg_eventstream_slot WHERE heartbeat > now() - interval '1 h'"
+    with (
+        override_settings(EVENTSTREAM_SAFETY_POLL=safety_poll),
+        running_worker(idle, limits=Limits(heartbeat=0.05)),
+    ):
+        wait_until(lambda: database.value(beats) == 16, timeout=20)
+        for _ in range(3):
+            database.execute("UPDATE pg_eventstream_slot SET heartbeat = now() - interval '1 day'")
+            wait_until(lambda: database.value(beats) == 16, timeout=20)

@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from pg_eventstream.channels import PERMISSION_CHANGES
+from pg_eventstream.postgres.slots import SLOTS, follows, slot_of
 
 #: A user, by the name that the library uses, and a channel.
 Right = tuple[str, str]
 DAY, MINUTE = timedelta(days=1), timedelta(minutes=1)
+#: How long consumers hold events.
+HOLD = timedelta(hours=40)
 
 
 @dataclass(eq=False)
@@ -56,8 +59,29 @@ class Transaction:
         return {step.right if isinstance(step, Grant) else step.revokes for step in self.done}
 
 
+@dataclass
+class Follower:
+    """A consumer. All numbers are positions; those of dictionaries are by slot."""
+
+    channels: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    begin: int
+    handled_to: dict[int, int]
+    #: The last events that were pruned before they were handled.
+    lost: dict[int, int] = field(default_factory=dict)
+    replay_to: dict[int, int] = field(default_factory=dict)
+
+    def follows(self, event: Event) -> bool:
+        return is_reliable(event.channel) and follows(event.channel, self.channels, self.prefixes)
+
+    def lacks(self, event: Event) -> bool:
+        """Whether it has still to handle the event."""
+        return self.follows(event) and event.position > self.handled_to[slot_of(event.channel)]
+
+
 class Model:
     def __init__(self) -> None:
+        self.followers: dict[str, Follower] = {}
         self.log: list[Event] = []
         self.waiting: list[Event] = []
         self.rights: set[Right] = set()
@@ -96,19 +120,57 @@ class Model:
             event.age += time
 
     def sweep(self, acknowledged: int) -> int:
-        """Prune what is due: old and with a proxy, or unreliable and a minute old."""
+        """Prune what is due: old and with a proxy, or unreliable and a minute old.
+
+        What is old and not handled by all consumers is held for a while.
+        """
+        handled = [position for f in self.followers.values() for position in f.handled_to.values()]
+        handled_by_all = min(handled, default=len(self.log))
         due = [
             event
             for event in self.log
             if not event.pruned
             and (
-                (event.age > DAY and event.position <= acknowledged)
+                (
+                    event.age > DAY
+                    and event.position <= acknowledged
+                    and (event.position <= handled_by_all or event.age > HOLD)
+                )
                 or (event.age > MINUTE and is_unreliable(event.channel))
             )
         ]
         for event in due:
             event.pruned = True
+            for follower in self.followers.values():
+                if follower.lacks(event):
+                    slot = slot_of(event.channel)
+                    follower.lost[slot] = max(event.position, follower.lost.get(slot, 0))
         return len(due)
+
+    def follow(
+        self, channels: tuple[str, ...], prefixes: tuple[str, ...], *, earliest: bool
+    ) -> Follower:
+        """A consumer runs for the first time."""
+        begin = self.earliest() if earliest else len(self.log)
+        return Follower(channels, prefixes, begin, dict.fromkeys(range(SLOTS), begin))
+
+    def reset(self, follower: Follower) -> None:
+        """The consumer is to handle all that is kept."""
+        begin = self.earliest()
+        for slot, position in follower.handled_to.items():
+            reached = max(position, follower.replay_to.get(slot, 0))
+            follower.replay_to[slot] = reached
+            follower.handled_to[slot] = begin
+        follower.begin = begin
+        follower.lost.clear()
+
+    def earliest(self) -> int:
+        """The position before the first event that is kept."""
+        return min((e.position - 1 for e in self.log if not e.pruned), default=len(self.log))
+
+    def unhandled(self, follower: Follower) -> list[Event]:
+        """What the consumer has still to handle, and can."""
+        return [event for event in self.log if not event.pruned and follower.lacks(event)]
 
     # What follows from it
 

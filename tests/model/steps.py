@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from tests.model.consumers import CONSUMERS
 from tests.model.model import DAY, MINUTE
 from tests.model.senders import Permit, Send
 from tests.model.world import CHANNELS, SENDERS
@@ -80,6 +81,14 @@ STEPS_TO_TAKE: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
             "what": st.sampled_from(["goes", "resumes", "asks"]),
             "proxy": proxies,
             "at_once": at_once,
+        },
+    ),
+    "consume": (
+        2,
+        {
+            "name": st.sampled_from([*CONSUMERS]),
+            "what": st.sampled_from(["handles", "handles", "crashes", "resets"]),
+            "count": numbers,
         },
     ),
     "read": (1, {"user": users, "where": channels, **start, "limit": st.integers(1, 4)}),

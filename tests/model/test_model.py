@@ -29,7 +29,8 @@ from pg_eventstream.publisher import feed
 from pg_eventstream.publisher.daemon import Publisher
 from pg_eventstream.publisher.pruner import Pruner
 from pg_eventstream.streams import replay
-from tests.model.model import DAY, Model, is_reliable
+from tests.model.consumers import CONSUMERS, Consumers
+from tests.model.model import DAY, HOLD, Model, is_reliable
 from tests.model.reader import Reader, is_published
 from tests.model.senders import Permit, Send, Senders
 from tests.model.steps import steps
@@ -58,6 +59,7 @@ class Run:
         self.world = world
         self.model = Model()
         self.senders = Senders(self.world, self.model)
+        self.consumers = Consumers(self.world, self.model)
         self.clients: list[Reader] = []
         for user, channel in itertools.product(["ann", "bob"], CHANNELS):
             self.senders.act(SENDERS[0], Permit(user, channel, True))
@@ -121,6 +123,15 @@ class Run:
         sweep = self.world.sweep if lasting else Pruner(self.world.connection)
         acknowledged = self.world.acknowledged()
         assert sweep.run_once() == self.model.sweep(acknowledged)
+        self.check_stream()
+
+    # Consumers
+
+    def consume(self, name: str, what: str, count: int) -> None:
+        if what == "resets":
+            self.consumers.reset(name)
+        else:
+            self.consumers.handle(name, count if what == "crashes" else None)
         self.check_stream()
 
     # Proxies and clients
@@ -205,6 +216,9 @@ class Run:
         while self.senders.prepared:
             self.senders.end_prepared(0, "COMMIT")
         self.publish(([], []), [])
+        for name in CONSUMERS:
+            self.consume(name, "resets", 0)
+            self.consume(name, "handles", 0)
         for client in self.clients:
             if not client.connected and not client.over:
                 client.connect(self.world.proxies[0])
@@ -249,6 +263,7 @@ def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
         with override_settings(
             GRIP_PROXIES=[port.config for port in world.ports.values()],
             EVENTSTREAM_CHANNELMANAGER_CLASS="tests.project.channelmanagers.VolatileMembers",
+            EVENTSTREAM_CONSUMER_HOLD=HOLD,
         ):
             yield world
 

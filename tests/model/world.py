@@ -14,9 +14,10 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.db import connections
 
+from pg_eventstream.consumers.checkpoints import EARLIEST
 from pg_eventstream.grip import proxy as control_endpoint
 from pg_eventstream.limits import Limits
-from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
+from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE, PRUNE_LOCK
 from pg_eventstream.publisher.feed import Feed
 from pg_eventstream.publisher.pruner import Pruner
 from tests.support.control_port import ControlPort
@@ -29,6 +30,12 @@ from tests.support.roles import granted
 
 CHANNELS = ["public", "public b, c", "room", "volatile"]
 SENDERS = ["sender0", "sender1", "sender2"]
+#: What consumers have handled.
+HANDLED = """
+    CREATE TABLE handled_in_model (
+        nth bigint GENERATED ALWAYS AS IDENTITY, consumer text, position bigint, channel text,
+        eid bigint, data text, replayed boolean)
+"""
 #: The proxies refuse events with this text.
 POISON = "poison"
 
@@ -75,12 +82,15 @@ class World:
 
     tables = (
         *(f"pg_eventstream_{name}" for name in ("event", "outbox", "stream", "channel", "cursor")),
+        *(f"pg_eventstream_{name}" for name in ("consumer", "checkpoint", "slot", "parked")),
         *("pg_eventstream_publisher", "pg_eventstream_proxy", "app_membership"),
+        "handled_in_model",
     )
 
     def __init__(self, database: Database) -> None:
         # Committed events are visible to others; whether they are on a disk does not matter here.
         database.execute(f"ALTER DATABASE {database.name} SET synchronous_commit = off")
+        database.execute(HANDLED)
         self.origin = Origin()
         self._stack = ExitStack()
         self.ports = {
@@ -222,6 +232,33 @@ class World:
               LEFT JOIN pg_eventstream_event AS e ON e.id = s.event_id ORDER BY position
             """
         ).fetchall()
+
+    def reset(self, name: str) -> None:
+        """Let a consumer handle everything again that is kept."""
+        # What it has made of the events is deleted.
+        self.connection.execute("DELETE FROM handled_in_model WHERE consumer = %s", [name])
+        with self.connection.transaction():
+            self.connection.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
+            self.connection.execute(
+                """
+                UPDATE pg_eventstream_slot AS s
+                   SET lost = NULL, failing = NULL, attempts = 0, error = '', stopped = false,
+                       retry_at = NULL, replay_to = greatest(replay_to, position)
+                  FROM pg_eventstream_checkpoint AS c JOIN pg_eventstream_consumer AS k
+                       ON k.id = c.consumer_id
+                 WHERE (s.consumer_id, s.slot) = (c.consumer_id, c.slot) AND name = %s
+                """,
+                [name],
+            )
+            self.connection.execute(
+                f"""
+                WITH k AS (UPDATE pg_eventstream_consumer SET epoch = epoch + 1
+                            WHERE name = %s RETURNING id)
+                UPDATE pg_eventstream_checkpoint SET epoch = epoch + 1, position = ({EARLIEST})
+                  FROM k WHERE consumer_id = k.id
+                """,
+                [name],
+            )
 
     def incarnation(self) -> int:
         """The current incarnation of the stream."""
