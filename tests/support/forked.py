@@ -225,6 +225,8 @@ def _fork(
     paths = _python_path(read)
     if "COVERAGE_PROCESS_CONFIG" in environment or (paths and str(_ROOT) not in paths):
         return None  # coverage measures programs from their start; others are of another version
+    if "PROMETHEUS_MULTIPROC_DIR" in environment:
+        return None  # prometheus-client reads it when it is imported
     read.pop("PYTHONPATH", None)
     key = (*options, *sorted(read.items()))
     if key not in _forking:
