@@ -21,7 +21,7 @@ quick: $(VENV)/.installed-test ## run the tests that need only Python and its wh
 
 test: lint ## lint, then run all tests; ARGS is passed to pytest
 	@.ci/need pushpin node npm chromium pgbouncer nginx curl prometheus redis-server
-	$(VENV)/bin/pytest --numprocesses=3 --dist=loadfile $(ARGS)
+	$(VENV)/bin/pytest --numprocesses=4 --dist=loadfile $(ARGS)
 
 test-faults: lint ## run the tests with faults, many times; PG_EVENTSTREAM_TEST_SEED repeats a run
 	@.ci/need pushpin node npm chromium pgbouncer nginx curl prometheus redis-server

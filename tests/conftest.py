@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from tests.support.consumers import Handled
 
 
+_TESTS = Path(__file__).parent
+_FIRST = [
+    *("docs", "soak", "model", "acceptance", "faults", "integration", "fuzz", "endpoint", "unit")
+]
+
+
 def pytest_configure() -> None:
     DIRECTORY.chmod(0o755)
     os.environ["PG_EVENTSTREAM_TEST_DSN"] = ADDRESS
@@ -61,10 +67,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        folder = item.path.relative_to(_TESTS).parts[0]
         item.add_marker(folder)
         if wrong := misplaced(folder, getattr(item, "fixturenames", ())):
             raise pytest.UsageError(f"{item.nodeid}: {wrong}")
+    # The folders with the longest files first, so that processes do not wait for one at the end.
+    items.sort(key=lambda item: _FIRST.index(item.path.relative_to(_TESTS).parts[0]))
     if not THOROUGH:
         long = [item for item in items if item.get_closest_marker("thorough")]
         items[:] = [item for item in items if item not in long]

@@ -56,6 +56,8 @@ def address(database: Database) -> Iterator[str]:
     server.kill()
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "count",

@@ -365,6 +365,8 @@ def test_streams_stay_open_while_postgresql_restarts_and_miss_nothing(
 # Many clients, and slow ones
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_a_thousand_streams_hold_no_connections_and_get_everything(
     database: Database, serve: Serve, channel: str
 ) -> None:
@@ -402,6 +404,8 @@ def test_a_thousand_streams_hold_no_connections_and_get_everything(
     asyncio.run(follow())
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_client_that_stops_reading_delays_no_other_and_gets_everything_when_it_reads_again(
     database: Database, serve: Serve, channel: str
 ) -> None:

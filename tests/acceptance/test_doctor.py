@@ -463,6 +463,7 @@ BREAKAGES = {
     ),
     "no publisher": Breakage(
         no_publisher, "publisher-gone", "broken", "manage.py eventstream_publisher",
+        is_slow=True,
     ),
     "another GRIP_PREFIX": Breakage(
         another_prefix, "prefix-differs", "broken", "GRIP_PREFIX", is_slow=True,
@@ -481,6 +482,7 @@ BREAKAGES = {
     ),
     "a message_rate before Pushpin 1.40": Breakage(
         a_message_rate, "message-rate", "degraded", "message_rate=0",
+        is_slow=True,
     ),
 }  # fmt: skip
 

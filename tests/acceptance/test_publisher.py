@@ -65,6 +65,8 @@ def test_what_the_proxy_has_not_taken_is_published_by_the_next_publisher(
     assert control.ids[:250] == [str(n) for n in range(1, 251)]
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_hints_that_a_killed_publisher_owed_come_from_the_next_one(
     database: Database, control: ControlPort, new_publisher: NewPublisher
 ) -> None:

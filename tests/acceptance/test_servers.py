@@ -136,10 +136,10 @@ def tell(server: Server, number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("uvicorn", "daphne", "granian", "gunicorn"),
+        *("uvicorn", "daphne", "granian"),
         *(
             pytest.param(kind, marks=SELDOM)
-            for kind in ("uvicorn with workers", "hypercorn", "gunicorn asgi")
+            for kind in ("gunicorn", "uvicorn with workers", "hypercorn", "gunicorn asgi")
         ),
     ],
 )
@@ -213,7 +213,7 @@ def by_hanging_up(kind: str, *marks: pytest.MarkDecorator) -> Any:
         by_limit("uvicorn with workers", "limit-max-requests", *SELDOM),
         by_limit("gunicorn", "max-requests", *SELDOM),
         by_limit("gunicorn asgi", "max-requests", *SELDOM),
-        by_limit("hypercorn", "max-requests"),
+        by_limit("hypercorn", "max-requests", *SELDOM),
         by_hanging_up("uvicorn with workers", *SELDOM),
         by_hanging_up("gunicorn", *SELDOM),
         by_hanging_up("gunicorn asgi", *SELDOM),

@@ -219,6 +219,8 @@ def test_event_between_the_last_page_and_the_hold_is_not_missed(
     assert texts(client.wait_count(pages + 1, timeout=10))[-1] == "late"
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_100_clients_that_reconnect_at_once_are_up_to_date_within_seconds(
     database: Database,
     publisher: PublisherProcess,

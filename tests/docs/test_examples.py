@@ -267,6 +267,8 @@ def test_pages_of_events_are_read(project: Project) -> None:
     )
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_worker_follows_from_its_checkpoint(project: Project) -> None:
     add(project, example("docs/how-to/reading.md", "class Checkpoint"))
     migrate(project)
@@ -420,6 +422,8 @@ call_command("eventstream_publisher", once=True)
     assert published.startswith("1 events sequenced.")
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_what_stands_in_the_way_of_the_proxy_lets_it_through(
     project: Project, database: Database, serve_behind_pushpin: Serve
 ) -> None:
@@ -483,6 +487,8 @@ def test_status_of_a_project_is_shown(project: Project) -> None:
     assert ": HEALTHY " in screen.splitlines()[0]
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_doctor_of_a_project_finds_nothing(
     project: Project, database: Database, pushpin: Pushpin, app_port: int
 ) -> None:

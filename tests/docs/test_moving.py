@@ -71,6 +71,8 @@ class Member:
         self.page.wait_for("(text) => document.body.innerText.includes(text)", text)
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_chat_and_clock_run_unchanged_but_for_names(
     database: Database, project: Project, pushpin: Pushpin, browser: Browser
 ) -> None:

@@ -232,6 +232,8 @@ def configured(
 # poolers
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_publisher_goes_past_the_pooler(project: Project, database: Database) -> None:
     configuration = example("docs/production/poolers.md", "pool_mode").code
     port, real = free_port(), str(database.postgres.port)
@@ -352,6 +354,8 @@ def test_session_that_holds_a_snapshot_is_found(database: Database) -> None:
 # troubleshooting
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_an_event_is_followed_to_where_it_is(
     project: Project, database: Database, pushpin: Pushpin, app_port: int
 ) -> None:

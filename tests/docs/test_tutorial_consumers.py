@@ -53,6 +53,8 @@ def desk(database: Database, pushpin: Pushpin, tmp_path: Path) -> Iterator[Proje
             database.execute("DROP DATABASE IF EXISTS test_desk WITH (FORCE)")
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_every_step_works(desk: Project) -> None:
     def run(one: Example) -> str:
         return desk.run("sh", "-ec", one.code)

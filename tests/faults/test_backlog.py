@@ -124,6 +124,8 @@ def test_publisher_that_is_stopped_in_a_backlog_keeps_what_it_has_sequenced(
     wait_until(lambda: database.value(last, [channel]) == 150_000, timeout=30)
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_ten_thousand_channels_are_published_in_bounded_memory(
     database: Database,
     publisher: PublisherProcess,

@@ -95,6 +95,7 @@ def test_consumer_that_is_to_stop_waits_for_a_person(database: Database) -> None
     assert database.value(is_stopped) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("code", ["40001", pytest.param("40P01", marks=pytest.mark.thorough)])
 def test_deadlocks_and_serialization_failures_do_not_count_up_to_a_bound(
     database: Database, code: str

@@ -177,6 +177,7 @@ def test_session_whose_role_may_not_be_told_of_it_is_given_up_when_its_answer_is
     wait_until(lambda: database.value("SELECT pg_try_advisory_xact_lock(1)"), timeout=10)
 
 
+@pytest.mark.thorough
 def test_silent_server_that_cannot_be_asked_is_waited_for(
     database: Database,
     network: Network,

@@ -23,6 +23,8 @@ CUTS = 20 if THOROUGH else 2
 SESSION = "pg_eventstream tail"
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_tail_leaves_nothing_out_and_repeats_nothing_under_load(
     database: Database, new_publisher: NewPublisher, tmp_path: Path

@@ -254,11 +254,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("work", "index", "rows"), CASES)
+@pytest.mark.parametrize("work", dict.fromkeys(work for work, _, _ in CASES))
 def test_statement_reads_by_its_index(
-    full: Database, work: Callable[[Database], Explained], index: str, rows: int
+    full: Database, work: Callable[[Database], Explained]
 ) -> None:
-    work(full).check(index=index, rows=rows)
+    explained = work(full)
+    for index, rows in [(index, rows) for one, index, rows in CASES if one is work]:
+        explained.check(index=index, rows=rows)
 
     if work is read_state_with_a_consumer_far_behind:
         return  # without its index, it would read the table a thousand times

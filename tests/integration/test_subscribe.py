@@ -157,6 +157,8 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_projection_that_keeps_its_checkpoint_handles_each_event_once_however_often_it_is_killed(
     database: Database, channel: str
 ) -> None:

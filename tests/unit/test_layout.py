@@ -83,6 +83,8 @@ def test_test_that_starts_too_much_is_refused(
     assert (f"do not start {started};" in reason) if started else reason == ""
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_unit_tests_need_no_server(tmp_path: Path) -> None:
     """All but those that start a Python themselves, where there is no other program."""
     files = [
