@@ -154,6 +154,8 @@ def press(page: Page, how: str, message: str) -> None:
     )
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["direct", pytest.param("pushpin", marks=SELDOM)], indirect=True)
 def test_page_shows_committed_events_and_continues_after_a_restart(
     mode: str, demo: Callable[[], tuple[Process, str]], page: Page
@@ -231,6 +233,8 @@ def test_root_keeps_its_directories_to_itself(private: Path, programs: str) -> N
     assert [path.name for path in (private / "deep").rglob("elsewhere")] == ["elsewhere"]
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
 def test_what_stood_in_for_a_directory_is_removed_after_that_is_gone(private: Path) -> None:
     servers = [Postgres(private / name) for name in ("gone", "gone-running", "kept", "new")]

@@ -580,6 +580,8 @@ def test_doctor_says_if_there_is_no_database(world: World) -> None:
 # In a terminal
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_person_sees_each_step_and_what_to_do(world: World) -> None:
     world.serve()
     world.publish()

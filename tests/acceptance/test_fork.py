@@ -56,6 +56,8 @@ def test_streams_of_a_child_end_as_its_own_server_is_stopped(
     all_is_well(channel, "stop a child")
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_child_does_not_end_a_session_of_its_parent(database: Database, channel: str) -> None:
     all_is_well(channel, "a statement")
 

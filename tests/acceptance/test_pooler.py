@@ -72,6 +72,7 @@ def test_events_of_senders_behind_a_pooler_are_delivered_promptly(
 WITHOUT_LISTEN = "so that two publishers can lead at once. Use a direct connection"
 
 
+@pytest.mark.thorough
 def test_publisher_behind_a_pooler_says_what_is_wrong_and_delivers_by_polling(
     pooled: str, database: Database, new_publisher: NewPublisher, stream: OpenStream, channel: str
 ) -> None:

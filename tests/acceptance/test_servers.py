@@ -310,6 +310,8 @@ def test_server_at_a_unix_socket_ends_its_streams(
         server.wait(timeout=10)
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_runserver_with_daphne_reloads_at_once_though_streams_are_open(
     database: Database, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channel: str
 ) -> None:
@@ -550,6 +552,8 @@ class PythonClient:
                 time.sleep(0.1)
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_every_kind_of_client_resumes_at_a_server_that_was_killed(
     database: Database, serve: Serve, browser: Browser, node_directory: Path, channel: str
 ) -> None:

@@ -291,6 +291,8 @@ def test_tests_of_a_project(project: Project) -> None:
     project.manage("test", "shop")
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_test_of_a_project_with_pytest(project: Project) -> None:
     add(project, example("docs/how-to/testing.md", "(sent_events)"))
     migrate(project)  # without pytest-django there is no test database
@@ -348,6 +350,8 @@ def test_rest_framework(project: Project, serve_behind_pushpin: Serve, page: Pag
     page.wait_for("document.body.innerText.includes('headline')")
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_rest_framework_without_a_page(project: Project, serve: Serve) -> None:
     add(project, example("docs/how-to/django-rest-framework.md", "NewsViewSet("))
     add(project, example("docs/how-to/django-rest-framework.md", "DEFAULT_RENDERER_CLASSES"))
@@ -383,6 +387,8 @@ def test_htmx(project: Project, serve: Serve, page: Page, node_directory: Path) 
     page.wait_for("document.querySelector('div > b')?.textContent === 'Order 1'")
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_development_in_a_project_that_has_apps(project: Project) -> None:
     text = (project.directory / "myproject/settings.py").read_text()
     (project.directory / "myproject/settings.py").write_text(
@@ -396,6 +402,8 @@ def test_development_in_a_project_that_has_apps(project: Project) -> None:
     migrate(project)
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_events_in_a_database_of_their_own(project: Project, tmp_path: Path) -> None:
     project.write("myproject/settings.py", "\nBEFORE = DATABASES['default']\n")
     lite = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(tmp_path / "lite.sqlite3")}
@@ -461,6 +469,8 @@ def test_what_stands_in_the_way_of_the_proxy_lets_it_through(
 # Reference
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_checks_are_run(project: Project) -> None:
     migrate(project)
     printed = run_shell(project, example("docs/reference/checks.md", "--database default"))

@@ -270,6 +270,8 @@ def test_message_of_a_publisher_at_a_pooler_is_the_real_one() -> None:
 # failover
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_primary_is_found_among_several_hosts(project: Project, database: Database) -> None:
     nobody, real = str(free_port()), str(database.postgres.port)
     put_behind_pushpin(project)

@@ -61,6 +61,8 @@ def serve(project: Project, port: int) -> Process:
     return process
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_every_step_works(notes: Project, database: Database, page: Page) -> None:
     venv, activate, install = INSTALL.code.splitlines()
     assert (venv, activate) == ("python3 -m venv .venv", ". .venv/bin/activate")

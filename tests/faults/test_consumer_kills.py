@@ -207,6 +207,7 @@ def test_signal_lets_a_handler_finish(database: Database, number: signal.Signals
     assert database.fetch("SELECT attempt FROM handled") == [(1,), (1,)]
 
 
+@pytest.mark.thorough
 def test_restart_of_the_database_neither_loses_nor_repeats(database: Database) -> None:
     handled = Handled(database)
     declaration = {"name": "stock", "handler": "record_slowly", "start": "earliest"}
@@ -222,6 +223,7 @@ def test_restart_of_the_database_neither_loses_nor_repeats(database: Database) -
     assert "attempt" not in process.log
 
 
+@pytest.mark.thorough
 def test_slots_are_shared_among_processes_that_come_and_go(database: Database) -> None:
     declaration = {"name": "stock", "handler": "record", "start": "earliest"}
 

@@ -307,6 +307,8 @@ class RollbackOfSomeAppsTest(Base, TransactionTestCase):
 """
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 @pytest.mark.parametrize("arguments", [[], ["--parallel=2"], ["--reverse"]])
 def test_serialized_rollback_brings_back_what_a_migration_has_sent(
     database: Database, tmp_path: Path, arguments: list[str]

@@ -140,6 +140,8 @@ def test_tunnel_becomes_the_origin_and_the_project_is_served(
     assert "ALLOWED_HOSTS" not in log
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_origin_is_set_once_however_often_the_code_is_reloaded(
     new_server: NewServer, cloud: Service, tmp_path: Path
 ) -> None:
@@ -238,6 +240,8 @@ def test_proxy_that_cannot_be_reached_is_explained(ngrok: Service) -> None:
         run(ngrok)
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_projects_own_runserver_is_what_runs() -> None:
     for apps, has_option in (
         (settings.INSTALLED_APPS, False),

@@ -47,7 +47,7 @@ AS_THE_HUB = (
     f"SELECT CASE WHEN pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
     " THEN pg_eventstream_sequence() END"
 )
-EXAMPLES, STEPS = (300, 60) if THOROUGH else (6, 40)
+EXAMPLES, STEPS = (300, 60) if THOROUGH else (5, 40)
 MOST_CLIENTS = 5
 
 

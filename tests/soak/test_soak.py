@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.thorough
 def test_soak_of_seconds_loses_and_doubles_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.soak.__main__", f"--seconds={60 if THOROUGH else 8}"],
