@@ -66,7 +66,7 @@ class Way(ABC):
 
     @abstractmethod
     def insert(self, count: int) -> None:
-        """Insert events, and ring whoever waits for them."""
+        """Insert events, and notify the processes that wait for them."""
 
     def is_ready(self, number: int) -> bool:
         """Whether this number of processes waits for events."""

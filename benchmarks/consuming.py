@@ -44,7 +44,7 @@ def handle(number: int) -> None:
 
 
 def outbox(batch: int) -> None:
-    """A usual outbox. Whoever is free takes the next rows, so it keeps no order."""
+    """A usual outbox. Any free worker takes the next rows, so order is not kept."""
     import django
     from django.db import connection as wrapper
 

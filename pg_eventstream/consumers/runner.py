@@ -103,7 +103,7 @@ class Runner:
         self._limits = limits
         self._wake = threading.Event()
         self._stopping = threading.Event()
-        self._lock = threading.Lock()  # guards the next four
+        self._lock = threading.Lock()  # guards the next five, and `_held`
         self._granted: set[int] = set()
         self._asked_back: set[int] = set()
         self._lost: set[int] = set()

@@ -2,7 +2,7 @@
 
 Each process that runs a consumer holds a lock of its own in share mode, so that all can count the
 processes and take a fair part of the slots. A process that dies loses its locks with its session,
-and others take its slots within a second. The locks only decide who works: that each event is
+and others take its slots soon. The locks only decide who works: that each event is
 handled once is decided by the checkpoints.
 """
 
@@ -20,13 +20,12 @@ from ..errors import EventStreamError
 from ..postgres.listener import BELL, CONSUMERS, NEWS, Listener
 from ..postgres.locks import (
     CONSUMER_LOCKS,
-    LEADER_LOCK,
     LOCK_SPACE,
     MEMBER,
     consumer_lock,
     owner_of,
 )
-from ..postgres.sequence import SEQUENCE, UNKNOWN
+from ..postgres.sequence import SEQUENCE_UNLESS_LED, UNKNOWN
 from ..postgres.slots import SLOTS
 from ..postgres.watchdog import WatchedConnection
 from ..rarely import Rarely
@@ -34,7 +33,6 @@ from .runner import Runner
 
 logger = logging.getLogger(__name__)
 
-_HAS_NO_LEADER = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
 _LOCKS = f"SELECT lock, pid = pg_backend_pid() FROM {CONSUMER_LOCKS} AS held"  # noqa: S608
 _may_not_sequence = Rarely()
 
@@ -70,7 +68,7 @@ class Share:
             return 0
         try:
             row = self._connection.execute(
-                f"SELECT {SEQUENCE} WHERE {_HAS_NO_LEADER}",
+                SEQUENCE_UNLESS_LED,
                 [UNKNOWN.as_known],
             ).fetchone()
         except psycopg.errors.InsufficientPrivilege:

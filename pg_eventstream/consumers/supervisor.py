@@ -120,7 +120,8 @@ class Supervisor:
                     while len(self._started) < self._processes + others and not self._stopping:
                         self._start(self._work, alive_reader, alive_writer)
                 select.select([wake_reader], [], [], max(0.0, start_at - now) or None)
-                os.read(wake_reader, 1024) if select.select([wake_reader], [], [], 0)[0] else None
+                if select.select([wake_reader], [], [], 0)[0]:
+                    os.read(wake_reader, 1024)
                 for status, seconds in self._reap():
                     if status == _REFUSED:
                         self._refused = self._stopping = True

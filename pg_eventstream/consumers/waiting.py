@@ -73,17 +73,12 @@ def wait(consumer: Consumer, timeout: float) -> bool:
     while True:
         if position is None:
             position = reached(connection, snapshot)
-        if position is not None and is_handled(connection, consumer, position):
+        if position is not None and not unhandled(connection, consumer, position):
             return True
         left = deadline - time.monotonic()
         if left <= 0:
             return False
         time.sleep(min(backoff.next(), left))
-
-
-def is_handled(connection: Connection, consumer: Consumer, position: int) -> bool:
-    """Whether the consumer has handled, or parked, all its events up to a position."""
-    return not unhandled(connection, consumer, position)
 
 
 def unhandled(connection: Connection, consumer: Consumer, position: int) -> set[int]:

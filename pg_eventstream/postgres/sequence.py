@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import psycopg
 
 from .connector import fetch_one
+from .locks import LEADER_LOCK, LOCK_SPACE
 
 Connection = psycopg.Connection[Any]
 
@@ -26,6 +27,11 @@ CURSOR = """
 #: Calls sequence() and passes the cursor that the caller knew (`Cursor.as_known`), so that no id is
 #: used twice in a database that has replaced the one that the caller knew.
 SEQUENCE = "set_config('pg_eventstream.known', %s, true), pg_eventstream_sequence()"
+
+# A publisher that leads holds this lock exclusively.
+HAS_NO_LEADER = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
+#: The same, if no publisher leads. Otherwise no row.
+SEQUENCE_UNLESS_LED = f"SELECT {SEQUENCE} WHERE {HAS_NO_LEADER}"
 
 #: Also returns the cursor before the call, which shows events that another process has sequenced.
 SEQUENCE_AND_LOOK = f"""

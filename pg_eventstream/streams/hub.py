@@ -25,8 +25,14 @@ from ..channels import PERMISSION_CHANGES, is_reliable
 from ..conf import conf
 from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.listener import BELL, NEWS, Listener
-from ..postgres.locks import LEADER_LOCK, LOCK_SPACE
-from ..postgres.sequence import ANOTHER_STREAM, CURSOR, SEQUENCE, UNKNOWN, Cursor
+from ..postgres.sequence import (
+    ANOTHER_STREAM,
+    CURSOR,
+    HAS_NO_LEADER,
+    SEQUENCE_UNLESS_LED,
+    UNKNOWN,
+    Cursor,
+)
 from ..postgres.threads import return_connections
 from ..rarely import Rarely
 from ..stream_event import PermissionChange, Row, decode
@@ -41,8 +47,6 @@ _SMALL_BYTES = 1000
 # The number of pages that a loop may have pending; then the hub waits for it.
 _PAGES_AHEAD = 4
 _RETRY_SECONDS = (0.1, 5.0)
-# A publisher that leads holds this lock exclusively.
-_HAS_NO_LEADER = f"pg_try_advisory_xact_lock_shared({LOCK_SPACE}, {LEADER_LOCK})"
 _look_is_due, _rarely = Rarely(30), Rarely()
 
 
@@ -282,9 +286,7 @@ class _Reader(threading.Thread):
         """Sequence events, as the publisher does, if none leads."""
         if self._may_sequence:
             try:
-                row = connection.execute(
-                    f"SELECT {SEQUENCE} WHERE {_HAS_NO_LEADER}", [self._cursor.as_known]
-                ).fetchone()
+                row = connection.execute(SEQUENCE_UNLESS_LED, [self._cursor.as_known]).fetchone()
                 if row and row[1]:
                     instruments.sequenced_events.inc(row[1])
             except psycopg.errors.InsufficientPrivilege:
@@ -294,7 +296,7 @@ class _Reader(threading.Thread):
                     extra={"event": "may-not-sequence"},
                 )
         elif _look_is_due():
-            row = connection.execute(f"SELECT {_HAS_NO_LEADER}").fetchone()
+            row = connection.execute(f"SELECT {HAS_NO_LEADER}").fetchone()
             if row and row[0] and _rarely():
                 logger.warning(
                     "hub: no publisher leads, and this role may not sequence events, so none is"

@@ -253,6 +253,13 @@ def test_slots_are_shared_among_processes_that_come_and_go(database: Database) -
     assert shares() == []
 
 
+_HAS_LOOKED = """
+    SELECT count(*) > 0 FROM pg_stat_activity
+     WHERE application_name = 'pg_eventstream consumers' AND datname = current_database()
+       AND query_start > %s + interval '1.2 s'
+"""
+
+
 def test_consumers_sequence_only_where_no_publisher_does(database: Database) -> None:
     """Through the leader's lock; without one, they do it outside of handlers' transactions."""
     handled = Handled(database)
@@ -265,7 +272,9 @@ def test_consumers_sequence_only_where_no_publisher_does(database: Database) -> 
                 "SELECT pg_advisory_lock('pg_eventstream_event'::regclass::oid::int4, 2)"
             )
             send_events([("c", "message", 2)])
-            time.sleep(1.5)  # longer than the interval in which it looks
+            # It has looked again, twice and more.
+            (sent_at,) = leader.execute("SELECT clock_timestamp()").fetchone() or (None,)
+            wait_until(lambda: database.value(_HAS_LOOKED, [sent_at]), timeout=20)
             assert handled.count("stock") == 1
             leader.execute("SELECT pg_eventstream_sequence()")
             handled.wait("stock", 2)
