@@ -177,7 +177,7 @@ class Worker:
         self._share = share = Share(connection, self._runners)
         with closing(share):
             rung = {BELL, NEWS, CONSUMERS}
-            beat_at = poll_at = time.monotonic()
+            beat_at = poll_at = balance_at = time.monotonic()
             while not self._stopping.is_set():
                 now = time.monotonic()
                 if now >= poll_at:
@@ -189,7 +189,10 @@ class Worker:
                 if rung:
                     for runner in self._runners:
                         runner.wake(requests=CONSUMERS in rung)
-                share.balance()
+                # Not with each notification: it reads the locks of the server.
+                if now >= balance_at:
+                    balance_at = now + self._limits.share
+                    share.balance()
                 if now >= beat_at:
                     beat_at = now + self._limits.heartbeat
                     self._beat(connection)
