@@ -80,6 +80,9 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON pg_eventstream_checkpoint, pg_eventstrea
                                         pg_eventstream_parked
    TO :"consumer";
 GRANT SELECT, INSERT, UPDATE ON pg_eventstream_report TO :"consumer";
+GRANT EXECUTE ON FUNCTION pg_eventstream_consumer_page, pg_eventstream_lock_checkpoints,
+                          pg_eventstream_move_checkpoints
+   TO :"consumer";
 \endif
 
 -- A waiter: a web application that calls Consumer.wait().

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from django.db import close_old_connections
 
@@ -58,21 +58,30 @@ def is_reliable(channel: str) -> bool:
 
     True if the manager raises, which is no reason to stop all streams or to prune events.
     """
-    if channel.startswith(RESERVED):
-        return channel == DOCTOR
-    try:
-        return get_channelmanager().is_channel_reliable(channel)
-    except Exception:
-        # A manager that queries the database could have used a broken connection.
-        close_old_connections()
-        logger.exception(
-            "is_channel_reliable(%r) failed; assuming that it is reliable",
-            channel,
-            extra={"event": "channel-manager-failed", "channel": channel},
-        )
-        return True
+    return bool(reliable([channel]))
 
 
 def reliable(channels: Iterable[str]) -> list[str]:
-    """The channels whose events have ids."""
-    return [channel for channel in channels if is_reliable(channel)]
+    """The channels whose events have ids: those for which `is_reliable` is true."""
+    ask: Callable[[str], bool] | None = None
+    found = []
+    for channel in channels:
+        if channel.startswith(RESERVED):
+            answer = channel == DOCTOR
+        else:
+            try:
+                # Once for all channels: reading a setting takes longer than asking.
+                ask = ask or get_channelmanager().is_channel_reliable
+                answer = ask(channel)
+            except Exception:
+                # A manager that queries the database could have used a broken connection.
+                close_old_connections()
+                logger.exception(
+                    "is_channel_reliable(%r) failed; assuming that it is reliable",
+                    channel,
+                    extra={"event": "channel-manager-failed", "channel": channel},
+                )
+                answer = True
+        if answer:
+            found.append(channel)
+    return found

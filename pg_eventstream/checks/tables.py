@@ -17,7 +17,13 @@ from ..conf import conf
 from ..tables.placement import migrate_command, recorded_without_tables
 from .registration import register_check
 
-_FUNCTIONS = ("pg_eventstream_enqueue()", "pg_eventstream_sequence()")
+_FUNCTIONS = (
+    "pg_eventstream_enqueue",
+    "pg_eventstream_sequence",
+    "pg_eventstream_consumer_page",
+    "pg_eventstream_lock_checkpoints",
+    "pg_eventstream_move_checkpoints",
+)
 _INSTALL_TRIGGER = "python manage.py pgtrigger install pg_eventstream.Event:enqueue"
 # What is found where tables or migrations are missing.
 _INCOMPLETE = ("pg_eventstream.W022", "pg_eventstream.I001")
@@ -113,11 +119,11 @@ def _find_migrations() -> set[str]:
 
 
 def _check_functions(connection: BaseDatabaseWrapper) -> Iterator[CheckMessage]:
-    missing = [f for (f,) in _fetch(connection, _MISSING_FUNCTIONS, [list(_FUNCTIONS)])]
+    missing = [f"{f}()" for (f,) in _fetch(connection, _MISSING_FUNCTIONS, [list(_FUNCTIONS)])]
     if missing:
         yield Error(
             f"The database {connection.alias!r} lacks {' and '.join(missing)}. Events cannot be"
-            " sent, or are not delivered.",
+            " sent, are not delivered, or are not handled by consumers.",
             hint="The migrations of pg_eventstream create these functions. pg_dump copies them"
             " with the schema that contains the tables, but not with single tables.",
             id="pg_eventstream.E020",
@@ -198,9 +204,7 @@ _MAY_READ_MIGRATIONS = """
      WHERE oid = to_regclass('django_migrations')
 """
 
-_MISSING_FUNCTIONS = (
-    "SELECT name FROM unnest(%s::text[]) AS name WHERE to_regprocedure(name) IS NULL"
-)
+_MISSING_FUNCTIONS = "SELECT name FROM unnest(%s::text[]) AS name WHERE to_regproc(name) IS NULL"
 
 # The triggers of every table that stores events: partitions and child tables have their own. The
 # bits of tgtype: include/catalog/pg_trigger.h

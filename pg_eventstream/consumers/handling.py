@@ -63,22 +63,21 @@ def moving(
     with transaction.atomic(using=alias):
         connection = raw_connection(alias)
         if is_locked:
-            is_held = checkpoints.lock(connection, consumer_id, moves)
+            is_held = checkpoints.begin_locked(connection, consumer_id, moves)
         else:
-            is_held = checkpoints.move(connection, consumer_id, moves, incarnation)
+            is_held = checkpoints.begin_moving(connection, consumer_id, moves, incarnation)
         if not is_held:
             raise SlotLost
         yield connection
         check_transaction(alias, connection)
-        if is_locked and not checkpoints.move(
-            connection, consumer_id, moves, incarnation, is_locked=True
-        ):
+        if is_locked and not checkpoints.move_locked(connection, consumer_id, moves, incarnation):
             if not checkpoints.is_marked(connection):
                 raise TransactionEnded(ENDED)
             raise SlotLost
         # Last, because other threads write to this row.
         for slot in forget:
             checkpoints.forget_failure(connection, consumer_id, slot)
+        checkpoints.commit(connection)
 
 
 def call(consumer: Consumer, event: ConsumedEvent, *, traces: bool) -> None:

@@ -174,7 +174,7 @@ def _handle(
     """Handle a parked event, and delete it. Returns False if it is not there any more."""
     with transaction.atomic(using=alias):
         connection = raw_connection(alias)
-        if not checkpoints.lock(connection, consumer_id, [place]):
+        if not checkpoints.begin_locked(connection, consumer_id, [place]):
             raise SlotLost
         # This lock shows which event is tried (`exclusive`), and lets `note_hanging` write.
         found = connection.execute(

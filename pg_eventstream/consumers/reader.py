@@ -11,10 +11,9 @@ from typing import Any
 import psycopg
 
 from ..channels import reliable
-from ..postgres.sequence import CURSOR, Cursor
-from ..postgres.slots import SLOTS, follows_sql, slot_of, slot_sql
+from ..postgres.sequence import Cursor
+from ..postgres.slots import SLOTS, slot_of
 from ..sse import INCARNATION
-from .checkpoints import preparable
 from .declare import Consumer
 from .event import ConsumedEvent, event_id
 
@@ -25,37 +24,10 @@ PAGE_EVENTS = 500
 # Larger data are read when the event is handled.
 _DATA_BYTES = 64_000
 
-# One statement, so that events that are missing and what the pruner wrote about them are seen
-# together. The first row has what is stored about the consumer, and the present time. The others
-# are events, which are looked up one by one (OFFSET 0), so that no statistics lead to reading all.
-_PAGE = f"""
-    WITH page AS MATERIALIZED (
-        SELECT * FROM pg_eventstream_stream
-         WHERE position > %(after)s ORDER BY position LIMIT %(limit)s
-    )
-    SELECT c.*, k.*, page.*, NULL AS at, NULL, NULL, NULL, NULL, NULL,
-           date_part('epoch', statement_timestamp()), NULL
-      FROM (SELECT) AS always
-      LEFT JOIN {CURSOR} AS c ON true
-      LEFT JOIN (
-           SELECT name, epoch, paused,
-                  ARRAY(SELECT ARRAY[slot, lost] FROM pg_eventstream_slot
-                         WHERE consumer_id = %(id)s AND lost IS NOT NULL) AS lost
-             FROM pg_eventstream_consumer WHERE id = %(id)s
-           ) AS k ON true
-      LEFT JOIN (SELECT max(position), count(*) FROM page) AS page (last, count) ON true
-     UNION ALL
-    (SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-            s.position, s.channel, s.eid + coalesce(s.incarnation, 0), e.type,
-            CASE WHEN octet_length(e.data) <= {_DATA_BYTES} THEN e.data END, e.meta::text,
-            date_part('epoch', e.created), date_part('epoch', s.committed_at)
-       FROM page AS s
-      CROSS JOIN LATERAL (SELECT * FROM pg_eventstream_event WHERE id = s.event_id OFFSET 0) AS e
-      WHERE {follows_sql("s.channel", "%(channels)s::text[]", "%(prefixes)s::text[]")}
-        AND (%(slots)s::int[] IS NULL OR {slot_sql("s.channel")} = ANY(%(slots)s::int[]))
-      ORDER BY s.position LIMIT {PAGE_EVENTS})
-     ORDER BY at NULLS FIRST
-"""  # noqa: S608
+_PAGE = """
+    SELECT * FROM pg_eventstream_consumer_page(
+        %s, %s, %s, %s, %s, %s::text[], %s::text[], %s::int[])
+"""
 
 _DATA = """
     SELECT e.data
@@ -133,26 +105,29 @@ def read_page(
 ) -> Page:
     """Read the events after a position that belong to the slots."""
     limit = positions_of_page(len(slots))
-    state, *events = (
-        preparable(connection)
+    (first, *_), *events = (
+        psycopg.Cursor(connection)  # Django's own would put the values into the text
         .execute(
             _PAGE,
-            {
-                "id": consumer_id,
-                "after": after,
-                "limit": limit,
-                "channels": list(consumer.channels),
-                "prefixes": list(consumer.prefixes),
-                "slots": None if len(slots) == SLOTS else list(slots),
-            },
+            [
+                consumer_id,
+                after,
+                limit,
+                PAGE_EVENTS,
+                _DATA_BYTES,
+                list(consumer.channels),
+                list(consumer.prefixes),
+                None if len(slots) == SLOTS else list(slots),
+            ],
             binary=True,
         )
         .fetchall()
     )
-    name, epoch, paused, lost, last, count = state[4:10]
-    rows = [Row(slot_of(row[11]), *row[10:]) for row in events]
-    cursor = Cursor.of(*state[:4])
-    is_last = count < limit and len(rows) < PAGE_EVENTS
+    state = json.loads(first)
+    rows = [Row(slot_of(row[2]), *row[1:]) for row in events]
+    cursor = Cursor.of(*state["cursor"] or [None] * 4)
+    last = state["last"]
+    is_last = state["count"] < limit and len(rows) < PAGE_EVENTS
     if len(rows) == PAGE_EVENTS:
         last = rows[-1].position
     elif is_last:
@@ -165,11 +140,11 @@ def read_page(
         last=last,
         is_last=is_last,
         cursor=cursor,
-        name=name,
-        epoch=epoch or 0,
-        paused=bool(paused),
-        lost=dict(lost or ()),
-        asked=state[16],
+        name=state["name"],
+        epoch=state["epoch"] or 0,
+        paused=bool(state["paused"]),
+        lost=dict(state["lost"] or ()),
+        asked=state["asked"],
     )
 
 

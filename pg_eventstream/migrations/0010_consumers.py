@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import django.contrib.postgres.fields
@@ -5,7 +6,10 @@ import django.db.models.deletion
 import django.db.models.functions.datetime
 from django.db import migrations, models
 
+import pg_eventstream.models
 from pg_eventstream.tables import placement
+
+SQL = Path(pg_eventstream.models.__file__).with_name("sql")
 
 
 def text_array(**kwargs: Any) -> Any:
@@ -25,7 +29,7 @@ def consumer() -> Any:
 
 
 class Migration(placement.Migration):
-    # Only new tables, for which nobody waits.
+    # Only new tables and functions, for which nobody waits.
 
     dependencies = [("pg_eventstream", "0009_stream_committed_at")]
 
@@ -190,5 +194,13 @@ class Migration(placement.Migration):
                     )
                 ],
             },
+        ),
+        migrations.RunSQL(
+            (SQL / "0010_consumers.sql").read_text(encoding="utf-8"),
+            """
+            DROP FUNCTION pg_eventstream_consumer_page;
+            DROP FUNCTION pg_eventstream_lock_checkpoints;
+            DROP FUNCTION pg_eventstream_move_checkpoints;
+            """,
         ),
     ]

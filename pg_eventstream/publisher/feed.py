@@ -19,7 +19,7 @@ import psycopg
 
 from .. import instruments
 from ..backoff import Backoff
-from ..channels import NAME_LENGTH, PERMISSION_CHANGES, is_reliable
+from ..channels import NAME_LENGTH, PERMISSION_CHANGES, is_reliable, reliable
 from ..grip import items
 from ..grip.hints import Hints
 from ..grip.proxy import Proxy, Refused, Unavailable
@@ -257,9 +257,9 @@ class Feed:
         if rows:
             self._timing.note(found_rows, 12, asked_at)
         # The events of a page are mostly of few channels.
-        reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
+        with_ids = {*reliable({row[1] for row in rows})}
         decoded = (
-            decode(position, channel, number, prev, kind, data, skip, reliable[channel])
+            decode(position, channel, number, prev, kind, data, skip, channel in with_ids)
             for position, channel, number, kind, data, skip, prev in rows
         )
         self._ready.extend(items.batches(decoded, limits))

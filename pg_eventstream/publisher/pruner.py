@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 
-from ..channels import DOCTOR, PERMISSION_CHANGES, is_reliable
+from ..channels import DOCTOR, PERMISSION_CHANGES, reliable
 from ..conf import conf
 from ..limits import Limits
 from ..postgres.connector import Connector, explain, fetch_one, plain_sql
@@ -311,11 +311,10 @@ class Pruner:
                     params,
                 ).fetchall()
                 seen = [channel for (channel,) in rows]
-                reliable = [channel for channel in seen if is_reliable(channel)]
                 pruned, empty_to, names = _prune(
                     cursor,
                     _OVERDUE,
-                    {**params, "seen": seen, "reliable": reliable},
+                    {**params, "seen": seen, "reliable": reliable(seen)},
                     lost=_LOST,
                     tell=_MISSED_BY,
                 )
@@ -367,7 +366,7 @@ class Pruner:
                 self._scanned = last
                 break
             name = channels[-1]
-            if unreliable := [c for c in channels if _is_unreliable(c)]:
+            if unreliable := _unreliable(channels):
                 while not self._stopping.is_set():
                     batch = self._prune(
                         """
@@ -423,7 +422,7 @@ class Pruner:
         if row is None or row[0] is None:
             return None
         last, channels = row
-        unreliable = [c for c in channels if _is_unreliable(c)]
+        unreliable = _unreliable(channels)
         pruned = 0
         if unreliable:
             pruned = self._prune(
@@ -506,10 +505,12 @@ def _prune(
     return row
 
 
-def _is_unreliable(channel: str) -> bool:
+def _unreliable(channels: list[str]) -> list[str]:
+    """The channels whose events are not kept."""
     # Permission changes are kept, so that late proxies and processes end their streams as well. The
     # doctor's probes have ids, but nobody needs them after the doctor has ended.
-    return channel == DOCTOR or (channel != PERMISSION_CHANGES and not is_reliable(channel))
+    kept = {PERMISSION_CHANGES, *reliable(channels)} - {DOCTOR}
+    return [channel for channel in channels if channel not in kept]
 
 
 def _wait(

@@ -21,7 +21,7 @@ import psycopg
 
 from .. import instruments
 from ..backoff import Backoff
-from ..channels import PERMISSION_CHANGES, is_reliable
+from ..channels import PERMISSION_CHANGES, reliable
 from ..conf import conf
 from ..postgres.connector import Connector, explain, fetch_one
 from ..postgres.listener import BELL, NEWS, Listener
@@ -386,7 +386,7 @@ def _read_large(connection: psycopg.Connection[Any], ids: list[int]) -> dict[int
 
 
 def _decode(rows: list[_Row], large: dict[int, _Content]) -> list[Row]:
-    reliable = {channel: is_reliable(channel) for channel in {row.channel for row in rows}}
+    with_ids = {*reliable({row.channel for row in rows})}
     page = []
     for position, channel, number, prev, event_id, event_type, data, skip_user_ids in rows:
         if event_type is None:
@@ -394,7 +394,7 @@ def _decode(rows: list[_Row], large: dict[int, _Content]) -> list[Row]:
         page.append(
             decode(
                 *(position, channel, number, prev, event_type, data),
-                *(skip_user_ids or [], reliable[channel]),
+                *(skip_user_ids or [], channel in with_ids),
             )
         )
     return page

@@ -151,6 +151,9 @@ def privileges(database: Database, role: str) -> list[tuple[str, str]]:
                 "slot": "DELETE INSERT SELECT UPDATE",
                 "parked": "DELETE INSERT SELECT UPDATE",
                 "report": "INSERT SELECT UPDATE",
+                "consumer_page": "EXECUTE",
+                "lock_checkpoints": "EXECUTE",
+                "move_checkpoints": "EXECUTE",
             },
         ),
         (

@@ -18,11 +18,13 @@ import pytest
 from django.db import connection as django_connection
 from django.test import override_settings
 
-from pg_eventstream.consumers import checkpoints, consumer, declare
+from pg_eventstream.consumers import Consumer, checkpoints, consumer, declare, reader
+from pg_eventstream.consumers.checkpoints import Move
 from pg_eventstream.grip.proxy import Proxy
 from pg_eventstream.limits import LIMITS
 from pg_eventstream.operate import state
 from pg_eventstream.postgres import connector
+from pg_eventstream.postgres.slots import SLOTS
 from pg_eventstream.postgres.watchdog import WatchedConnection
 from pg_eventstream.publisher import feed
 from pg_eventstream.publisher import pruner as retention
@@ -60,7 +62,7 @@ class Explained:
         lines = "\n".join(plan for plan in self.plans if "plan:" in plan).split("\n")
         text = "\n".join(line for line in lines if "(never executed)" not in line)
         assert re.search(rf"using {index}\b|Scan on {index}\b", text), text
-        for table in ("event", "stream", "outbox"):
+        for table in ("event", "stream", "outbox", "checkpoint"):
             assert f"Seq Scan on pg_eventstream_{table}" not in text, text
         for found in re.finditer(r"actual rows=([\d.]+) loops=(\d+)", text):
             assert float(found[1]) * int(found[2]) <= rows, text
@@ -111,13 +113,50 @@ def prune_old(database: Database) -> Explained:
     return explain
 
 
-def register(database: Database, position: int) -> None:
-    """A consumer of all channels that has handled so much."""
+def register(database: Database, position: int) -> tuple[Consumer, int]:
+    """A consumer of all channels that has handled so much, and its id."""
     everything = consumer("everything")(print)
     del declare._declared["everything"]
     with database.connect() as session:
-        checkpoints.register(session, everything)
+        consumer_id = checkpoints.register(session, everything)
         session.execute("UPDATE pg_eventstream_checkpoint SET position = %s", [position])
+    return everything, consumer_id
+
+
+def read_for_consumer(database: Database) -> Explained:
+    everything, consumer_id = register(database, 5000)
+    with database.connect() as session:
+        explain = Explained(session)
+        page = reader.read_page(session, everything, consumer_id, 5000, range(SLOTS))
+        assert len(page.rows) == reader.PAGE_EVENTS
+    return explain
+
+
+def move_checkpoints(database: Database) -> Explained:
+    """The plans were made for a table of 16 rows, which has thousands of dead versions now."""
+    _, consumer_id = register(database, 0)
+    with database.connect() as session, database.connect(autocommit=False) as held:
+        session.execute("VACUUM ANALYZE pg_eventstream_checkpoint")
+        held.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        held.execute("SELECT FROM pg_eventstream_checkpoint")
+
+        def move(place: int) -> None:
+            moves = [Move(slot, 0, place, place + 1) for slot in range(SLOTS)]
+            assert checkpoints.begin_locked(session, consumer_id, moves)
+            assert checkpoints.move_locked(session, consumer_id, moves, 0)
+            checkpoints.commit(session)
+            assert checkpoints.begin_moving(
+                session, consumer_id, [Move(0, 0, place + 1, place + 1)], 0
+            )
+            checkpoints.commit(session)
+
+        for place in range(300):
+            move(place)
+        explain = Explained(session)
+        move(300)
+        session.execute("VACUUM ANALYZE pg_eventstream_checkpoint")
+        move(301)
+    return explain
 
 
 def prune_what_is_handled(database: Database) -> Explained:
@@ -240,6 +279,9 @@ CASES = [
     (prune_what_is_handled, CHECKPOINT, 1000),
     (prune_what_is_held_too_long, CHECKPOINT, 1600),
     (prune_what_is_held_too_long, STREAM, 1600),
+    (read_for_consumer, STREAM, 501),
+    (read_for_consumer, EVENT, 501),
+    (move_checkpoints, CHECKPOINT, SLOTS),
     (find_channels, EID, CHANNELS + 1),
     (prune_outbox, OUTBOX, 1000),
     (look_for_unseen, EVENT, 100),

@@ -123,8 +123,11 @@ def test_each_function_keeps_to_its_schema_and_may_not_be_called(
     )
     pinned = "search_path=pg_catalog, public, pg_temp"
     assert functions == [
+        ("pg_eventstream_consumer_page", False, pinned, False),
         # names the schema of everything that it uses
         ("pg_eventstream_enqueue", True, None, False),
+        ("pg_eventstream_lock_checkpoints", False, pinned, False),
+        ("pg_eventstream_move_checkpoints", False, pinned, False),
         ("pg_eventstream_sequence", True, pinned, False),
     ]
 

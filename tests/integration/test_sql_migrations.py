@@ -137,7 +137,7 @@ def test_psql_and_django_make_the_same_schema(new_database: NewDatabase, schema:
     # Assert that it is the right dump, with everything important in it.
     assert expected.count("CREATE TABLE") == 12
     assert expected.count("SECURITY DEFINER") == 2
-    assert len(re.findall(r" ON FUNCTION .* FROM PUBLIC;", expected)) == 2
+    assert len(re.findall(r" ON FUNCTION .* FROM PUBLIC;", expected)) == 5
     assert expected.count("CREATE CONSTRAINT TRIGGER") == 1
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from django.db import connections
 
-from ...channels import is_reliable
+from ...channels import is_reliable, reliable
 from ...postgres.places import first_since
 from ...postgres.sequence import CURSOR, Cursor
 from ...sse import make_id
@@ -128,7 +128,7 @@ def list_events(
                 if (channel is None or event.channel == channel)
                 and (event_type is None or event.type == event_type)
             ]
-    reliable = {name: is_reliable(name) for name in {row[2] for row in rows}}
+    with_ids = {*reliable({row[2] for row in rows})}
     events = [
         ListedEvent(
             pk=pk,
@@ -139,7 +139,7 @@ def list_events(
             created=created,
             committed=committed,
             position=position,
-            id=make_id({name: number}) if reliable[name] else None,
+            id=make_id({name: number}) if name in with_ids else None,
             sequenced=sequenced,
         )
         for _, position, name, number, committed, sequenced, pk, its_type, data, size, created in (

@@ -17,7 +17,7 @@ import psycopg
 
 from ... import sse
 from ...backoff import Backoff
-from ...channels import is_reliable
+from ...channels import reliable
 from ...conf import conf, proxy_name
 from ...errors import InvalidRequest
 from ...liveness import LATE_SECONDS
@@ -283,12 +283,12 @@ class Tail:
             return
         rows = [row[4:] for row in rows if row[4] is not None]
         self._has_more = bool(rows)
-        reliable = {channel: is_reliable(channel) for channel in {row[1] for row in rows}}
+        with_ids = {*reliable({row[1] for row in rows})}
         return_connections()  # a connection that the channel manager may have used
         for position, channel, eid, number, sequenced, committed, event_type, *rest in rows:
             if event_type is None or eid <= self._seen.get(channel, eid - 1):
                 continue
-            event_id = sse.make_id({channel: number}) if reliable[channel] else None
+            event_id = sse.make_id({channel: number}) if channel in with_ids else None
             data, skip_user_ids, meta, created = rest
             self._held.append(
                 TailedEvent(
