@@ -70,7 +70,9 @@ GRANT SELECT (consumer_id, slot, lost), UPDATE (lost) ON pg_eventstream_slot TO 
 \endif
 
 -- A consumer: eventstream_consumers run. What its handlers write to is up to the project. Where no
--- publisher runs, it needs the grants of a sequencer as well.
+-- publisher runs, it needs the grants of a sequencer as well. With these grants, a person can do all
+-- that eventstream_consumers does but remove a consumer, which needs one more:
+--     GRANT DELETE ON pg_eventstream_consumer TO worker;
 \if :{?consumer}
 GRANT USAGE ON SCHEMA :"schema" TO :"consumer";
 GRANT SELECT ON pg_eventstream_event, pg_eventstream_stream, pg_eventstream_cursor TO :"consumer";

@@ -15,17 +15,28 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..channels import problem_of_name
-from ..errors import EventStreamError, OperationRefused
+from ..channels import is_reliable, problem_of_name
+from ..errors import CheckpointAhead, EventStreamError, OperationRefused
 from ..limits import LIMITS, Limits
 from ..postgres.connector import fetch_one
 from ..postgres.sequence import CURSOR, Cursor
+from ..postgres.slots import follows_sql, slot_sql
 from .checkpoints import forget_failure
 from .declare import discover
+from .event import event_id
 from .exclusive import Change, change, notify, patient_transaction
 from .handling import describe
 from .targets import Target, find_position
-from .trouble import Named, Parked, find_consumer, held_slots, list_failing, list_parked, match
+from .trouble import (
+    Failing,
+    Named,
+    Parked,
+    find_consumer,
+    held_slots,
+    list_failing,
+    list_parked,
+    match,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +125,11 @@ def reset(alias: str, name: str, target: Target, limits: Limits = LIMITS) -> Res
 
     def work(this: Change) -> Reset:
         position = find_position(this.connection, target)
-        cursor = Cursor.of(
-            *fetch_one(
-                this.connection,
-                f"SELECT c.* FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true",  # noqa: S608
-            )
-        )
+        cursor = _read_cursor(this)
         # What is above the end of a stream that was replaced, or is of a stream that was lost, was
         # never handled in this one.
         handled = {c.slot: cursor.valid(c.position, c.incarnation) for c in this.checkpoints}
+        comparable = [cursor.valid(2**62, c.incarnation) for c in this.checkpoints]
         this.connection.execute(
             """
             UPDATE pg_eventstream_checkpoint SET position = %s, incarnation = %s
@@ -137,18 +144,20 @@ def reset(alias: str, name: str, target: Target, limits: Limits = LIMITS) -> Res
                    lost = NULL,
                    replay_to = (
                        SELECT reached FROM (SELECT greatest(up.position,
-                              CASE WHEN replay_to <= %(last)s THEN replay_to END)) AS up (reached)
+                              CASE WHEN replay_to IS NOT NULL
+                                   THEN least(replay_to, up.comparable) END)) AS up (reached)
                         WHERE reached > %(position)s)
-              FROM unnest(%(slots)s::smallint[], %(handled)s::bigint[]) AS up (slot, position)
+              FROM unnest(%(slots)s::smallint[], %(handled)s::bigint[], %(comparable)s::bigint[])
+                   AS up (slot, position, comparable)
              WHERE s.consumer_id = %(id)s AND s.slot = up.slot
          RETURNING s.replay_to
             """,
             {
                 "id": this.consumer_id,
                 "position": position,
-                "last": cursor.position,
                 "slots": list(handled),
                 "handled": list(handled.values()),
+                "comparable": comparable,
             },
         ).fetchall()
         unparked = this.execute(
@@ -179,6 +188,14 @@ def reset(alias: str, name: str, target: Target, limits: Limits = LIMITS) -> Res
         )
 
     return _done("reset", name, change(alias, name, work, limits))
+
+
+def _read_cursor(this: Change) -> Cursor:
+    row = fetch_one(
+        this.connection,
+        f"SELECT c.* FROM (SELECT) AS always LEFT JOIN {CURSOR} AS c ON true",  # noqa: S608
+    )
+    return Cursor.of(*row)
 
 
 # Parked events
@@ -265,17 +282,65 @@ def skip(alias: str, name: str, one: str, limits: Limits = LIMITS) -> Skipped:
                 f"The consumer {name!r} does not fail at {one!r}, and has not parked it."
                 f" {_name_some([*failing, *parked], 'Events to skip')}"
             )
+        incarnation = _refuse_to_skip_more(this, found)
         this.connection.execute(
             """
-            UPDATE pg_eventstream_checkpoint SET position = greatest(position, %s)
-             WHERE consumer_id = %s AND slot = %s AND epoch = %s
+            UPDATE pg_eventstream_checkpoint SET position = %s, incarnation = %s
+             WHERE consumer_id = %s AND slot = %s AND epoch = %s AND position < %s
             """,
-            [found.position, this.consumer_id, found.slot, this.epoch],
+            [
+                found.position,
+                incarnation,
+                this.consumer_id,
+                found.slot,
+                this.epoch,
+                found.position,
+            ],
         )
         forget_failure(this.connection, this.consumer_id, found.slot)
         return Skipped(found.id, was_parked=False)
 
     return _done("skip", name, change(alias, name, work, limits))
+
+
+_BEFORE = f"""
+    SELECT channel, eid + coalesce(incarnation, 0)
+      FROM (SELECT * FROM pg_eventstream_stream
+             WHERE position > %(checkpoint)s AND position < %(position)s
+             ORDER BY position OFFSET 0) AS s
+     CROSS JOIN (SELECT channels, prefixes FROM pg_eventstream_consumer WHERE id = %(id)s) AS k
+     WHERE {follows_sql("s.channel", "k.channels", "k.prefixes")}
+       AND {slot_sql("s.channel")} = %(slot)s
+"""  # noqa: S608
+
+
+def _refuse_to_skip_more(this: Change, failing: Failing) -> int:
+    """Raise `OperationRefused` if other events would be skipped with the one that fails.
+
+    It could be one of a stream that was replaced since then. Returns the present incarnation.
+    """
+    cursor = _read_cursor(this)
+    [own] = [one for one in this.checkpoints if one.slot == failing.slot]
+    valid = cursor.valid(own.position, own.incarnation)
+    if valid < own.position:
+        raise OperationRefused(str(CheckpointAhead(this.name, own.slot, own.position, valid)))
+    rows = this.connection.execute(
+        _BEFORE,
+        {
+            "checkpoint": own.position,
+            "position": failing.position,
+            "id": this.consumer_id,
+            "slot": own.slot,
+        },
+    ).fetchall()
+    before = [event_id(channel, number) for channel, number in rows if is_reliable(channel)]
+    if before:
+        raise OperationRefused(
+            f"The consumer {this.name!r} has not handled {before[0]}, which comes before"
+            f" {failing.id}: the stream was emptied, restored or replaced since it failed. Let it"
+            f" try again first: manage.py eventstream_consumers resume {this.name}"
+        )
+    return cursor.incarnation
 
 
 # Rename and remove
@@ -341,9 +406,20 @@ def remove(alias: str, name: str, limits: Limits = LIMITS) -> None:
     """Delete all that is stored about the consumer, its parked events too.
 
     Processes that run it stop to do so. If its code is started again, it begins as a new consumer.
+    Raises `OperationRefused` if the role may not: running consumers does not need this right.
     """
 
     def work(this: Change) -> None:
+        may_delete, role = fetch_one(
+            this.connection,
+            "SELECT has_table_privilege('pg_eventstream_consumer', 'DELETE'),"
+            " quote_ident(current_user)",
+        )
+        if not may_delete:
+            raise OperationRefused(
+                f"Nothing was removed: the role {role} may not delete consumers. As the owner of"
+                f" the tables, run: GRANT DELETE ON pg_eventstream_consumer TO {role}"
+            )
         for table in ("parked", "slot", "checkpoint"):
             this.execute(f"DELETE FROM pg_eventstream_{table} WHERE consumer_id = %s")  # noqa: S608
         this.execute("DELETE FROM pg_eventstream_consumer WHERE id = %s")

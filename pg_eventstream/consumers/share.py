@@ -96,8 +96,6 @@ class Share:
             elif not is_own:
                 taken[consumer_id].add(slot)
         for consumer_id, runner in self._runners.items():
-            if runner.gone:
-                continue
             held = self._held[consumer_id]
             fair = -(-SLOTS // max(1, members[consumer_id]))
             free = {*range(SLOTS)} - taken[consumer_id] - held
@@ -110,12 +108,15 @@ class Share:
                 runner.ask_back(random.sample(sorted(held), len(held) - fair))
 
     def _unlock_given_back(self) -> None:
-        for consumer_id, runner in self._runners.items():
-            slots = runner.given_back() & self._held[consumer_id]
+        for consumer_id, runner in list(self._runners.items()):
+            held = self._held[consumer_id]
+            # One whose rows are gone gives nothing back. They can come back, for other processes.
+            slots = set(held) if runner.gone else runner.given_back() & held
             self._lock("pg_advisory_unlock", consumer_id, sorted(slots))
-            self._held[consumer_id] -= slots
-            if runner.gone and not self._held[consumer_id]:
+            held -= slots
+            if runner.gone:
                 self._lock("pg_advisory_unlock_shared", consumer_id, [MEMBER])
+                del self._runners[consumer_id]
 
     def _lock(self, function: str, consumer_id: int, slots: list[int]) -> set[int]:
         if not slots:

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pg_eventstream.servers.pushpin import Pushpin
+from tests.support.consumers import declared
 from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.publisher import PublisherProcess
 from tests.support.rounds import sequence
+from tests.support.stored_consumer import CONSUMER
 from tests.support.terminal import Terminal
 
 
@@ -89,3 +93,68 @@ def test_status_on_a_terminal_fits_is_coloured_redraws_and_ends_on_ctrl_c(
         terminal.interrupt()
         assert terminal.wait() == 0
     assert "Traceback" not in terminal.output
+
+
+REMOVED, KEPT = "The consumer 'stock' is removed.", "Nothing was removed."
+REMOVE = ["eventstream_consumers", "remove", "stock"]
+
+
+def consumers(database: Database) -> int:
+    return int(database.value("SELECT count(*) FROM pg_eventstream_consumer"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message", "status"),
+    [
+        ("y\n", REMOVED, 0),
+        ("\n", KEPT, 1),
+        ("yesterday\n", KEPT, 1),
+        ("\x04", KEPT, 1),
+        ("", KEPT, 1),  # Ctrl-C
+    ],
+)
+def test_remove_asks_in_a_terminal(
+    database: Database, keys: str, message: str, status: int
+) -> None:
+    """The code still declares the consumer."""
+    database.execute(CONSUMER)
+    environment = child_environment(**declared({"name": "stock", "handler": "record"}))
+    with Terminal(*REMOVE, environment=environment) as terminal:
+        terminal.wait_for("Remove it? [y/N] ")
+        assert "seems to be needed: the code still declares it" in terminal.output
+        assert consumers(database) == 1
+        terminal.type(keys) if keys else terminal.interrupt()
+        assert terminal.wait() == status
+        assert terminal.lines[-1].endswith(message)
+        assert "Traceback" not in terminal.output
+    assert consumers(database) == (status != 0)
+
+
+@pytest.mark.parametrize("stdin", ["yes", "closed"])
+def test_remove_does_not_ask_without_a_terminal(database: Database, stdin: str) -> None:
+    database.execute(CONSUMER)
+    environment = child_environment(**declared({"name": "stock", "handler": "record"}))
+    redirect = {"yes": "<<< y", "closed": "<&-"}[stdin]
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m django {' '.join(REMOVE)} {redirect}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "To remove it in spite of that, use --yes." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "[y/N]" not in done.stdout
+    assert consumers(database) == 1
+
+
+@pytest.mark.parametrize("command", [["reset", "stock", "--to", "latest"], ["skip", "stock", "1"]])
+def test_what_can_be_corrected_is_not_asked_for(database: Database, command: list[str]) -> None:
+    """A reset can be reset again; whoever skips an event has named it."""
+    database.execute(CONSUMER)
+    environment = child_environment(**declared({"name": "stock", "handler": "record"}))
+    with Terminal("eventstream_consumers", *command, environment=environment) as terminal:
+        assert terminal.wait() == 0
+        assert "?" not in terminal.output

@@ -248,3 +248,15 @@ def test_reset_with_another_isolation_level(
     connection.close()
     reset("earliest")
     assert handle_all(stock) == 1
+
+
+def test_events_that_were_never_handled_are_no_replay(database: Database, handled: Handled) -> None:
+    """Those that the consumer was behind when it was reset, once and twice."""
+    stock = make()
+    send_events([("orders", "placed", n) for n in range(3)])
+    handle_all(stock)
+    send_events([("orders", "placed", n) for n in range(3)])
+    sequence(database)
+    for _ in range(2):
+        reset("earliest")
+    assert again(database) == [(eid, eid <= 3) for eid in range(1, 7)]

@@ -13,16 +13,22 @@ from django.db import connection as django_connection
 
 from pg_eventstream import send_events
 from pg_eventstream.consumers import checkpoints, consumer, declare
+from pg_eventstream.consumers.operations import reset, skip
 from pg_eventstream.consumers.runner import Runner
 from pg_eventstream.consumers.waiting import wait
-from pg_eventstream.errors import CheckpointAhead, ConsumerStopped, EventStreamError
+from pg_eventstream.errors import (
+    CheckpointAhead,
+    ConsumerStopped,
+    EventStreamError,
+    OperationRefused,
+)
 from pg_eventstream.limits import LIMITS
 from pg_eventstream.postgres.slots import SLOTS
-from tests.support.consumers import Handled
+from tests.support.consumers import Handled, handle_all
 from tests.support.database import Database
 from tests.support.dumped_data import as_default
 from tests.support.dumped_database import dump, restore
-from tests.support.handlers import named, record
+from tests.support.handlers import named, obey, record
 
 STREAM = ["event", "outbox", "stream", "channel", "cursor"]
 CONSUMERS = ["consumer", "checkpoint", "slot", "parked"]
@@ -228,3 +234,113 @@ def test_copy_of_a_database_continues_exactly_where_it_was(
     eids = [eid for (eid,) in copy.fetch("SELECT eid FROM handled ORDER BY nth")]
     assert eids == [*range(1, BEFORE + 5)]
     assert own.drain() == 3  # and the original as well
+
+
+def replayed(database: Database) -> list[bool]:
+    """Of the events that were handled last, in their order."""
+    rows = database.fetch("SELECT replayed FROM handled ORDER BY nth DESC LIMIT 20")
+    return [is_replayed for (is_replayed,) in reversed(rows)]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        True,
+        pytest.param(
+            False,
+            marks=pytest.mark.xfail(
+                strict=True, reason="a runner keeps replay_to where the stream is another one"
+            ),
+        ),
+    ],
+)
+def test_new_events_of_a_restored_stream_are_no_replay(
+    database: Database, handled: Handled, again: bool
+) -> None:
+    """The consumer was to handle more events again than there are now."""
+    own = declared()
+    prepare(database, own)
+    reset("default", "stock", "earliest")
+    restored(*STREAM)(database)
+    send(database, 20 - BEFORE)
+    if again:
+        reset("default", "stock", "earliest")
+    assert own.drain() == 20
+    assert replayed(database) == [True] * BEFORE + [False] * (20 - BEFORE)
+
+
+def another_incarnation(database: Database) -> None:
+    """As after a failover."""
+    database.execute("UPDATE pg_eventstream_cursor SET cluster = 1")
+    send(database, 0)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the cursor remembers where the last incarnation began, and no other"
+)
+def test_restored_stream_is_noticed_after_a_failover(database: Database, handled: Handled) -> None:
+    own = declared()
+    prepare(database, own)
+    restored_and_continued(database)
+    another_incarnation(database)
+    with pytest.raises(CheckpointAhead):
+        own.drain()
+
+
+def stopping() -> declare.Consumer:
+    retry = declare.Retry(1)
+    return consumer("stock", start="earliest", on_failure="stop", retry=retry)(named(obey, "stock"))
+
+
+def test_skipped_event_after_a_failover_is_no_place_ahead(
+    database: Database, handled: Handled
+) -> None:
+    """Its slot has handled nothing since then."""
+    own = stopping()
+    send(database, BEFORE)
+    assert own.drain() == BEFORE
+    another_incarnation(database)
+    send_events([("a", "message", {"fail": "x"}), ("a", "message", 2)])
+    with pytest.raises(ConsumerStopped, match="has stopped"):
+        handle_all(own)
+    skip("default", "stock", f"{BEFORE + 1}")
+    assert own.drain() == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [(0, "has not handled a:.*resume stock"), (1, "events up to position 13")]
+)
+def test_nothing_of_a_restored_stream_is_skipped_with_an_event_of_the_lost_one(
+    database: Database, handled: Handled, more: int, message: str
+) -> None:
+    own = stopping()
+    send(database, BEFORE)
+    assert own.drain() == BEFORE
+    save(database)
+    send_events([("b", "message", 1)] * 2 + [("a", "message", n) for n in range(more)])
+    send_events([("a", "message", {"fail": "x"})])
+    with pytest.raises(ConsumerStopped, match="has stopped"):
+        handle_all(own)
+    [(failing,)] = database.fetch("SELECT failing FROM pg_eventstream_slot WHERE stopped")
+    restored(*STREAM)(database)
+    send(database, BEFORE)
+    with pytest.raises(OperationRefused, match=message):
+        skip("default", "stock", str(failing))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a runner takes the holder of a backup for one that died in the handler"
+)
+def test_holder_that_a_backup_remembers_is_no_failed_attempt(
+    database: Database, handled: Handled
+) -> None:
+    """With one attempt, an event that was never tried would be parked."""
+    own = consumer("stock", start="earliest", retry=declare.Retry(1))(named(record, "stock"))
+    send(database, BEFORE)
+    assert own.drain() == BEFORE
+    database.execute("UPDATE pg_eventstream_slot SET holder = 'host:1/a'")  # as while it runs
+    send(database, AFTER)
+    save(database)
+    with_handled(restored(*STREAM, *CONSUMERS))(database)
+    assert handle_all(own) == AFTER
+    assert database.fetch("SELECT FROM pg_eventstream_parked") == []

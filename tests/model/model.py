@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from pg_eventstream.channels import PERMISSION_CHANGES
@@ -59,29 +59,56 @@ class Transaction:
         return {step.right if isinstance(step, Grant) else step.revokes for step in self.done}
 
 
+#: What a consumer's handler has written: position, channel, eid, data, replayed.
+Row = tuple[int, str, int, str, bool]
+
+
 @dataclass
 class Follower:
-    """A consumer. All numbers are positions; those of dictionaries are by slot."""
+    """A consumer. All numbers are positions; dictionaries are by slot."""
 
     channels: tuple[str, ...]
     prefixes: tuple[str, ...]
-    begin: int
     handled_to: dict[int, int]
+    #: The log in which that position is. A restore replaces the log.
+    log: dict[int, list[Event]]
     #: The last events that were pruned before they were handled.
     lost: dict[int, int] = field(default_factory=dict)
     replay_to: dict[int, int] = field(default_factory=dict)
+    #: Events that were pruned, and that nothing tells it.
+    untold: list[Event] = field(default_factory=list)
 
     def follows(self, event: Event) -> bool:
         return is_reliable(event.channel) and follows(event.channel, self.channels, self.prefixes)
 
-    def lacks(self, event: Event) -> bool:
-        """Whether it has still to handle the event."""
-        return self.follows(event) and event.position > self.handled_to[slot_of(event.channel)]
+    def copy(self) -> Follower:
+        return Follower(
+            self.channels,
+            self.prefixes,
+            dict(self.handled_to),
+            dict(self.log),
+            dict(self.lost),
+            dict(self.replay_to),
+            list(self.untold),
+        )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A backup."""
+
+    #: Events with what can change in them: age, pruned.
+    log: list[tuple[Event, timedelta, bool]]
+    waiting: list[Event]
+    followers: dict[str, Follower]
+    handled: dict[str, list[Row]]
 
 
 class Model:
     def __init__(self) -> None:
         self.followers: dict[str, Follower] = {}
+        #: What the handlers of consumers have written, by name, in their order.
+        self.handled: dict[str, list[Row]] = {}
         self.log: list[Event] = []
         self.waiting: list[Event] = []
         self.rights: set[Right] = set()
@@ -124,7 +151,7 @@ class Model:
 
         What is old and not handled by all consumers is held for a while.
         """
-        handled = [position for f in self.followers.values() for position in f.handled_to.values()]
+        handled = [self.valid(f, slot) for f in self.followers.values() for slot in f.handled_to]
         handled_by_all = min(handled, default=len(self.log))
         due = [
             event
@@ -142,7 +169,7 @@ class Model:
         for event in due:
             event.pruned = True
             for follower in self.followers.values():
-                if follower.lacks(event):
+                if self.lacks(follower, event):
                     slot = slot_of(event.channel)
                     follower.lost[slot] = max(event.position, follower.lost.get(slot, 0))
         return len(due)
@@ -152,17 +179,95 @@ class Model:
     ) -> Follower:
         """A consumer runs for the first time."""
         begin = self.earliest() if earliest else len(self.log)
-        return Follower(channels, prefixes, begin, dict.fromkeys(range(SLOTS), begin))
+        slots = range(SLOTS)
+        return Follower(
+            channels, prefixes, dict.fromkeys(slots, begin), dict.fromkeys(slots, self.log)
+        )
 
-    def reset(self, follower: Follower) -> None:
-        """The consumer is to handle all that is kept."""
-        begin = self.earliest()
-        for slot, position in follower.handled_to.items():
-            reached = max(position, follower.replay_to.get(slot, 0))
-            follower.replay_to[slot] = reached
+    def reset(self, name: str, *, earliest: bool) -> None:
+        """The consumer is to handle all that is kept, or only what comes."""
+        follower = self.followers[name]
+        begin = self.earliest() if earliest else len(self.log)
+        for slot in follower.handled_to:
+            reached = max(
+                self.valid(follower, slot),
+                min(follower.replay_to.pop(slot, 0), self.common(follower, slot)),
+            )
+            if reached > begin:
+                follower.replay_to[slot] = reached
             follower.handled_to[slot] = begin
-        follower.begin = begin
+            follower.log[slot] = self.log
         follower.lost.clear()
+        follower.untold.clear()
+        self.handled.pop(name, None)
+
+    def handle(self, name: str, slot: int, position: int) -> None:
+        """A slot's checkpoint has moved."""
+        follower = self.followers[name]
+        passed = self.log[follower.handled_to[slot] : position]
+        for event in passed:
+            if not follower.follows(event) or slot_of(event.channel) != slot:
+                continue
+            if event.pruned:
+                assert event in follower.untold, "it was skipped"
+                continue
+            replayed = event.position <= follower.replay_to.get(slot, 0)
+            row = event.position, event.channel, event.eid, event.data, replayed
+            self.handled.setdefault(name, []).append(row)
+        if passed:
+            follower.log[slot] = self.log
+        follower.handled_to[slot] = position
+
+    # Backups
+
+    def save(self) -> Saved:
+        return Saved(
+            [(event, event.age, event.pruned) for event in self.log],
+            [replace(event) for event in self.waiting],
+            {name: follower.copy() for name, follower in self.followers.items()},
+            {name: list(rows) for name, rows in self.handled.items()},
+        )
+
+    def restore(self, saved: Saved, *, stream: bool, consumers: bool, handled: bool) -> None:
+        """Set back the stream, the consumers, or both; and what handlers have written."""
+        if stream:
+            # Another list, though its events are the same.
+            self.log = []
+            for event, age, pruned in saved.log:
+                event.age, event.pruned = age, pruned
+                self.log.append(event)
+            self.waiting = [replace(event) for event in saved.waiting]
+        if consumers:
+            self.followers = {name: one.copy() for name, one in saved.followers.items()}
+        if consumers and not stream:
+            for follower in self.followers.values():
+                follower.untold += [e for e in self.log if e.pruned and self.lacks(follower, e)]
+        if handled:
+            self.handled = {name: list(rows) for name, rows in saved.handled.items()}
+
+    def common(self, follower: Follower, slot: int) -> int:
+        """The position up to which this log equals the one that a slot's events were in."""
+        known = follower.log[slot]
+        if known is self.log:
+            return len(known)
+        pairs = zip(known, self.log, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
+
+    def valid(self, follower: Follower, slot: int) -> int:
+        """The position up to which a slot has handled the events of this log."""
+        return min(follower.handled_to[slot], self.common(follower, slot))
+
+    def is_ahead(self, follower: Follower) -> bool:
+        """Whether a slot has handled events that are not in this log."""
+        return any(
+            self.valid(follower, s) < position for s, position in follower.handled_to.items()
+        )
+
+    def lacks(self, follower: Follower, event: Event) -> bool:
+        """Whether a consumer has still to handle the event."""
+        return follower.follows(event) and event.position > self.valid(
+            follower, slot_of(event.channel)
+        )
 
     def earliest(self) -> int:
         """The position before the first event that is kept."""
@@ -170,7 +275,7 @@ class Model:
 
     def unhandled(self, follower: Follower) -> list[Event]:
         """What the consumer has still to handle, and can."""
-        return [event for event in self.log if not event.pruned and follower.lacks(event)]
+        return [event for event in self.log if not event.pruned and self.lacks(follower, event)]
 
     # What follows from it
 

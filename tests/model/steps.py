@@ -87,12 +87,29 @@ STEPS_TO_TAKE: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
         2,
         {
             "name": st.sampled_from([*CONSUMERS]),
-            "what": st.sampled_from(["handles", "handles", "crashes", "resets"]),
+            "what": st.sampled_from(["handles", "handles", "crashes", "resets", "skips"]),
             "count": numbers,
+        },
+    ),
+    "back_up": (1, {}),
+    "restore": (
+        1,
+        {
+            "what": st.sampled_from(["everything", "stream", "stream", "consumers"]),
+            "handled": st.booleans(),
+            "noticed": st.booleans(),
         },
     ),
     "read": (1, {"user": users, "where": channels, **start, "limit": st.integers(1, 4)}),
 }
-steps = st.sampled_from(
-    [name for name, (often, _) in STEPS_TO_TAKE.items() for _ in range(often)]
-).flatmap(lambda name: st.tuples(st.just(name), st.fixed_dictionaries(STEPS_TO_TAKE[name][1])))
+#: Those that concern consumers, and how often they are taken where nothing else is.
+OF_CONSUMERS = {"transact": 5, "sequence": 1, "sweep": 3, "consume": 5, "back_up": 2, "restore": 3}
+
+
+def steps(often: dict[str, int]) -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
+    return st.sampled_from([name for name, weight in often.items() for _ in range(weight)]).flatmap(
+        lambda name: st.tuples(st.just(name), st.fixed_dictionaries(STEPS_TO_TAKE[name][1]))
+    )
+
+
+OF_ALL = {name: often for name, (often, _) in STEPS_TO_TAKE.items()}

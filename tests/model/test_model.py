@@ -10,7 +10,7 @@ everything between them, and `model` says what the result must be.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -33,7 +33,7 @@ from tests.model.consumers import CONSUMERS, Consumers
 from tests.model.model import DAY, HOLD, Model, is_reliable
 from tests.model.reader import Reader, is_published
 from tests.model.senders import Permit, Send, Senders
-from tests.model.steps import steps
+from tests.model.steps import OF_ALL, OF_CONSUMERS, steps
 from tests.model.world import CHANNELS, LIMITS, SENDERS, Killed, World
 from tests.support.chance import seeded
 from tests.support.database import Database
@@ -64,6 +64,7 @@ class Run:
         for user, channel in itertools.product(["ann", "bob"], CHANNELS):
             self.senders.act(SENDERS[0], Permit(user, channel, True))
         self.senders.end(SENDERS[0], "COMMIT")
+        self.back_up()
 
     def connect(self, user: str, where: list[str], proxy: int, after: str = "") -> None:
         client = Reader(self.world, self.model, user, where)
@@ -89,6 +90,7 @@ class Run:
             for sender in list(self.senders.open)[:1]:
                 self.senders.sequence_and_end(sender, how)
         elif caller.startswith("nobody"):
+            self.reset_those_ahead()
             self.world.connection.execute("UPDATE pg_eventstream_cursor SET cluster = 1")
         else:
             connection = self.world.sequencer if caller == "a role" else self.world.connection
@@ -128,11 +130,47 @@ class Run:
     # Consumers
 
     def consume(self, name: str, what: str, count: int) -> None:
-        if what == "resets":
-            self.consumers.reset(name)
+        if what in ("resets", "skips"):
+            self.consumers.reset(name, earliest=what == "resets")
         else:
             self.consumers.handle(name, count if what == "crashes" else None)
         self.check_stream()
+
+    # Backups
+
+    def back_up(self) -> None:
+        self.reset_those_ahead()
+        self.world.save()
+        self.saved = self.model.save()
+
+    def restore(self, what: str, handled: bool, noticed: bool) -> None:
+        """Set tables back: all, those of the stream, or those of the consumers.
+
+        Clients and proxies are started anew: what they do is tested without consumers.
+        """
+        stream, consumers = what != "consumers", what != "stream"
+        self.reset_those_ahead()
+        for sender in list(self.senders.open):
+            self.senders.end(sender, "ROLLBACK")
+        while self.senders.prepared:
+            self.senders.end_prepared(0, "ROLLBACK")
+        if stream:
+            self.world.come_to_rest()
+            for client in self.clients:
+                client.disconnect()
+            self.clients.clear()
+        chosen = {"stream": stream, "consumers": consumers, "handled": consumers and handled}
+        self.world.restore(**chosen)
+        self.model.restore(self.saved, **chosen)
+        if noticed:
+            assert self.world.sequencer.execute(SEQUENCE).fetchone() == (self.model.sequence(),)
+        self.check_stream()
+
+    def reset_those_ahead(self) -> None:
+        """As their errors say. A stream that is replaced twice does not show it any more."""
+        for name, follower in self.model.followers.items():
+            if self.model.is_ahead(follower):
+                self.consumers.reset(name)
 
     # Proxies and clients
 
@@ -210,15 +248,9 @@ class Run:
 
     def end(self) -> None:
         """Complete everything; after that no client lacks an event."""
-        self.sequence("a sender", "COMMIT")
-        for sender in reversed(list(self.senders.open)):
-            self.senders.end(sender, "COMMIT")
-        while self.senders.prepared:
-            self.senders.end_prepared(0, "COMMIT")
+        self.commit()
         self.publish(([], []), [])
-        for name in CONSUMERS:
-            self.consume(name, "resets", 0)
-            self.consume(name, "handles", 0)
+        self.rebuild()
         for client in self.clients:
             if not client.connected and not client.over:
                 client.connect(self.world.proxies[0])
@@ -237,6 +269,19 @@ class Run:
             assert client.connected != client.over
             if client.connected:
                 client.check()
+
+    def commit(self) -> None:
+        self.sequence("a sender", "COMMIT")
+        for sender in reversed(list(self.senders.open)):
+            self.senders.end(sender, "COMMIT")
+        while self.senders.prepared:
+            self.senders.end_prepared(0, "COMMIT")
+
+    def rebuild(self) -> None:
+        """Consumers handle everything again, and what they have not handled."""
+        for name in CONSUMERS:
+            self.consume(name, "resets", 0)
+            self.consume(name, "handles", 0)
 
 
 def in_turn(drain: once.Drain) -> bool:
@@ -268,7 +313,7 @@ def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
             yield world
 
 
-def test_every_client_gets_exactly_what_the_model_says(world: World) -> None:
+def explore(world: World, often: dict[str, int], end: Callable[[Run], None]) -> None:
     @hypothesis.settings(
         max_examples=EXAMPLES,
         deadline=None,
@@ -276,11 +321,26 @@ def test_every_client_gets_exactly_what_the_model_says(world: World) -> None:
         derandomize=not THOROUGH,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(st.lists(steps, min_size=STEPS // 2, max_size=STEPS))
+    @hypothesis.given(st.lists(steps(often), min_size=STEPS // 2, max_size=STEPS))
     def run(chosen: list[tuple[str, dict[str, Any]]]) -> None:
         run = Run(world)
         for step, arguments in chosen:
             getattr(run, step)(**arguments)
-        run.end()
+        end(run)
 
     (hypothesis.seed(seeded().random())(run) if THOROUGH else run)()
+
+
+def test_every_client_gets_exactly_what_the_model_says(world: World) -> None:
+    explore(world, OF_ALL, Run.end)
+
+
+@override_settings(GRIP_PROXIES=[])
+def test_consumers_handle_exactly_what_the_model_says_after_restores(world: World) -> None:
+    """Without a publisher, so that more happens to the consumers."""
+
+    def end(run: Run) -> None:
+        run.commit()
+        run.rebuild()
+
+    explore(world, OF_CONSUMERS, end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,10 +15,10 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.db import connections
 
-from pg_eventstream.consumers.checkpoints import EARLIEST
+from pg_eventstream.conf import conf
 from pg_eventstream.grip import proxy as control_endpoint
 from pg_eventstream.limits import Limits
-from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE, PRUNE_LOCK
+from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE
 from pg_eventstream.publisher.feed import Feed
 from pg_eventstream.publisher.pruner import Pruner
 from tests.support.control_port import ControlPort
@@ -30,6 +31,13 @@ from tests.support.roles import granted
 
 CHANNELS = ["public", "public b, c", "room", "volatile"]
 SENDERS = ["sender0", "sender1", "sender2"]
+STREAM, CONSUMERS = (
+    tuple(f"pg_eventstream_{name}" for name in names.split())
+    for names in (
+        "event outbox stream channel cursor publisher proxy",
+        "consumer checkpoint slot parked",
+    )
+)
 #: What consumers have handled.
 HANDLED = """
     CREATE TABLE handled_in_model (
@@ -80,17 +88,15 @@ class FailingPort(ControlPort):
 class World:
     """The state that all runs share; `begin_anew` empties the tables in between."""
 
-    tables = (
-        *(f"pg_eventstream_{name}" for name in ("event", "outbox", "stream", "channel", "cursor")),
-        *(f"pg_eventstream_{name}" for name in ("consumer", "checkpoint", "slot", "parked")),
-        *("pg_eventstream_publisher", "pg_eventstream_proxy", "app_membership"),
-        "handled_in_model",
-    )
+    tables = (*STREAM, *CONSUMERS, "app_membership", "handled_in_model")
 
     def __init__(self, database: Database) -> None:
         # Committed events are visible to others; whether they are on a disk does not matter here.
         database.execute(f"ALTER DATABASE {database.name} SET synchronous_commit = off")
         database.execute(HANDLED)
+        database.execute("CREATE SCHEMA saved")
+        for table in self.tables:
+            database.execute(f"CREATE TABLE saved.{table} AS TABLE {table}")
         self.origin = Origin()
         self._stack = ExitStack()
         self.ports = {
@@ -217,6 +223,9 @@ class World:
                 proxy.known.clear()
 
     def acknowledged(self) -> int:
+        """The position up to which events may be pruned."""
+        if not conf.grip_proxies:
+            return sys.maxsize
         rows = self.connection.execute("SELECT max(position) FROM pg_eventstream_proxy").fetchall()
         return rows[0][0] or 0
 
@@ -233,32 +242,47 @@ class World:
             """
         ).fetchall()
 
-    def reset(self, name: str) -> None:
-        """Let a consumer handle everything again that is kept."""
-        # What it has made of the events is deleted.
-        self.connection.execute("DELETE FROM handled_in_model WHERE consumer = %s", [name])
+    # Backups
+
+    def save(self) -> None:
+        """As pg_dump does."""
         with self.connection.transaction():
-            self.connection.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
-            self.connection.execute(
-                """
-                UPDATE pg_eventstream_slot AS s
-                   SET lost = NULL, failing = NULL, attempts = 0, error = '', stopped = false,
-                       retry_at = NULL, replay_to = greatest(replay_to, position)
-                  FROM pg_eventstream_checkpoint AS c JOIN pg_eventstream_consumer AS k
-                       ON k.id = c.consumer_id
-                 WHERE (s.consumer_id, s.slot) = (c.consumer_id, c.slot) AND name = %s
-                """,
-                [name],
-            )
-            self.connection.execute(
-                f"""
-                WITH k AS (UPDATE pg_eventstream_consumer SET epoch = epoch + 1
-                            WHERE name = %s RETURNING id)
-                UPDATE pg_eventstream_checkpoint SET epoch = epoch + 1, position = ({EARLIEST})
-                  FROM k WHERE consumer_id = k.id
-                """,
-                [name],
-            )
+            for table in self.tables:
+                self.connection.execute(f"TRUNCATE saved.{table}")
+                self.connection.execute(f"INSERT INTO saved.{table} TABLE {table}")
+            self._sequences = self.connection.execute(
+                "SELECT sequencename, coalesce(last_value, 1), last_value IS NOT NULL"
+                "  FROM pg_sequences WHERE schemaname = 'public'"
+            ).fetchall()
+        self._histories = [list(proxy.history) for proxy in self.proxies]
+
+    def restore(self, *, stream: bool, consumers: bool, handled: bool) -> None:
+        """As ``pg_restore --data-only --disable-triggers`` does with some tables.
+
+        With the stream, what the publisher knows is set back. No stream is open.
+        """
+        tables = [
+            *(STREAM if stream else ()),
+            *(CONSUMERS if consumers else ()),
+            *(["handled_in_model"] if handled else ()),
+        ]
+        with self.connection.transaction():
+            self.connection.execute("SET LOCAL session_replication_role = replica")
+            self.connection.execute("SET LOCAL lock_timeout = '10s'")
+            self.connection.execute(f"TRUNCATE {', '.join(tables)}")
+            for table in tables:
+                self.connection.execute(
+                    f"INSERT INTO {table} OVERRIDING SYSTEM VALUE TABLE saved.{table}"
+                )
+            for name, value, is_called in self._sequences:
+                if name.startswith(tuple(f"{table}_" for table in tables)):
+                    self.connection.execute("SELECT setval(%s, %s, %s)", [name, value, is_called])
+        if stream:
+            self.forgot = True
+            self.proxies = [Proxy(self.origin) for _ in self.ports]
+            for proxy, history in zip(self.proxies, self._histories, strict=True):
+                proxy.history = list(history)
+            self.sweep = Pruner(self.sweeper)
 
     def incarnation(self) -> int:
         """The current incarnation of the stream."""

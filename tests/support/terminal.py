@@ -69,6 +69,10 @@ class Terminal:
                 raise AssertionError(f"{text!r} is not in {self.output!r}")
         return self.output
 
+    def type(self, keys: str) -> None:
+        """Type these keys. ``\\n`` is Enter, ``\\x04`` is Ctrl-D."""
+        os.write(self._master, keys.encode())
+
     def interrupt(self) -> None:
         """What Ctrl-C does: SIGINT to the command."""
         self._child.send_signal(signal.SIGINT)

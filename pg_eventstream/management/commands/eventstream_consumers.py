@@ -265,12 +265,20 @@ class Command(DatabaseCommand):
             reasons.append(f"processes run it now ({_count(usage.held_slots, 'slot')})")
         if reasons and not options["yes"]:
             question = f"The consumer {name!r} seems to be needed: {' and '.join(reasons)}."
-            if not (self.stdout.isatty() and sys.stdin.isatty()):
+            if not (self.stdout.isatty() and sys.stdin and sys.stdin.isatty()):
                 raise CommandError(f"{question} To remove it in spite of that, use --yes.")
-            if input(f"{question} Remove it? [y/N] ").strip().lower() not in ("y", "yes"):
+            if not self._confirm(f"{question} Remove it?"):
                 raise CommandError("Nothing was removed.")
         operations.remove(alias, name, self.limits)
         self.stdout.write(f"The consumer {name!r} is removed.")
+
+    def _confirm(self, question: str) -> bool:
+        """Ask a person. Ctrl-C and Ctrl-D mean no."""
+        try:
+            return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        except (EOFError, KeyboardInterrupt):
+            self.stdout.write("")  # the message begins on a line of its own
+            return False
 
 
 def _serve(
