@@ -14,6 +14,7 @@ from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, DELETION, LogEntry
 from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import PermissionDenied
+from django.core.paginator import Paginator
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotAllowed
 from django.urls import path
 from django.urls.resolvers import URLPattern
@@ -37,7 +38,7 @@ _VIEW_PARKED = "pg_eventstream.view_parked"
 _OPERATE = "pg_eventstream.operate_consumer"
 _RETRY = "pg_eventstream.retry_parked"
 _URL = "pg_eventstream_consumer_"
-#: The page of a consumer shows so many parked events.
+#: A page of a consumer shows so many parked events.
 MOST_PARKED = 100
 
 
@@ -79,13 +80,24 @@ def _reset(alias: str, name: str, fields: Any) -> str:
     return text
 
 
+def _chosen(fields: Any) -> list[str]:
+    chosen: list[str] = fields.getlist("id")
+    if not chosen:
+        raise OperationRefused("Nothing was changed, because no event was selected.")
+    return chosen
+
+
 def _retry(alias: str, name: str, fields: Any) -> str:
-    chosen = None if "all" in fields else fields.getlist("id")
+    chosen = None if "all" in fields else _chosen(fields)
     return f"Parked events that will be tried again: {operations.retry(alias, name, chosen)}."
 
 
 def _skip(alias: str, name: str, fields: Any) -> str:
     return f"Skipped {operations.skip(alias, name, fields.get('id', '')).id}."
+
+
+def _skip_selected(alias: str, name: str, fields: Any) -> str:
+    return f"Skipped parked events: {operations.skip_parked(alias, name, _chosen(fields))}."
 
 
 def _remove(alias: str, name: str, fields: Any) -> str:
@@ -104,6 +116,7 @@ _OPERATIONS = {
     "remove": _Operation(_OPERATE, _remove),
     "retry": _Operation(_RETRY, _retry),
     "skip": _Operation(_RETRY, _skip),
+    "skip-selected": _Operation(_RETRY, _skip_selected),
 }
 
 
@@ -136,9 +149,17 @@ class ConsumerAdmin(PagesAdmin):
         if state is None:
             raise Http404("The consumer was removed just now.")
         parked = []
+        pages = Paginator(range(state.parked), MOST_PARKED)
+        page = pages.get_page(request.GET.get("p"))
         if request.user.has_perm(_VIEW_PARKED) and state.parked:
             with _connect() as connection:
-                parked = list_parked(connection, pk, content="all", most=MOST_PARKED)
+                parked = list_parked(
+                    connection,
+                    pk,
+                    content="shortened",
+                    most=MOST_PARKED,
+                    skipped=(page.number - 1) * MOST_PARKED,
+                )
         return self._render(
             request,
             "consumer",
@@ -147,7 +168,8 @@ class ConsumerAdmin(PagesAdmin):
             state=state,
             troubled=[*state.stopped, *state.failing],
             parked=parked,
-            more_parked=state.parked > len(parked) > 0,
+            page=page,
+            pages=pages.get_elided_page_range(page.number),
             forms=FORMS,
             import_error=error,
         )

@@ -303,6 +303,21 @@ def skip(alias: str, name: str, one: str, limits: Limits = LIMITS) -> Skipped:
     return _done("skip", name, change(alias, name, work, limits))
 
 
+def skip_parked(alias: str, name: str, ids: Collection[str], limits: Limits = LIMITS) -> int:
+    """Give up parked events. Returns their number; if one is not parked, none is given up."""
+
+    def work(this: Change) -> int:
+        parked = list_parked(this.connection, this.consumer_id)
+        chosen = {_find_parked(parked, name, one).pk for one in ids}
+        this.execute(
+            "DELETE FROM pg_eventstream_parked WHERE consumer_id = %s AND id = ANY(%s)",
+            [list(chosen)],
+        )
+        return len(chosen)
+
+    return _done("skip", name, change(alias, name, work, limits))
+
+
 _BEFORE = f"""
     SELECT channel, eid + coalesce(incarnation, 0)
       FROM (SELECT * FROM pg_eventstream_stream

@@ -119,22 +119,40 @@ def match(events: Sequence[_Named], text: str) -> _Named | None:
 _PARKED = """
     SELECT id, channel, number, type, position, slot, attempts, parked_at, retry,
            CASE WHEN %(content)s <> 'none' THEN error ELSE '' END,
-           CASE WHEN %(content)s = 'all' THEN traceback ELSE '' END,
-           CASE WHEN %(content)s = 'all' THEN data ELSE '' END
-      FROM pg_eventstream_parked WHERE consumer_id = %(id)s ORDER BY position LIMIT %(most)s
+           CASE WHEN %(content)s IN ('shortened', 'all') THEN traceback ELSE '' END,
+           CASE WHEN %(content)s = 'all' THEN data
+                WHEN %(content)s = 'shortened' AND length(data) > %(length)s
+                THEN left(data, %(length)s) || '…'
+                WHEN %(content)s = 'shortened' THEN data
+                ELSE '' END
+      FROM pg_eventstream_parked WHERE consumer_id = %(id)s
+     ORDER BY position, id LIMIT %(most)s OFFSET %(skipped)s
 """
+#: The characters of the data that are shown of an event among others.
+_SHORTENED = 5000
 
 
 def list_parked(
     connection: Connection,
     consumer_id: int,
     *,
-    content: Literal["none", "error", "all"] = "none",
+    content: Literal["none", "error", "shortened", "all"] = "none",
     most: int | None = None,
+    skipped: int = 0,
 ) -> list[Parked]:
-    """The parked events, in their order. ``content`` says what is read besides their places."""
+    """The parked events, in their order. ``content`` says what is read besides their places.
+
+    With "shortened" that is all, but only the beginning of large data.
+    """
     rows = connection.execute(
-        _PARKED, {"id": consumer_id, "content": content, "most": most}
+        _PARKED,
+        {
+            "id": consumer_id,
+            "content": content,
+            "most": most,
+            "skipped": skipped,
+            "length": _SHORTENED,
+        },
     ).fetchall()
     return [
         Parked(pk, event_id(channel, number), channel, *rest) for pk, channel, number, *rest in rows

@@ -16,6 +16,7 @@ from pg_eventstream.servers.processes import Process, accepts, free_port
 from tests.support.browser import Page
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
+from tests.support.stored_consumer import CONSUMER
 
 ENVIRONMENT = {"DJANGO_SETTINGS_MODULE": "tests.project.admin_settings"}
 #: Sent by 1,000 channels within a day. Every thousandth is of a rare type.
@@ -155,3 +156,45 @@ def test_each_page_is_fast_on_a_large_table(
     if count > 1_000_000:
         print(seconds)  # noqa: T201
         assert max(seconds.values()) < 1, seconds
+
+
+#: Of a consumer that is stored already.
+PARK = """
+    INSERT INTO pg_eventstream_parked (consumer_id, slot, position, channel, number, type, data,
+                                       created, error, traceback, attempts)
+    SELECT id, 0, n, 'orders', n, 'placed', '{"order": ' || n || '}', now(),
+           'ValueError: no such product', 'Traceback (most recent call last): …', 5
+      FROM pg_eventstream_consumer, generate_series(2, 250) AS n
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.thorough
+def test_parked_events_are_selected_on_a_page(database: Database, address: str, page: Page) -> None:
+    database.execute(CONSUMER)
+    database.execute(PARK)
+    client = Client()
+    client.force_login(User.objects.create_superuser("ada"))
+    page.add_cookie(address, "sessionid", client.cookies["sessionid"].value)
+    pk = database.value("SELECT id FROM pg_eventstream_consumer")
+
+    def press(text: str, *ids: str) -> None:
+        page.goto(f"{address}/admin/pg_eventstream/consumer/{pk}/change/?p=2")
+        page.wait_for("document.readyState === 'complete'")
+        if folder := os.environ.get("PG_EVENTSTREAM_TEST_SCREENSHOTS"):
+            page.screenshot(Path(folder) / f"{text}.png")
+        page.evaluate(
+            """([text, ids]) => {
+                window.before = true;
+                for (const id of ids) document.querySelector(`[value="${id}"]`).click();
+                [...document.querySelectorAll("button")].find((b) => b.textContent === text).click();
+            }""",
+            [text, ids],
+        )
+        page.wait_for("window.before === undefined")
+
+    press("Try selected again", "orders:101", "orders:200")
+    retried = "SELECT number FROM pg_eventstream_parked WHERE retry ORDER BY 1"
+    assert database.fetch(retried) == [(101,), (200,)]
+    press("Skip selected", "orders:102", "orders:103")
+    assert database.value("SELECT count(*) FROM pg_eventstream_parked") == 248

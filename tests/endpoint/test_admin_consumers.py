@@ -6,6 +6,7 @@ import html
 import re
 from typing import Any
 
+import psycopg
 import pytest
 from django.contrib.auth.models import User
 from django.test import Client, override_settings
@@ -64,6 +65,7 @@ PERMISSIONS = {
     "remove": "operate_consumer",
     "retry": "retry_parked",
     "skip": "retry_parked",
+    "skip-selected": "retry_parked",
     "rename": "",
     "": "",
 }
@@ -204,3 +206,104 @@ def test_events_are_in_another_database(database: Database, stock: Consumer, log
         del connections["events"]
         del connections.settings["events"]
     assert User.objects.count() == 1
+
+
+@pytest.fixture
+def many(database: Database, stock: Consumer) -> Consumer:
+    """A consumer with 250 parked events, some of them large."""
+    database.execute(
+        "INSERT INTO pg_eventstream_parked (consumer_id, slot, position, channel, number, type,"
+        " data, created, error, traceback, attempts) SELECT consumer_id, slot, n, channel, n,"
+        " type, repeat('x', 100 * n), created, error, traceback, attempts"
+        "  FROM pg_eventstream_parked, generate_series(2, 250) AS n"
+    )
+    return stock
+
+
+def shown(page: str) -> list[str]:
+    return re.findall(r"<th>(orders:\d+)</th>", page)
+
+
+def names(first: int, last: int) -> list[str]:
+    return [f"orders:{n}" for n in range(first, last + 1)]
+
+
+PAGES = {
+    "": (1, 100),
+    "?p=2": (101, 200),
+    "?p=3": (201, 250),
+    "?p=-1": (201, 250),  # as Django's paginator does
+    "?p=x": (1, 100),
+}
+
+
+def test_all_parked_events_are_on_pages(database: Database, many: Consumer, login: Login) -> None:
+    client = login("view_consumer", "view_parked", "retry_parked")
+    for query, (first, last) in PAGES.items():
+        page = client.get(url(database, "change") + query).content.decode()
+        assert shown(page) == names(first, last), query
+        assert "250 parked events" in page
+        assert len(page) < 1_000_000
+    few = text_of(login("view_consumer", "view_parked"), url(database, "change"))
+    assert len(shown(few)) == 100
+    assert 'type="checkbox"' not in few
+    assert "selected again" not in few
+
+
+def test_page_needs_as_many_statements_for_many_as_for_one(
+    database: Database, stock: Consumer, login: Login, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 0
+    execute = psycopg.Cursor.execute
+
+    def counted(self: psycopg.Cursor[Any], *args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        return execute(self, *args, **options)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", counted)
+    client = login("view_consumer", "view_parked", "retry_parked")
+    found = []
+    for parked in (1, 100):
+        if parked > 1:
+            database.execute(
+                "INSERT INTO pg_eventstream_parked (consumer_id, slot, position, channel, number,"
+                " type, data, created, error, traceback, attempts) SELECT consumer_id, slot, n,"
+                " 'c' || n, n, type, data, created, error, traceback, attempts"
+                "  FROM pg_eventstream_parked, generate_series(2, 100) AS n"
+            )
+        text_of(client, url(database, "change"))  # what is cached
+        count = 0
+        text_of(client, url(database, "change"))
+        found.append(count)
+    assert found[0] == found[1] > 0
+
+
+def test_selected_events_are_tried_again_or_skipped(
+    database: Database, many: Consumer, login: Login
+) -> None:
+    client = login("view_consumer", "view_parked", "retry_parked")
+
+    def select(operation: str, ids: list[str]) -> str:
+        path = url(database, "operate")
+        response = client.post(path, {"operation": operation, "id": ids}, follow=True)
+        found = re.findall(r'<li class="(?:success|error)">(.*?)</li>', response.content.decode())
+        return html.unescape(found[0])
+
+    def numbers(condition: str) -> list[int]:
+        rows = database.fetch(
+            f"SELECT number FROM pg_eventstream_parked WHERE {condition} ORDER BY 1"
+        )
+        return [number for (number,) in rows]
+
+    assert select("retry", names(101, 200)).endswith("will be tried again: 100.")
+    assert numbers("retry") == [*range(101, 201)]
+    assert "will be tried again" in text_of(client, url(database, "change") + "?p=2")
+    assert select("skip-selected", ["orders:7", "orders:999"]).startswith(
+        "The consumer 'stock' has not parked 'orders:999'."
+    )
+    assert select("skip-selected", names(1, 249)) == "Consumer stock: Skipped parked events: 249."
+    assert numbers("true") == [250]
+    for operation in ("retry", "skip-selected"):
+        assert "no event was selected" in select(operation, [])
+    assert numbers("retry") == []
