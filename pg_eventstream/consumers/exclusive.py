@@ -131,13 +131,15 @@ def _lock(alias: str, connection: Connection, name: str) -> Change:
     connection.execute(
         """
         UPDATE pg_eventstream_checkpoint AS c SET epoch = %s
-          FROM unnest(%s::smallint[], %s::bigint[]) AS live (slot, epoch)
+          FROM unnest(%s::smallint[], %s::bigint[], %s::bigint[]) AS live (slot, epoch, position)
          WHERE c.consumer_id = %s AND c.slot = live.slot AND c.epoch = live.epoch
+           AND c.position = live.position -- their whole key, since many dead rows can be below it
         """,
         [
             epoch,
             [one.slot for one in checkpoints],
             [one.epoch for one in checkpoints],
+            [one.position for one in checkpoints],
             consumer_id,
         ],
     )

@@ -77,15 +77,17 @@ def find_position(connection: Connection, target: Target) -> int:
     The pruner must be locked out (`PRUNE_LOCK`). Raises `OperationRefused` if the place is not in
     the stream: it is pruned, or was never reached.
     """
-    (earliest,) = fetch_one(connection, EARLIEST)
     (latest,) = fetch_one(connection, LATEST)
     match target:
-        case "earliest":
-            return int(earliest)
         case "latest":
             return int(latest)
         case AfterEvent():
             return _after_event(connection, target)
+    # Pruned rows that are not vacuumed are below it.
+    (earliest,) = fetch_one(connection, EARLIEST)
+    match target:
+        case "earliest":
+            return int(earliest)
         case int():
             if target > latest:
                 raise OperationRefused(

@@ -118,7 +118,7 @@ def test_remove_asks_in_a_terminal(
 ) -> None:
     """The code still declares the consumer."""
     database.execute(CONSUMER)
-    environment = child_environment(**declared({"name": "stock", "handler": "record"}))
+    environment = child_environment(None, **declared({"name": "stock", "handler": "record"}))
     with Terminal(*REMOVE, environment=environment) as terminal:
         terminal.wait_for("Remove it? [y/N] ")
         assert "seems to be needed: the code still declares it" in terminal.output
@@ -133,7 +133,7 @@ def test_remove_asks_in_a_terminal(
 @pytest.mark.parametrize("stdin", ["yes", "closed"])
 def test_remove_does_not_ask_without_a_terminal(database: Database, stdin: str) -> None:
     database.execute(CONSUMER)
-    environment = child_environment(**declared({"name": "stock", "handler": "record"}))
+    environment = child_environment(None, **declared({"name": "stock", "handler": "record"}))
     redirect = {"yes": "<<< y", "closed": "<&-"}[stdin]
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m django {' '.join(REMOVE)} {redirect}"],
@@ -154,7 +154,7 @@ def test_remove_does_not_ask_without_a_terminal(database: Database, stdin: str) 
 def test_what_can_be_corrected_is_not_asked_for(database: Database, command: list[str]) -> None:
     """A reset can be reset again; whoever skips an event has named it."""
     database.execute(CONSUMER)
-    environment = child_environment(**declared({"name": "stock", "handler": "record"}))
+    environment = child_environment(None, **declared({"name": "stock", "handler": "record"}))
     with Terminal("eventstream_consumers", *command, environment=environment) as terminal:
         assert terminal.wait() == 0
         assert "?" not in terminal.output

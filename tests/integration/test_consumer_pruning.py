@@ -284,6 +284,7 @@ def test_consumer_that_only_cron_runs_holds_nothing_that_it_does_not_follow(
     assert handled.count("stock") == 1
 
 
+@pytest.mark.faults
 def test_consumer_that_begins_with_the_earliest_beside_a_pruner_misses_nothing(
     database: Database, handled: Handled
 ) -> None:
@@ -379,6 +380,7 @@ def pruning(database: Database) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_handling_beside_pruning_never_skips_and_never_gives_a_false_alarm(
     database: Database, handled: Handled

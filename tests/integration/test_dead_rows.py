@@ -13,11 +13,17 @@ import pytest
 from django.db import connection as django_connection
 from django.test import override_settings
 
-from pg_eventstream import get_current_event_id
+from pg_eventstream import get_current_event_id, send_event
+from pg_eventstream.consumers import Consumer, Retry, checkpoints, operations, reader
+from pg_eventstream.consumers.progress import read_consumers
+from pg_eventstream.consumers.runner import Runner
+from pg_eventstream.consumers.waiting import wait
 from pg_eventstream.grip.proxy import Proxy
+from pg_eventstream.limits import LIMITS
 from pg_eventstream.liveness import _check_state
 from pg_eventstream.operate import state
 from pg_eventstream.postgres import connector
+from pg_eventstream.postgres.slots import SLOTS, slot_of
 from pg_eventstream.postgres.watchdog import WatchedConnection
 from pg_eventstream.publisher import daemon, feed
 from pg_eventstream.publisher.pruner import Pruner
@@ -177,3 +183,125 @@ def test_what_is_pruned_and_not_vacuumed_is_not_walked_over(
 ) -> None:
     # The state asks much more than the others, and reads about 360 pages of an empty database.
     assert work(pruned) < (450 if work is read_the_state else 300)
+
+
+# Consumers
+
+STOCK = Consumer("stock", print, (), (), "earliest", Retry(), "park", 1, None)
+
+
+def in_session(database: Database, work: Callable[[psycopg.Connection[Any]], object]) -> int:
+    with database.connect() as session:
+        pages = PagesRead(session)
+        work(session)
+        return pages.count
+
+
+def consumer_id(database: Database) -> int:
+    return int(database.value("SELECT id FROM pg_eventstream_consumer"))
+
+
+def read_a_page(database: Database) -> int:
+    one = consumer_id(database)
+    return in_session(database, lambda s: reader.read_page(s, STOCK, one, PRUNED, range(SLOTS)))
+
+
+def take_slots(database: Database) -> int:
+    one = consumer_id(database)
+    return in_session(database, lambda s: checkpoints.take(s, one, range(SLOTS), "here:1/a"))
+
+
+def move_a_checkpoint(database: Database) -> int:
+    one = consumer_id(database)
+    move = checkpoints.Move(SLOT, 0, PRUNED, PRUNED + 1)
+
+    def work(session: psycopg.Connection[Any]) -> None:
+        assert checkpoints.move(session, one, [move], 0)
+
+    return in_session(database, work)
+
+
+def ask_whether_all_is_handled(database: Database) -> int:
+    return in_django(lambda: wait(STOCK, 0))
+
+
+def handle_an_event(database: Database) -> int:
+    """All that a process does for it."""
+    one = consumer_id(database)
+    send_event("pruned", "message", 1)
+    database.execute("SELECT pg_eventstream_sequence()")
+    runner = Runner(STOCK, one, "default", "here:1/a", LIMITS)
+
+    def work() -> None:
+        runner.grant(range(SLOTS))
+        while runner.step() == 0:
+            pass
+        assert runner.handled == 1
+
+    return in_django(work)
+
+
+def list_consumers(database: Database) -> int:
+    return in_session(database, lambda session: read_consumers(session, {}))
+
+
+def pause_a_consumer(database: Database) -> int:
+    return in_django(lambda: operations.pause("default", "stock"))
+
+
+def reset_a_consumer(database: Database) -> int:
+    # The earliest event is searched from the lower end of the stream, which is not done often.
+    return in_django(lambda: operations.reset("default", "stock", "latest"))
+
+
+def prune_beside_a_consumer(database: Database) -> int:
+    send_event("pruned", "message", 1)
+    with database.connect() as session:
+        session.execute("SELECT pg_eventstream_sequence()")
+        pruner = Pruner(session)
+        pruner.run_once()
+        pages = PagesRead(session)
+        pruner.run_once()
+        return pages.count
+
+
+OF_CONSUMERS = [
+    read_a_page,
+    take_slots,
+    move_a_checkpoint,
+    ask_whether_all_is_handled,
+    handle_an_event,
+    list_consumers,
+    pause_a_consumer,
+    reset_a_consumer,
+    prune_beside_a_consumer,
+]
+SLOT = slot_of("pruned")
+#: A process that takes slots reads each checkpoint 16 times; others have more to look at.
+MOST = {
+    "take_slots": 1200,
+    "handle_an_event": 1200,
+    "reset_a_consumer": 600,
+    "prune_beside_a_consumer": 800,
+}
+#: As a consumer does that handles so many events, each in a transaction.
+MOVE = f"""
+    DO $$ BEGIN
+        UPDATE pg_eventstream_checkpoint SET position = 0 WHERE slot = {SLOT};
+        FOR i IN 1 .. {PRUNED} LOOP
+            UPDATE pg_eventstream_checkpoint SET position = i WHERE slot = {SLOT}
+               AND consumer_id = (SELECT id FROM pg_eventstream_consumer) AND position = i - 1
+               AND epoch = 0;
+        END LOOP;
+    END $$
+"""
+
+
+@pytest.mark.parametrize("work", OF_CONSUMERS)
+def test_checkpoints_that_were_moved_and_not_vacuumed_are_not_walked_over(
+    pruned: Database, work: Callable[[Database], int]
+) -> None:
+    with pruned.connect() as session:
+        checkpoints.register(session, STOCK)
+    pruned.execute(MOVE)
+    assert work(pruned) < MOST.get(work.__name__, 400)

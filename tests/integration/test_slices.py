@@ -134,6 +134,7 @@ def call(database: Database, how: str) -> Iterator[Connection]:
 @pytest.mark.parametrize(
     "how", ["alone", "in a transaction that has written", "beside an old snapshot", "with sweeps"]
 )
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", SEEDS)
 def test_slices_give_the_order_in_which_places_were_drawn(
     database: Database, seed: int, how: str
@@ -175,6 +176,7 @@ def test_slices_give_the_order_in_which_places_were_drawn(
     assert most > 3, "there was no backlog"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_event_is_lost_or_doubled_with_any_number_of_open_transactions(
     database: Database, seed: int

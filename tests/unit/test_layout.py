@@ -104,3 +104,37 @@ def test_unit_tests_need_no_server(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+
+
+def that_look_whether_they_are_thorough(tree: ast.Module) -> Iterator[str]:
+    """The test functions of a file that do, also by a constant or by another function."""
+    names = {"THOROUGH"}
+    own = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+
+    def uses(node: ast.AST) -> bool:
+        return any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node))
+
+    for _ in range(3):  # constants of constants
+        for node in own:
+            if isinstance(node, ast.Assign) and uses(node.value):
+                names |= {t.id for one in node.targets for t in ast.walk(one)
+                          if isinstance(t, ast.Name)}  # fmt: skip
+            elif isinstance(node, ast.FunctionDef) and uses(node):
+                names.add(node.name)
+    yield from (name for name in names if name.startswith("test_"))
+
+
+def test_what_is_longer_in_make_test_faults_is_run_there() -> None:
+    for path in FILES:
+        source = path.read_text()
+        if not path.name.startswith("test_") or path == Path(__file__):
+            continue
+        tree = ast.parse(source) if "THOROUGH" in source else ast.Module([], [])
+        marks = {
+            node.name: "\n".join(map(ast.unparse, node.decorator_list))
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef)
+        }
+        everywhere = "mark.faults" in source.partition("pytestmark")[2][:200]
+        for name in that_look_whether_they_are_thorough(tree):
+            assert everywhere or "mark.faults" in marks[name], name
