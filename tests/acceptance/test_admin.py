@@ -187,7 +187,8 @@ def test_parked_events_are_selected_on_a_page(database: Database, address: str, 
             """([text, ids]) => {
                 window.before = true;
                 for (const id of ids) document.querySelector(`[value="${id}"]`).click();
-                [...document.querySelectorAll("button")].find((b) => b.textContent === text).click();
+                const all = document.querySelectorAll("button");
+                [...all].find((one) => one.textContent === text).click();
             }""",
             [text, ids],
         )

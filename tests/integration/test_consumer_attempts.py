@@ -85,7 +85,7 @@ def test_event_is_tried_as_often_as_it_can_help(
 
     def run() -> None:
         if on_failure == "stop":
-            with pytest.raises(ConsumerStopped, match="has stopped.*gone"):
+            with pytest.raises(ConsumerStopped, match=r"has stopped.*gone"):
                 handle_all(stock)
         else:
             handle_all(stock)

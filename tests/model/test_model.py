@@ -313,9 +313,9 @@ def world(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[World
             yield world
 
 
-def explore(world: World, often: dict[str, int], end: Callable[[Run], None]) -> None:
+def explore(world: World, examples: int, often: dict[str, int], end: Callable[[Run], None]) -> None:
     @hypothesis.settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         database=None,
         derandomize=not THOROUGH,
@@ -332,7 +332,7 @@ def explore(world: World, often: dict[str, int], end: Callable[[Run], None]) -> 
 
 
 def test_every_client_gets_exactly_what_the_model_says(world: World) -> None:
-    explore(world, OF_ALL, Run.end)
+    explore(world, EXAMPLES, OF_ALL, Run.end)
 
 
 @override_settings(GRIP_PROXIES=[])
@@ -343,4 +343,4 @@ def test_consumers_handle_exactly_what_the_model_says_after_restores(world: Worl
         run.commit()
         run.rebuild()
 
-    explore(world, OF_CONSUMERS, end)
+    explore(world, EXAMPLES if THOROUGH else 3, OF_CONSUMERS, end)
