@@ -5,7 +5,9 @@
     checkpoints  what is stored: how far each slot is, what fails
     reader       reads a page of the stream
     handling     the transaction of a handler
-    runner       handles the events of the slots that a process holds, on one thread per consumer
+    held         the slots that a process holds, in its memory
+    runner       handles their events, on one thread per consumer
+    failures     counts attempts, parks events and stops slots
     measures     counts and measures for Prometheus
     parked       events that could not be handled
     share        distributes the slots among processes, and sequences where no publisher does
