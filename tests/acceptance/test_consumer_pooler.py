@@ -133,6 +133,8 @@ def test_all_operations_beside_a_running_consumer(database: Database, way: str) 
     assert database.fetch("SELECT FROM pg_eventstream_consumer") == []
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 def test_role_that_is_a_waiter_waits(database: Database) -> None:
     handled = Handled(database)
     stock = consumer("stock", start="earliest")(named(obey, "stock"))

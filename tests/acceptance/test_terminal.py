@@ -95,6 +95,7 @@ def test_status_on_a_terminal_fits_is_coloured_redraws_and_ends_on_ctrl_c(
     assert "Traceback" not in terminal.output
 
 
+SLOW = [pytest.mark.faults, pytest.mark.thorough]
 REMOVED, KEPT = "The consumer 'stock' is removed.", "Nothing was removed."
 REMOVE = ["eventstream_consumers", "remove", "stock"]
 
@@ -107,8 +108,8 @@ def consumers(database: Database) -> int:
     ("keys", "message", "status"),
     [
         ("y\n", REMOVED, 0),
-        ("\n", KEPT, 1),
-        ("yesterday\n", KEPT, 1),
+        pytest.param("\n", KEPT, 1, marks=SLOW),
+        pytest.param("yesterday\n", KEPT, 1, marks=SLOW),
         ("\x04", KEPT, 1),
         ("", KEPT, 1),  # Ctrl-C
     ],
@@ -130,7 +131,7 @@ def test_remove_asks_in_a_terminal(
     assert consumers(database) == (status != 0)
 
 
-@pytest.mark.parametrize("stdin", ["yes", "closed"])
+@pytest.mark.parametrize("stdin", ["yes", pytest.param("closed", marks=SLOW)])
 def test_remove_does_not_ask_without_a_terminal(database: Database, stdin: str) -> None:
     database.execute(CONSUMER)
     environment = child_environment(None, **declared({"name": "stock", "handler": "record"}))
@@ -150,6 +151,8 @@ def test_remove_does_not_ask_without_a_terminal(database: Database, stdin: str) 
     assert consumers(database) == 1
 
 
+@pytest.mark.faults
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", [["reset", "stock", "--to", "latest"], ["skip", "stock", "1"]])
 def test_what_can_be_corrected_is_not_asked_for(database: Database, command: list[str]) -> None:
     """A reset can be reset again; whoever skips an event has named it."""

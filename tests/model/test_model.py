@@ -343,4 +343,4 @@ def test_consumers_handle_exactly_what_the_model_says_after_restores(world: Worl
         run.commit()
         run.rebuild()
 
-    explore(world, EXAMPLES if THOROUGH else 3, OF_CONSUMERS, end)
+    explore(world, EXAMPLES if THOROUGH else 2, OF_CONSUMERS, end)
