@@ -23,6 +23,7 @@ from ..backoff import Backoff
 from ..conf import conf
 from ..errors import CheckpointAhead, ConsumerMissedEvents, EventStreamError
 from ..limits import Limits
+from ..postgres.sequence import UNKNOWN
 from . import checkpoints, parked
 from .checkpoints import Connection
 from .declare import Consumer
@@ -391,6 +392,12 @@ class Runner:
         if any(held.epoch != page.epoch for held in self._slots):
             self._is_stale = True
             return False
+        known, self._slots.cursor = self._slots.cursor, page.cursor
+        if known is not UNKNOWN and not page.cursor.follows(known):
+            # How far it was read says nothing about the new stream. Where a checkpoint is ahead of
+            # that, the next page shows it.
+            self._requeue()
+            return False
         for held in chosen.values():
             held.note_end(page.cursor.position)
             valid = page.cursor.valid(held.position, held.incarnation)
@@ -401,10 +408,8 @@ class Runner:
                 )
             elif (lost := page.lost.get(held.slot)) is not None and lost > held.position:
                 self._refuse(held, ConsumerMissedEvents(self.consumer.name, held.slot, lost))
-        if self._is_stale or any(held.is_blocked(time.monotonic()) for held in chosen.values()):
-            return False
-        self._slots.cursor = page.cursor
-        return True
+        now = time.monotonic()
+        return not (self._is_stale or any(held.is_blocked(now) for held in chosen.values()))
 
     def _go(self, reason: str) -> None:
         self.gone = reason
