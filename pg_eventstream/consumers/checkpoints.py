@@ -376,6 +376,15 @@ def record_failure(
     return recorded.rowcount == 1
 
 
+def limit_replay(connection: Connection, consumer_id: int, slot: int, position: int) -> None:
+    """Write down that events above this position are new: they were not handled before a reset."""
+    connection.execute(
+        "UPDATE pg_eventstream_slot SET replay_to = %(position)s"
+        " WHERE consumer_id = %(id)s AND slot = %(slot)s AND replay_to > %(position)s",
+        {"id": consumer_id, "slot": slot, "position": position},
+    )
+
+
 def forget_failure(connection: Connection, consumer_id: int, slot: int) -> None:
     connection.execute(
         """

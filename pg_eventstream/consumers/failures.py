@@ -20,6 +20,7 @@ from .reader import Row
 
 logger = logging.getLogger(__name__)
 
+_DIED = "The process that handled it died."
 # The characters of the trace of a handler that hangs.
 _TRACE_LENGTH = 1500
 
@@ -76,7 +77,7 @@ class Failures:
         suspect_to, held.suspect_to = held.suspect_to, None
         if suspect_to is None or row.position > suspect_to:
             return False
-        self._note(held, row.position, "The process that handled it died.")
+        self._note(held, row.position, _DIED)
         self._record(held, row.position)
         return True
 
@@ -111,7 +112,12 @@ class Failures:
 
     def is_exhausted(self, held: Held, row: Row) -> bool:
         """Whether the last attempt was counted by a process that could not do what follows."""
-        return held.attempts_at(row.position) >= self._consumer.retry.attempts
+        attempts = held.attempts_at(row.position)
+        # It could also have died before it began with this event, or long before a backup was
+        # restored that remembers it. Two deaths at the same event are no chance.
+        if attempts == 1 and held.error == _DIED:
+            return False
+        return attempts >= self._consumer.retry.attempts
 
     def give_up(self, held: Held, row: Row, trace: str = "") -> None:
         """Do what ``on_failure`` says, after the last attempt."""

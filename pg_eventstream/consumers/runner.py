@@ -400,6 +400,10 @@ class Runner:
             return False
         for held in chosen.values():
             held.note_end(page.cursor.position)
+            replay_to = page.cursor.valid(held.replay_to, held.incarnation)
+            if replay_to < held.replay_to:
+                held.replay_to = replay_to
+                checkpoints.limit_replay(self._connection(), self.consumer_id, held.slot, replay_to)
             valid = page.cursor.valid(held.position, held.incarnation)
             if valid < held.position:
                 self._refuse(

@@ -269,18 +269,7 @@ def replayed(database: Database) -> list[bool]:
     return [is_replayed for (is_replayed,) in reversed(rows)]
 
 
-@pytest.mark.parametrize(
-    "again",
-    [
-        True,
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(
-                strict=True, reason="a runner keeps replay_to where the stream is another one"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("again", [True, False])
 def test_new_events_of_a_restored_stream_are_no_replay(
     database: Database, handled: Handled, again: bool
 ) -> None:
@@ -355,9 +344,6 @@ def test_nothing_of_a_restored_stream_is_skipped_with_an_event_of_the_lost_one(
         skip("default", "stock", str(failing))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a runner takes the holder of a backup for one that died in the handler"
-)
 def test_holder_that_a_backup_remembers_is_no_failed_attempt(
     database: Database, handled: Handled
 ) -> None:
