@@ -20,11 +20,11 @@ quick: $(VENV)/.installed-test ## run the tests that need only Python and its wh
 	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile tests/unit tests/integration tests/endpoint $(ARGS)
 
 test: lint ## lint, then run all tests; ARGS is passed to pytest
-	@.ci/need pushpin node npm chromium pgbouncer nginx curl prometheus redis-server
+	@.ci/need pushpin node npm chromium "chromium-headless-shell?" pgbouncer nginx curl prometheus redis-server
 	$(VENV)/bin/pytest --numprocesses=4 --dist=loadfile $(ARGS)
 
 test-faults: lint ## run the tests with faults, many times; PG_EVENTSTREAM_TEST_SEED repeats a run
-	@.ci/need pushpin node npm chromium pgbouncer nginx curl prometheus redis-server
+	@.ci/need pushpin node npm chromium "chromium-headless-shell?" pgbouncer nginx curl prometheus redis-server
 	PG_EVENTSTREAM_TEST_THOROUGH=1 $(VENV)/bin/pytest --numprocesses=2 --dist=loadfile -m faults $(ARGS)
 
 soak: $(VENV)/.installed-dev ## simulate days of work in 10 minutes, with small faults; ARGS="--minutes 60 --calm"

@@ -19,7 +19,7 @@ from pg_eventstream import send_events
 from pg_eventstream.servers.processes import Process, accepts, wait_until
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support import pages
-from tests.support.browser import Page
+from tests.support.browser import Browser, Page
 from tests.support.database import Database
 from tests.support.documentation import example
 from tests.support.network import Network
@@ -265,15 +265,22 @@ def _others_go_on_asking(page: Page) -> None:
     page.wait_for("tries === 8")
 
 
+@pytest.fixture
+def page_of_a_whole_browser() -> Iterator[Page]:
+    with Browser("chromium") as browser:
+        yield browser.new_page()
+
+
 def test_page_that_is_restored_from_the_history_continues(
     application: Process,
     pushpin: Pushpin,
     publisher: PublisherProcess,
     stream: OpenStream,
-    page: Page,
+    page_of_a_whole_browser: Page,
     kind: str,
     channel: str,
 ) -> None:
+    page = page_of_a_whole_browser
     witness = stream(channel).wait_open()
     page.goto(f"{pushpin.url}/pages/{kind}/")
     page.evaluate("(url) => listen(url)", f"/events/?channel={channel}")
