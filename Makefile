@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
+# Tests start hundreds of processes, which need not compile the same modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test test-faults coverage soak bench lint format docs sql js clean
 

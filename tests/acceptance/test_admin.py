@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,12 @@ import pytest
 from django.contrib.auth.models import User
 from django.test import Client
 
-from pg_eventstream.servers.processes import Process, accepts, free_port
+from pg_eventstream.servers.processes import accepts, free_port
+from tests.support import forked
 from tests.support.browser import Page
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
+from tests.support.forked import ForkedProcess
 from tests.support.stored_consumer import CONSUMER
 
 ENVIRONMENT = {"DJANGO_SETTINGS_MODULE": "tests.project.admin_settings"}
@@ -41,12 +42,11 @@ EVENTS = "/admin/pg_eventstream/event/"
 @pytest.fixture
 def address(database: Database) -> Iterator[str]:
     environment = child_environment(None, **ENVIRONMENT)
-    subprocess.run(
-        [sys.executable, "-m", "django", "migrate", "--verbosity=0"], env=environment, check=True
-    )
+    migrate = [sys.executable, "-m", "django", "migrate", "--verbosity=0"]
+    assert forked.run(migrate, environment).returncode == 0
     port = free_port()
     arguments = [str(port), "--noreload", "--insecure"]
-    server = Process(
+    server = ForkedProcess(
         "runserver",
         [sys.executable, "-m", "django", "runserver", *arguments],
         log_path=DIRECTORY / f"admin-{database.name}.log",

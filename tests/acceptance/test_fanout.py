@@ -37,6 +37,7 @@ from pg_eventstream.servers.processes import Process, accepts, free_port, wait_u
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, KEY, child_environment
+from tests.support.forked import ForkedProcess
 from tests.support.http_service import HttpService, body_of, respond
 from tests.support.origin import Origin
 from tests.support.publisher import NewPublisher
@@ -137,7 +138,7 @@ def new_application(database: Database) -> Iterator[NewApplication]:
 
     def start(port: int, environment: dict[str, str]) -> None:
         program = [sys.executable, "-m", "uvicorn", "tests.project.asgi:application"]
-        process = Process(
+        process = ForkedProcess(
             "the application server",
             [*program, f"--port={port}", "--log-level=warning"],
             log_path=DIRECTORY / f"app-{port}.log",

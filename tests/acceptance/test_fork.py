@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from tests.support import forked
 from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.publisher import NewPublisher
@@ -22,14 +23,7 @@ def program(channel: str, use: str) -> list[str]:
 
 
 def all_is_well(channel: str, use: str) -> None:
-    done = subprocess.run(
-        program(channel, use),
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = forked.run(program(channel, use), child_environment())
     assert done.stdout == "all is well\n", done.stderr
     assert done.returncode == 0
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from pg_eventstream import send_event
-from pg_eventstream.servers.processes import Process, accepts
+from pg_eventstream.servers.processes import accepts
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.documentation import example
+from tests.support.forked import ForkedProcess
 from tests.support.origin import log_in, signature
 from tests.support.projects import Project
 from tests.support.publisher import PublisherProcess
@@ -171,7 +172,7 @@ def serve(project: Project, port: int) -> Iterator[str]:
     printed = project.run("sh", "-ec", RENAME)
     assert re.findall(r"^\./.*", printed, re.MULTILINE) == []
     assert "no issues" in project.manage("check", "--fail-level=WARNING")
-    server = Process(
+    server = ForkedProcess(
         "daphne",
         [sys.executable, "-m", "daphne", "server.asgi:application", f"--port={port}"],
         log_path=project.directory / "daphne.log",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from pg_eventstream.limits import Limits
 from pg_eventstream.postgres.connector import Connector, explain
 from pg_eventstream.servers.processes import wait_until
+from tests.support import forked
 from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.load import Load
@@ -50,12 +50,9 @@ def test_events_of_senders_behind_a_pooler_are_delivered_promptly(
     client = stream(channel).wait_open()
     # Only the doorbell can deliver an event.
     new_publisher(PG_EVENTSTREAM_TEST_SAFETY_POLL="off").lead()
-    subprocess.run(
-        [sys.executable, "-c", PYTHON_SENDER, channel],
-        env=child_environment(PG_EVENTSTREAM_TEST_DSN=pooled),
-        check=True,
-        timeout=60,
-    )
+    sender = [sys.executable, "-c", PYTHON_SENDER, channel]
+    sent = forked.run(sender, child_environment(PG_EVENTSTREAM_TEST_DSN=pooled))
+    assert sent.returncode == 0, sent.stderr
     client.wait_count(20)
     with psycopg.connect(pooled) as connection:
         for n in range(20, 30):

@@ -11,6 +11,7 @@ from pg_eventstream.servers.processes import HOST, Process, accepts, free_port
 from pg_eventstream.servers.pushpin import Pushpin
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
+from tests.support.forked import ForkedProcess
 from tests.support.publisher import PublisherProcess
 from tests.support.reserved_types import send_as_before
 from tests.support.sse_client import SSEClient
@@ -49,7 +50,7 @@ def test_old_events_of_such_a_type_do_not_reach_clients_without_a_proxy(
     database: Database, channel: str
 ) -> None:
     port = free_port()
-    server = Process(
+    server = ForkedProcess(
         "uvicorn",
         [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={port}"],
         log_path=DIRECTORY / f"reserved-{database.name}.log",

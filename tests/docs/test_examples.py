@@ -29,16 +29,6 @@ from tests.support.way import begin_probes_anew
 Serve = Callable[[], str]
 
 
-def run_shell(project: Project, one: Example) -> str:
-    """Run a shell example in the project's directory, where manage.py is."""
-    manage = f'exec "{sys.executable}" -W error -m django "$@"\n'
-    for name, text in {"manage": manage, "python": 'shift; exec ./manage "$@"\n'}.items():
-        project.write(name, f"#!/bin/sh\n{text}")
-        (project.directory / name).chmod(0o755)
-    path = project.environment["PATH"]
-    return project.run("env", f"PATH={project.directory}:{path}", "sh", "-ec", one.code)
-
-
 def run_sql(database: Database, one: Example, user: str = "postgres") -> str:
     done = psql(database, "-v", "ON_ERROR_STOP=1", user=user, script=one.code)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -60,7 +50,7 @@ def status_of(url: str, **headers: str) -> int:
 def test_setup_page_and_senders_work_together(
     project: Project, database: Database, serve: Serve, page: Page
 ) -> None:
-    printed = run_shell(project, example("docs/quickstart.md", "manage.py check"))
+    printed = project.shell(example("docs/quickstart.md", "manage.py check").code)
     assert "no issues" in printed
     assert example("docs/quickstart.md", "manage.py runserver").code == (
         "python manage.py runserver\n"
@@ -137,11 +127,11 @@ def test_commands_show_that_it_works(project: Project, database: Database, serve
         client.wait_open()
         database.send("orders")
         client.wait_count(1)
-        assert "HEALTHY" in run_shell(project, Example("sh", status))
+        assert "HEALTHY" in project.shell(status)
         doctor = f"{doctor} --through {url}/events/"
-        assert "HEALTHY" in run_shell(project, Example("sh", doctor))
+        assert "HEALTHY" in project.shell(doctor)
         tail = f"{tail} --since earliest | head -n 1"
-        assert "orders:1" in run_shell(project, Example("sh", tail))
+        assert "orders:1" in project.shell(tail)
 
 
 # Permissions
@@ -473,14 +463,14 @@ def test_what_stands_in_the_way_of_the_proxy_lets_it_through(
 @pytest.mark.thorough
 def test_checks_are_run(project: Project) -> None:
     migrate(project)
-    printed = run_shell(project, example("docs/reference/checks.md", "--database default"))
+    printed = project.shell(example("docs/reference/checks.md", "--database default").code)
     assert printed.count("no issues") == 2
 
 
 def test_events_are_sent_from_the_shell(project: Project, database: Database) -> None:
     migrate(project)
-    one = run_shell(project, example("docs/reference/commands.md", "eventstream_send room-1"))
-    many = run_shell(project, example("docs/reference/commands.md", "eventstream_send - <<"))
+    one = project.shell(example("docs/reference/commands.md", "eventstream_send room-1").code)
+    many = project.shell(example("docs/reference/commands.md", "eventstream_send - <<").code)
     assert (one, many) == ("1 event sent.\n", "2 events sent.\n")
     sent = "SELECT channel, type, data, skip_user_ids, meta FROM pg_eventstream_event ORDER BY id"
     assert database.fetch(sent) == [
@@ -492,7 +482,7 @@ def test_events_are_sent_from_the_shell(project: Project, database: Database) ->
 
 def test_status_of_a_project_is_shown(project: Project) -> None:
     migrate(project)
-    screen = run_shell(project, example("docs/production/diagnoses.md", "eventstream_status"))
+    screen = project.shell(example("docs/production/diagnoses.md", "eventstream_status").code)
     assert screen.startswith("pg_eventstream ")
     assert ": HEALTHY " in screen.splitlines()[0]
 
@@ -508,8 +498,8 @@ def test_doctor_of_a_project_finds_nothing(
     project.serve(app_port)
     one = example("docs/production/diagnoses.md", "--through https")
     url = f"{pushpin.url}/events/"
-    asked = Example(one.language, one.code.replace("https://example.com/events/", url))
-    assert "HEALTHY: " in run_shell(project, asked)
+    asked = one.code.replace("https://example.com/events/", url)
+    assert "HEALTHY: " in project.shell(asked)
 
 
 def test_two_phase_commit(database: Database) -> None:

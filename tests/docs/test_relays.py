@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ import pytest
 from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
 from tests.support.database import Database
 from tests.support.documentation import Example, example
+from tests.support.forked import ForkedProcess
 from tests.support.programs import installed
 from tests.support.projects import Project
 from tests.support.reader import add, migrate
@@ -54,7 +54,7 @@ class Relay:
         self.project.write("shop/event_consumers.py", KILL)
         add(self.project, one)
         migrate(self.project)
-        self.process = Process(
+        self.process = ForkedProcess(
             "consumers",
             [sys.executable, "-m", "django", "eventstream_consumers", "run", name],
             log_path=self.log_path,
@@ -132,11 +132,7 @@ def test_task_is_enqueued_exactly_once(relay: Relay) -> None:
     )
     relay.wait(lambda: len(relay.database.fetch(tasks)) >= 2)
     assert relay.database.fetch(tasks) == [("1",), ("2",)]
-    subprocess.run(
-        [sys.executable, "-m", "django", "db_worker", "--batch"],
-        cwd=relay.project.directory, env=relay.project.environment, timeout=60, check=True,
-        capture_output=True,
-    )  # fmt: skip
+    relay.project.run(sys.executable, "-m", "django", "db_worker", "--batch")
     texts = [mail.read_text() for mail in mails.iterdir()]
     assert sorted(text.partition("Subject: ")[2].splitlines()[0] for text in texts) == [
         "Order 1 is paid",

@@ -18,6 +18,7 @@ from django.urls import resolve
 from pg_eventstream import send_events
 from tests.project.app.models import Membership
 from tests.project.drf_settings import APPS, DRF
+from tests.support import forked
 from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.members import member, token
@@ -280,13 +281,9 @@ def test_default_renderers_decide_whether_there_is_a_page(
         "from pg_eventstream.viewsets import EventsViewSet\n"
         "print(*[renderer.__name__ for renderer in EventsViewSet.renderer_classes])"
     )
-    run = subprocess.run(
+    run = forked.run(
         [sys.executable, "-c", script],
-        env=child_environment(PG_EVENTSTREAM_TEST_SETTINGS=more),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        environment=child_environment(PG_EVENTSTREAM_TEST_SETTINGS=more),
     )
     assert run.stdout.split() == ours, run.stderr
 
@@ -304,13 +301,9 @@ def schema(urlconf: str) -> dict[str, Any]:
         "INSTALLED_APPS": [*APPS, "drf_spectacular"],
         "REST_FRAMEWORK": {"DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema"},
     }
-    run = subprocess.run(
+    run = forked.run(
         [sys.executable, "-c", script],
-        env=child_environment(PG_EVENTSTREAM_TEST_SETTINGS=json.dumps(project)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        environment=child_environment(PG_EVENTSTREAM_TEST_SETTINGS=json.dumps(project)),
     )
     assert run.returncode == 0, run.stderr
     found: dict[str, Any] = json.loads(run.stdout)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,6 +15,7 @@ from django.db import connections, transaction
 
 from pg_eventstream.models import Channel, Cursor, Event, Outbox, Stream
 from pg_eventstream.servers.postgres import Postgres
+from tests.support import forked
 from tests.support.database import Database
 from tests.support.dumped_data import as_default, check, dumped, fill, in_order, load, sequence
 from tests.support.environment import child_environment
@@ -327,14 +326,10 @@ def test_serialized_rollback_brings_back_what_a_migration_has_sent(
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "django", "test", "--settings=news_settings", *arguments],
-        cwd=tmp_path,
-        env={**child_environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        directory=tmp_path,
+        environment=child_environment(PYTHONPATH=f"{tmp_path}:{ROOT}"),
     )
     assert done.returncode == 0, done.stderr
     assert "Ran 4 tests" in done.stderr

@@ -22,6 +22,7 @@ from django.test import override_settings
 from pg_eventstream.servers.processes import Process, free_port, wait_until
 from tests.support.database import Database
 from tests.support.environment import KEY
+from tests.support.forked import ForkedProcess
 from tests.support.ngrok import Service, run, tunnel
 
 SECRET = bytes(range(200, 232))
@@ -65,7 +66,7 @@ def new_server(
         }
         command = [sys.executable, "-m", "django", "runserver_ngrok", f"127.0.0.1:{port}"]
         made.append(
-            Process(
+            ForkedProcess(
                 "runserver_ngrok",
                 [*command, f"--ngrok-api={ngrok.url}/api", *arguments],
                 log_path=tmp_path / "runserver.log",

@@ -29,10 +29,11 @@ from pg_eventstream.postgres import connector as connection_module
 from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.postgres.locks import LEADER_LOCK, LOCK_SPACE, PRUNE_LOCK
 from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
+from pg_eventstream.servers.processes import accepts, free_port, wait_until
 from tests.support.control_port import ControlPort
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
+from tests.support.forked import ForkedProcess
 from tests.support.http_service import HttpService, body_of
 from tests.support.load import Load
 from tests.support.network import Network
@@ -337,7 +338,7 @@ def test_busy_servers_are_no_obstacle(
     with ExitStack() as stack:
         for n in range(3):
             port = free_port()
-            server = Process(
+            server = ForkedProcess(
                 f"server {n}",
                 [sys.executable, "-m", "uvicorn", "tests.project.asgi:application",
                  f"--port={port}", "--log-level=warning"],

@@ -21,9 +21,10 @@ from pg_eventstream import send_event
 from pg_eventstream.postgres.connector import Connector
 from pg_eventstream.postgres.threads import run
 from pg_eventstream.publisher.daemon import Publisher
-from pg_eventstream.servers.processes import Process, accepts, free_port, wait_until
+from pg_eventstream.servers.processes import accepts, free_port, wait_until
 from tests.support.database import Database
 from tests.support.environment import DIRECTORY, child_environment
+from tests.support.forked import ForkedProcess
 from tests.support.http_service import HttpService, body_of, respond
 from tests.support.sse_client import SSEClient
 
@@ -165,7 +166,7 @@ def test_ordinary_requests_get_a_connection_despite_many_streams(
         "EVENTSTREAM_CHANNELMANAGER_CLASS": "tests.project.channelmanagers.AsksWhatIsReliable",
     }
     port = free_port()
-    server = Process(
+    server = ForkedProcess(
         "the server",
         [sys.executable, "-m", "uvicorn", "tests.project.asgi:application", f"--port={port}"],
         log_path=DIRECTORY / f"pool-{database.name}.log",

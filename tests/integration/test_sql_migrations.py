@@ -20,6 +20,7 @@ from psycopg import sql
 
 from migrations import generate
 from pg_eventstream.servers.postgres import Postgres
+from tests.support import forked
 from tests.support.database import Database
 from tests.support.environment import child_environment
 from tests.support.roles import MIGRATIONS, granted, psql, run_file
@@ -221,14 +222,10 @@ def test_manage_py_test_creates_its_databases_with_migrations_switched_off(
         f"{setting}\n"
     )
     (tmp_path / "test_send.py").write_text(_TEST_THAT_SENDS)
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "django", "test", "--settings=test_settings"],
-        cwd=tmp_path,
-        env={**child_environment(), "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        directory=tmp_path,
+        environment=child_environment(PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}"),
     )
     assert done.returncode == 0, done.stderr
     assert "Ran 2 tests" in done.stderr

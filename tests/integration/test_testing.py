@@ -25,6 +25,7 @@ from pg_eventstream.permission import channel_permission_changed
 from pg_eventstream.testing import SentEvent, captured_events
 from tests.project.app.models import Membership
 from tests.project.asgi import application
+from tests.support import forked
 from tests.support.database import Database
 
 ROOT = Path(__file__).parents[2]
@@ -281,14 +282,10 @@ def test_in_djangos_test_cases(
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forked.run(
         [sys.executable, *command],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        directory=cwd,
+        environment={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 

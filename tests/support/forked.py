@@ -1,141 +1,33 @@
 """Python programs that start at once, each forked from a process that has imported what they need.
 
 Most of a second of a processor goes into the imports of a publisher or of an application server,
-and the tests start hundreds of them. Here one process imports the modules that need no settings.
-For each program it forks a child, which gets the program's arguments, environment and log, and
-runs it as ``python -m`` does. Nothing of it is ever used but these modules.
+and the tests start hundreds of them. Here one process imports the modules that need no settings
+(`tests.support.forking`). For each program it forks a child, which gets the program's arguments,
+environment and files, and runs it as the interpreter does. Nothing of it is ever used but these
+modules.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
-import importlib
-import json
 import os
-import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
-import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from pg_eventstream.servers.processes import Process
-
-#: With what they import. None of these reads a setting when it is imported.
-_MODULES = [
-    "django.contrib.auth.hashers",
-    "django.contrib.messages.middleware",
-    "django.contrib.sessions.backends.db",
-    "django.contrib.staticfiles.handlers",
-    "django.core.asgi",
-    "django.core.management.commands.runserver",
-    "django.core.servers.basehttp",
-    "django.db.backends.postgresql.base",
-    "django.db.backends.postgresql.psycopg_any",
-    "django.db.models.sql.compiler",
-    "django.template.loader_tags",
-    "django.views.generic",
-    "gripcontrol",
-    "pg_eventstream.consumers.declare",
-    "pg_eventstream.operate",
-    "pg_eventstream.publisher.doorbell",
-    "pg_eventstream.publisher.feed",
-    "pg_eventstream.publisher.pruner",
-    "pg_eventstream.views",
-    "pgtrigger.core",
-    "psycopg.types.json",
-    "uvicorn.lifespan.on",
-    "uvicorn.main",
-    "uvicorn.protocols.http.auto",
-    "uvicorn.protocols.websockets.auto",
-]
-#: What is reported of each program.
-_PID, _STATUS = "pid", "status"
-
-
-# The process that forks
-
-
-def serve(control: socket.socket) -> None:
-    """Fork programs until the other end of the socket is closed. Returns in each child."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in _MODULES:
-            importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # so that collections in the children copy no pages
-    woken, wake = socket.socketpair()
-    for end in (woken, wake):
-        end.setblocking(False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    signal.set_wakeup_fd(wake.fileno())
-    reports: dict[int, socket.socket] = {}
-    while True:
-        ready, _, _ = select.select([control, woken], [], [])
-        if woken in ready:
-            woken.recv(1000)
-            while reports:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
-                    break
-                with reports.pop(pid) as report, contextlib.suppress(OSError):
-                    report.send(json.dumps({_STATUS: os.waitstatus_to_exitcode(status)}).encode())
-        if control in ready:
-            request, fds, _, _ = socket.recv_fds(control, 1 << 20, 3)
-            if not request:
-                os._exit(0)
-            report = socket.socket(fileno=fds[0])
-            pid = os.fork()
-            if not pid:
-                for end in (control, woken, wake, report, *reports.values()):
-                    end.close()
-                _become(fds[1], fds[2], **json.loads(request))
-                return
-            for fd in fds[1:]:
-                os.close(fd)
-            reports[pid] = report
-            report.send(json.dumps({_PID: pid}).encode())
-
-
-def _become(
-    output: int,
-    errors: int,
-    arguments: list[str],
-    environment: dict[str, str],
-    directory: str,
-) -> None:
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.setsid()
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.dup2(output, 1)
-    os.dup2(errors, 2)
-    os.close(output)
-    os.close(errors)
-    os.chdir(directory)
-    paths = [path for path in sys.path[1:] if path not in _python_path(os.environ)]
-    sys.path[:] = [directory, *_python_path(environment), *paths]
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.argv = arguments
-
-
-def _python_path(environment: Mapping[str, str]) -> list[str]:
-    return [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-
-
-# The process of the tests
+from tests.support import fork_request
+from tests.support.fork_request import PID, STATUS
+from tests.support.forking import python_path
 
 
 class _Child:
@@ -143,12 +35,12 @@ class _Child:
 
     def __init__(self, report: socket.socket) -> None:
         self._report = report
-        self.pid: int = self._receive()[_PID]
+        self.pid: int = self._receive()[PID]
         self.returncode: int | None = None
 
     def _receive(self) -> dict[str, int]:
-        message: dict[str, int] = json.loads(self._report.recv(100) or "{}")
-        return message or {_STATUS: -signal.SIGKILL}  # the process that forks has ended
+        has_ended = {STATUS: -signal.SIGKILL}  # the process that forks
+        return fork_request.receive(self._report) or has_ended
 
     def poll(self) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -161,7 +53,7 @@ class _Child:
             waiting.register(self._report, select.POLLIN)
             if not waiting.poll(None if timeout is None else timeout * 1000):
                 raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-            self.returncode = self._receive()[_STATUS]
+            self.returncode = self._receive()[STATUS]
             self._report.close()
         return self.returncode
 
@@ -178,30 +70,18 @@ class _Forking:
     """A process that forks, which ends with this one."""
 
     def __init__(self, options: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._lock = threading.Lock()
-        with control:
+        with fork_request.listen() as listener:
+            self.address = fork_request.address_of(listener)
             self._process = subprocess.Popen(
-                [sys.executable, *options, "-m", __name__, str(control.fileno())],
+                [sys.executable, *options, "-m", "tests.support.forking", str(listener.fileno())],
                 cwd=_ROOT,
                 env=dict(environment),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[control.fileno()],
+                pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
-        atexit.register(self._end)
-
-    def _end(self) -> None:
-        self._control.close()
-        self._process.wait(10)
-
-    def fork(self, request: Mapping[str, Any], output: int, errors: int) -> _Child:
-        mine, report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with report, self._lock:
-            fds = [report.fileno(), output, errors]
-            socket.send_fds(self._control, [json.dumps(request).encode()], fds)
-        return _Child(mine)
+        atexit.register(self._process.communicate, timeout=10)
 
 
 _ROOT = Path(__file__).parents[2]
@@ -213,16 +93,30 @@ def _fork(
     command: Sequence[str],
     environment: Mapping[str, str],
     directory: str | Path | None,
-    output: int,
-    errors: int,
+    files: Sequence[int],
 ) -> _Child | None:
-    """Fork the program. Returns None if it would not be the same."""
-    if "-m" not in command or command[0] != sys.executable:
+    """Fork the program with these standard files. Returns None if it would not be the same."""
+    if command[0] != sys.executable:
         return None
-    at = command.index("-m")
-    options, arguments = command[1:at], command[at + 1 :]
+    options, arguments = _split(command[1:])
+    forking = _forking_for(options, environment)
+    if forking is None:
+        return None
+    directory = str(directory or os.getcwd())
+    return _Child(fork_request.ask(forking.address, arguments, environment, directory, files))
+
+
+def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The options of the interpreter, and the program with its arguments."""
+    at = 0
+    while arguments[at].startswith("-") and arguments[at] not in ("-m", "-c"):
+        at += 2 if arguments[at] in ("-W", "-X") else 1
+    return arguments[:at], arguments[at:]
+
+
+def _forking_for(options: Sequence[str], environment: Mapping[str, str]) -> _Forking | None:
     read = {k: v for k, v in environment.items() if k.startswith(("PYTHON", "PSYCOPG", "LD_"))}
-    paths = _python_path(read)
+    paths = python_path(read)
     if "COVERAGE_PROCESS_CONFIG" in environment or (paths and str(_ROOT) not in paths):
         return None  # coverage measures programs from their start; others are of another version
     if "PROMETHEUS_MULTIPROC_DIR" in environment:
@@ -231,43 +125,53 @@ def _fork(
     key = (*options, *sorted(read.items()))
     if key not in _forking:
         _forking[key] = _Forking(options, environment)
-    request = {
-        "arguments": arguments,
-        "environment": dict(environment),
-        "directory": str(directory or os.getcwd()),
-    }
-    return _forking[key].fork(request, output, errors)
+    return _forking[key]
+
+
+def interpreter(options: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What runs programs in the same way in a shell, where it takes the place of ``python``."""
+    forking = _forking_for(options, environment)
+    if forking is None:
+        return shlex.join([sys.executable, *options])
+    return shlex.join([sys.executable, "-IS", fork_request.__file__, forking.address])
 
 
 class ForkedProcess(Process):
-    """A `Process` of ``[sys.executable, …, "-m", module, …]``."""
+    """A `Process` of the Python with which the tests run."""
 
     def _popen(self, log: IO[bytes] | None) -> Any:
         environment = os.environ if self._environment is None else self._environment
-        fd = 1 if log is None else log.fileno()
-        child = _fork(self.arguments, environment, self._directory, fd, fd)
+        output = 1 if log is None else log.fileno()
+        with open(os.devnull, "rb") as nothing:
+            files = [nothing.fileno(), output, output]
+            child = _fork(self.arguments, environment, self._directory, files)
         return super()._popen(log) if child is None else child
 
 
 def run(
     command: Sequence[str],
-    environment: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
     directory: str | Path | None = None,
     *,
+    text: str = "",
     timeout: float = 120,
     merged: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``[sys.executable, …, "-m", module, …]`` until it ends. Returns its output.
+    """Run ``[sys.executable, …]`` with this input until it ends. Returns its output.
 
     With ``merged``, what it says on standard error is in ``stdout``.
     """
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as own:
+    environment = os.environ if environment is None else environment
+    with ExitStack() as stack:
+        given, output, own = (stack.enter_context(TemporaryFile()) for _ in range(3))
+        given.write(text.encode())
+        given.seek(0)
         errors = output if merged else own
-        child: Any = _fork(command, environment, directory, output.fileno(), errors.fileno())
+        files = [given.fileno(), output.fileno(), errors.fileno()]
+        child: Any = _fork(command, environment, directory, files)
         child = child or subprocess.Popen(
-            command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=errors,
-        )  # fmt: skip
+            command, cwd=directory, env=environment, stdin=given, stdout=output, stderr=errors
+        )
         try:
             child.wait(timeout)
         finally:
@@ -277,8 +181,3 @@ def run(
             file.seek(0)
             texts.append(file.read().decode())
     return subprocess.CompletedProcess(list(command), child.wait(), *texts)
-
-
-if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

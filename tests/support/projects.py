@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from tests.support.environment import KEY
 from tests.support.publisher import PublisherProcess
 
 ROOT = Path(__file__).parents[2]
+DJANGO = [sys.executable, "-W", "error", "-m", "django"]
 
 
 class Project:
@@ -66,26 +66,22 @@ class Project:
 
     def run(self, *command: str, text: str = "") -> str:
         """Run a program in the directory until it ends. Returns its output."""
-        done = subprocess.run(
-            command,
-            input=text,
-            cwd=self.directory,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = forked.run(command, self.environment, self.directory, text=text)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def manage(self, *arguments: str, text: str = "") -> str:
-        command = [sys.executable, "-W", "error", "-m", "django", *arguments]
-        if text:
-            return self.run(*command, text=text)
-        done = forked.run(command, self.environment, self.directory)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        return self.run(*DJANGO, *arguments, text=text)
+
+    def shell(self, script: str) -> str:
+        """Run a shell script in the directory, where ``python`` runs Django's commands."""
+        interpreter = forked.interpreter(DJANGO[1:3], self.environment)
+        python = self.directory / "bin" / "python"
+        python.parent.mkdir(exist_ok=True)
+        python.write_text(f'#!/bin/sh\nshift\nexec {interpreter} -m django "$@"\n')
+        python.chmod(0o755)
+        path = f"{python.parent}:{self.environment['PATH']}"
+        return self.run("env", f"PATH={path}", "sh", "-ec", script)
 
     def start(self, *arguments: str, ready: Callable[[], bool] | None = None) -> None:
         """Start a management command that runs until the project ends."""

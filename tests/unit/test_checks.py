@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import subprocess
 import sys
 from base64 import b64encode
 from datetime import timedelta
@@ -22,6 +21,7 @@ from pg_eventstream.channelmanager import DefaultChannelManager
 from pg_eventstream.checks import proxies
 from pg_eventstream.checks import settings as checks
 from pg_eventstream.conf import conf
+from tests.support import forked
 
 ROOT = Path(__file__).parents[2]
 # The minimum length of a key for HS256.
@@ -328,14 +328,10 @@ from django.core.checks import run_checks
 for message in run_checks():
     print(message.id, message.msg, message.hint, sep=": ")
 """
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "DJANGO_SETTINGS_MODULE"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        directory=ROOT,
+        environment={k: v for k, v in os.environ.items() if k != "DJANGO_SETTINGS_MODULE"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
