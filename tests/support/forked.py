@@ -69,11 +69,11 @@ class _Child:
 class _Forking:
     """A process that forks, which ends with this one."""
 
-    def __init__(self, options: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         with fork_request.listen() as listener:
             self.address = fork_request.address_of(listener)
             self._process = subprocess.Popen(
-                [sys.executable, *options, "-m", "tests.support.forking", str(listener.fileno())],
+                [sys.executable, "-m", "tests.support.forking", str(listener.fileno())],
                 cwd=_ROOT,
                 env=dict(environment),
                 stdin=subprocess.PIPE,
@@ -85,7 +85,7 @@ class _Forking:
 
 
 _ROOT = Path(__file__).parents[2]
-#: By the options of the interpreter and the environment that it reads when it starts.
+#: By the environment that the interpreter reads when it starts.
 _forking: dict[Any, _Forking] = {}
 
 
@@ -96,43 +96,35 @@ def _fork(
     files: Sequence[int],
 ) -> _Child | None:
     """Fork the program with these standard files. Returns None if it would not be the same."""
-    if command[0] != sys.executable:
+    if command[0] != sys.executable or command[1] not in ("-W", "-m", "-c"):
         return None
-    options, arguments = _split(command[1:])
-    forking = _forking_for(options, environment)
+    forking = _forking_for(environment)
     if forking is None:
         return None
     directory = str(directory or os.getcwd())
-    return _Child(fork_request.ask(forking.address, arguments, environment, directory, files))
+    return _Child(fork_request.ask(forking.address, command[1:], environment, directory, files))
 
 
-def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """The options of the interpreter, and the program with its arguments."""
-    at = 0
-    while arguments[at].startswith("-") and arguments[at] not in ("-m", "-c"):
-        at += 2 if arguments[at] in ("-W", "-X") else 1
-    return arguments[:at], arguments[at:]
-
-
-def _forking_for(options: Sequence[str], environment: Mapping[str, str]) -> _Forking | None:
+def _forking_for(environment: Mapping[str, str]) -> _Forking | None:
     read = {k: v for k, v in environment.items() if k.startswith(("PYTHON", "PSYCOPG", "LD_"))}
     paths = python_path(read)
     if "COVERAGE_PROCESS_CONFIG" in environment or (paths and str(_ROOT) not in paths):
         return None  # coverage measures programs from their start; others are of another version
     if "PROMETHEUS_MULTIPROC_DIR" in environment:
         return None  # prometheus-client reads it when it is imported
-    read.pop("PYTHONPATH", None)
-    key = (*options, *sorted(read.items()))
+    for name in ("PYTHONPATH", "PYTHONWARNINGS"):  # can be changed after the start
+        read.pop(name, None)
+    key = tuple(sorted(read.items()))
     if key not in _forking:
-        _forking[key] = _Forking(options, environment)
+        _forking[key] = _Forking({k: v for k, v in environment.items() if k != "PYTHONWARNINGS"})
     return _forking[key]
 
 
-def interpreter(options: Sequence[str], environment: Mapping[str, str]) -> str:
+def interpreter(environment: Mapping[str, str]) -> str:
     """What runs programs in the same way in a shell, where it takes the place of ``python``."""
-    forking = _forking_for(options, environment)
+    forking = _forking_for(environment)
     if forking is None:
-        return shlex.join([sys.executable, *options])
+        return shlex.quote(sys.executable)
     return shlex.join([sys.executable, "-IS", fork_request.__file__, forking.address])
 
 

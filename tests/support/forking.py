@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -12,9 +13,10 @@ import select
 import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from types import NoneType
 
 from tests.support.fork_request import PID, STATUS
 
@@ -95,8 +97,8 @@ def serve(listener: socket.socket) -> list[str]:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if not pid:
                     break
-                with reports.pop(pid) as report, contextlib.suppress(OSError):
-                    report.send(json.dumps({STATUS: os.waitstatus_to_exitcode(status)}).encode())
+                with reports.pop(pid) as report:
+                    _send(report, STATUS, os.waitstatus_to_exitcode(status))
         if listener in ready:
             report, _ = listener.accept()
             message, files, _, _ = socket.recv_fds(report, 1 << 20, 3)
@@ -110,7 +112,12 @@ def serve(listener: socket.socket) -> list[str]:
             for file in files:
                 os.close(file)
             reports[pid] = report
-            report.send(json.dumps({PID: pid}).encode())
+            _send(report, PID, pid)
+
+
+def _send(report: socket.socket, name: str, value: int) -> None:
+    with contextlib.suppress(OSError):  # who asked has ended
+        report.send(json.dumps({name: value}).encode())
 
 
 def _become(files: Sequence[int], environment: Mapping[str, str], directory: str) -> None:
@@ -127,6 +134,13 @@ def _become(files: Sequence[int], environment: Mapping[str, str], directory: str
     sys.path[:] = [directory, *python_path(environment), *paths]
     os.environ.clear()
     os.environ.update(environment)
+    if warned := environment.get("PYTHONWARNINGS"):
+        _set_warnings(*warned.split(","))
+
+
+def _set_warnings(*options: str) -> None:
+    sys.warnoptions += options
+    warnings._processoptions(options)  # type: ignore[attr-defined]
 
 
 def python_path(environment: Mapping[str, str]) -> list[str]:
@@ -134,19 +148,33 @@ def python_path(environment: Mapping[str, str]) -> list[str]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run ``-m module …``, ``-c code …`` or ``program.py …``, as the interpreter does."""
+    """Run ``-m module …`` or ``-c code …``, as the interpreter does."""
     kind, *rest = arguments
-    if kind == "-m":
+    if kind == "-W":
+        _set_warnings(rest[0])
+        run(rest[1:])
+    elif kind == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    elif kind == "-c":
+    else:
         sys.argv = ["-c", *rest[1:]]
         exec(rest[0], {"__name__": "__main__"})
-    else:
-        sys.argv = list(arguments)
-        sys.path[0] = str(Path(kind).parent.absolute())
-        runpy.run_path(kind, run_name="__main__")
+
+
+def end(status: int) -> None:
+    """End as the interpreter does, but leave its modules: to destroy them copies what is shared."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the other threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    try:
+        run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    except SystemExit as ended:
+        if not isinstance(ended.code, (int, NoneType)):
+            raise  # it is a message
+        end(ended.code or 0)
+    end(0)

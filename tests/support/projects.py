@@ -75,10 +75,10 @@ class Project:
 
     def shell(self, script: str) -> str:
         """Run a shell script in the directory, where ``python`` runs Django's commands."""
-        interpreter = forked.interpreter(DJANGO[1:3], self.environment)
+        interpreter = forked.interpreter(self.environment)
         python = self.directory / "bin" / "python"
         python.parent.mkdir(exist_ok=True)
-        python.write_text(f'#!/bin/sh\nshift\nexec {interpreter} -m django "$@"\n')
+        python.write_text(f'#!/bin/sh\nshift\nexec {interpreter} -W error -m django "$@"\n')
         python.chmod(0o755)
         path = f"{python.parent}:{self.environment['PATH']}"
         return self.run("env", f"PATH={path}", "sh", "-ec", script)
