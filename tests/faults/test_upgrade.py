@@ -39,6 +39,8 @@ COMMITS = {
 }
 EVENTS = 5_000_000 if THOROUGH else 50_000
 ATTEMPTS = 3
+#: Of a sender before each event, in seconds.
+PAUSE = 0.001 if THOROUGH else 0.005
 
 
 class OldCode(NamedTuple):
@@ -161,7 +163,7 @@ class SqlSender(threading.Thread):
         try:
             with self._database.connect() as connection:
                 connection.execute("SET lock_timeout = '100ms'")
-                while not self._stopping.wait(0.001):
+                while not self._stopping.wait(PAUSE):
                     try:
                         connection.execute(
                             "INSERT INTO pg_eventstream_event (channel, data) VALUES (%s, %s)",
@@ -205,7 +207,7 @@ from pg_eventstream import send_event
 over = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
 sent = 0
-while not over.wait(0.002):
+while not over.wait(0.005):
     send_event(sys.argv[1], "message", f"django {sent}", json_encode=False)
     sent += 1
 print(sent)

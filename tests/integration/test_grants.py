@@ -22,8 +22,22 @@ from tests.support.role_work import (
     sequence,
     serve,
 )
-from tests.support.roles import MIGRATIONS, as_role, granted, make_old, run_file
+from tests.support.roles import MAKE_OLD, MIGRATIONS, as_role, granted, run_file
 from tests.support.stored_consumer import CONSUMER
+
+_WORK = [
+    "TRUNCATE pg_eventstream_proxy, pg_eventstream_report",
+    "INSERT INTO pg_eventstream_event (channel, data) VALUES ('old', '')",
+    "SELECT pg_eventstream_sequence()",
+    MAKE_OLD,
+    "INSERT INTO pg_eventstream_event (channel, data) VALUES ('new', '0'), ('new', '1')",
+    "INSERT INTO pg_eventstream_proxy"
+    " SELECT 'http://gone.example', max(position) FROM pg_eventstream_stream",
+    "INSERT INTO pg_eventstream_publisher VALUES (1, 'host:1', now(), now())"
+    " ON CONFLICT (id) DO UPDATE SET heartbeat = now()",
+    "INSERT INTO pg_eventstream_report (name, content)"
+    " VALUES ('publisher', jsonb_build_object('role', 'postgres'))",
+]
 
 
 @pytest.fixture
@@ -36,24 +50,9 @@ def work_to_do(database: Database, control: ControlPort) -> Callable[[], None]:
         checkpoints.register(connection, late)
 
     def make() -> None:
-        database.execute("TRUNCATE pg_eventstream_proxy, pg_eventstream_report")
-        database.send("old")
-        database.execute("SELECT pg_eventstream_sequence()")
-        make_old(database)
-        for n in range(2):
-            database.send("new", str(n))
-        database.execute(
-            "INSERT INTO pg_eventstream_proxy"
-            " SELECT 'http://gone.example', max(position) FROM pg_eventstream_stream"
-        )
-        database.execute(
-            "INSERT INTO pg_eventstream_publisher VALUES (1, 'host:1', now(), now())"
-            " ON CONFLICT (id) DO UPDATE SET heartbeat = now()"
-        )
-        database.execute(
-            "INSERT INTO pg_eventstream_report (name, content)"
-            " VALUES ('publisher', jsonb_build_object('role', 'postgres'))"
-        )
+        with database.connect() as connection:
+            for statement in _WORK:
+                connection.execute(statement)
 
     return make
 

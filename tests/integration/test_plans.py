@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from typing import Any
 
@@ -28,8 +28,9 @@ from pg_eventstream.postgres.slots import SLOTS
 from pg_eventstream.postgres.watchdog import WatchedConnection
 from pg_eventstream.publisher import feed
 from pg_eventstream.publisher import pruner as retention
+from pg_eventstream.servers.postgres import Postgres
 from pg_eventstream.streams import hub, replay
-from tests.support.database import Database
+from tests.support.database import Database, new_database
 from tests.support.stored_consumer import CONSUMER
 
 EVENTS, CHANNELS = 100_000, 100
@@ -233,9 +234,15 @@ def read_state_with_a_consumer_far_behind(database: Database) -> Explained:
     return explained.explain
 
 
-@pytest.fixture
-def full(database: Database) -> Database:
+@pytest.fixture(scope="module")
+def filled(postgres: Postgres) -> Iterator[Database]:
     """All events are sequenced, and are still in the outbox because it has not been pruned."""
+    with new_database(postgres) as made:
+        fill(made)
+        yield made
+
+
+def fill(database: Database) -> None:
     with database.connect() as admin:
         for table in ("event", "stream", "outbox"):
             admin.execute(f"ALTER TABLE pg_eventstream_{table} SET (autovacuum_enabled = off)")
@@ -260,7 +267,12 @@ def full(database: Database) -> Database:
             "INSERT INTO pg_eventstream_cursor (position, snapshot, cluster)"
             f" SELECT {EVENTS}, pg_current_snapshot(), system_identifier FROM pg_control_system()"
         )
-    return database
+
+
+@pytest.fixture
+def full(postgres: Postgres, filled: Database) -> Iterator[Database]:
+    with new_database(postgres, template=filled.name) as made:
+        yield made
 
 
 STREAM, EVENT, OUTBOX, CHECKPOINT = (

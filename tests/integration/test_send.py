@@ -159,7 +159,7 @@ def test_sending_in_a_broken_transaction_fails_as_every_statement_does(database:
 
 def test_events_of_one_call_keep_their_order(database: Database) -> None:
     """Far more than the parameters of one statement, of which 65,535 are allowed."""
-    count = 100_000
+    count = 70_000
     send_events((f"c{n % 7}", "t", n) for n in range(count))
     with database.connect() as server:
         ids = server.execute("SELECT data::int FROM pg_eventstream_event ORDER BY id").fetchall()

@@ -82,11 +82,14 @@ def running_postgres() -> Iterator[Postgres]:
 
 
 @contextmanager
-def new_database(postgres: Postgres) -> Iterator[Database]:
-    """Create a migrated database that Django and every child process use."""
+def new_database(postgres: Postgres, template: str = TEMPLATE) -> Iterator[Database]:
+    """Create a migrated database that Django and every child process use.
+
+    With ``template``, it is a copy of that database, which nobody may use just now.
+    """
     name = f"test_{uuid.uuid4().hex[:12]}"
     server = Database(postgres, "postgres")
-    server.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    server.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     try:
         with _in_use(postgres, name):
             yield Database(postgres, name)

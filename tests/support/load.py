@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 
 from tests.support.database import Database
+from tests.support.environment import THOROUGH
 from tests.support.sse_client import SSEClient
 
 
@@ -28,7 +29,8 @@ class Load:
     database: Database
     channel: str
     senders: int = 4
-    pause: float = 0.004
+    pause: float = 0.004 if THOROUGH else 0.01
+    """How long each sender waits before a transaction, in seconds."""
     seed: int = 0
     length: int = 0
     """The minimum length of an event's data."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.support.database import Database
 
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
+MAKE_OLD = "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - interval '2 days'"
 
 
 def psql(
@@ -57,6 +58,4 @@ def as_role(database: Database, role: str) -> str:
 
 def make_old(database: Database) -> None:
     """Make all events in the stream older than the retention."""
-    database.execute(
-        "UPDATE pg_eventstream_stream SET sequenced_at = sequenced_at - interval '2 days'"
-    )
+    database.execute(MAKE_OLD)
