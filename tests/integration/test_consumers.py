@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from django.db import connections, transaction
+from django.db import connection, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import override_settings
+from psycopg import IsolationLevel
 
 from pg_eventstream import permission, send_event, send_events
 from pg_eventstream.consumers import ConsumedEvent, consumer, upcast
@@ -270,3 +271,23 @@ def test_drain_leaves_other_connections_of_the_program_alone(
         connections["other"].close()
         del connections.settings["other"], connections["other"]
     assert handled.eids("stock") == {"orders": [1, 2]}
+
+
+@pytest.mark.usefixtures("handled")
+@pytest.mark.parametrize("batch", [1, 10])
+def test_handler_runs_in_the_isolation_level_of_the_connection(batch: int) -> None:
+    def look(event: ConsumedEvent) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW transaction_isolation")
+            levels.append(cursor.fetchone()[0])
+
+    levels: list[str] = []
+    levelled = consumer("levelled", start="earliest", batch=batch)(look)
+    send_events([("c", "message", n) for n in range(2)])
+    connection.ensure_connection()
+    connection.connection.isolation_level = IsolationLevel.REPEATABLE_READ
+    try:
+        assert levelled.drain() == 2
+    finally:
+        connection.close()
+    assert levels == ["repeatable read"] * 2
