@@ -114,7 +114,7 @@ def test_all_operations_beside_a_running_consumer(database: Database, way: str) 
         for to in ("earliest", "1h"):
             assert "are handled again" in run("reset", "stock", "--to", to)
             wait_for(1, 2, 3, 4, 5)
-        send_event("orders", "m", {"sleep": 2})
+        send_event("orders", "m", {"sleep": 3})
         working = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'"
         wait_until(lambda: database.value(working) == 1, timeout=10)
         with pytest.raises(ConsumerBusy, match="has worked on the event orders:6"):

@@ -1,10 +1,10 @@
 """In any order of events, each client gets exactly what a simple model says.
 
 Hypothesis chooses what happens next: senders, callers of sequence(), publishers that are killed and
-proxies that fail, pruning and jumps of time, clients that come, leave and resume, and how much of
-the pending work between a proxy and the application is done. Nothing runs concurrently, so each run
-can be repeated. The database, the publisher and the endpoint are real. `grip_proxy` stands for
-everything between them, and `model` says what the result must be.
+proxies that fail, pruning and jumps of time, backups and their restore, clients that come, leave
+and resume, and how much of the pending work between a proxy and the application is done. Nothing
+runs concurrently, so each run can be repeated. The database, the publisher and the endpoint are
+real. `grip_proxy` stands for everything between them, and `model` says what the result must be.
 """
 
 from __future__ import annotations
