@@ -318,6 +318,14 @@ def _run(connection: Connection, statements: str) -> bool:
     return bool(result.command_tuples)
 
 
+def name_of(connection: Connection, consumer_id: int) -> str | None:
+    """The consumer's present name. None if it was removed."""
+    row = connection.execute(
+        "SELECT name FROM pg_eventstream_consumer WHERE id = %s", [consumer_id]
+    ).fetchone()
+    return row and row[0]
+
+
 def is_at(connection: Connection, consumer_id: int, slot: int, epoch: int, position: int) -> bool:
     """Whether this is the slot's checkpoint."""
     row = connection.execute(

@@ -339,7 +339,10 @@ class Runner:
             if known and (known.epoch, known.moved_from) == (state.epoch, state.position):
                 self._failures.count_undone(self._slots[state.slot], known.position)
         if len(states) < len(slots):
-            self._go("it was removed, or its tables were emptied or restored in part")
+            name = checkpoints.name_of(connection, self.consumer_id)
+            self._go(
+                "it was removed" if name is None else "its tables were emptied or restored in part"
+            )
 
     def _parked_channels(self, slots: list[int]) -> dict[int, set[str]]:
         """By slot, the channels of which no event is handled."""
