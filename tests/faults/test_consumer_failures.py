@@ -6,12 +6,14 @@ import threading
 from typing import Any
 
 import pytest
+from django.db import connection as django_connection
 
 from pg_eventstream import send_event, send_events
 from pg_eventstream.limits import LIMITS
 from pg_eventstream.servers.processes import wait_until
 from tests.support.consumers import ConsumerProcess, Handled, declared
 from tests.support.database import Database
+from tests.support.environment import THOROUGH
 
 pytestmark = [pytest.mark.faults]
 
@@ -148,3 +150,26 @@ def test_database_that_is_away_is_no_fault_of_the_event(database: Database) -> N
         database.postgres.start()
         handled.wait("stock", 1, timeout=40)
     assert database.fetch("SELECT eid, attempt FROM handled") == [(1, 1)]
+
+
+@pytest.mark.parametrize("commit", ["off", pytest.param("on", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("batch", [1, pytest.param(20, marks=pytest.mark.thorough)])
+def test_crash_of_postgresql_undoes_what_was_handled_only_with_its_checkpoint(
+    database: Database, commit: str, batch: int
+) -> None:
+    """So it is handled again. With synchronous_commit = off it had been committed before."""
+    handled = Handled(database)
+    environment = stock(batch=batch) | {"PGOPTIONS": f"-c synchronous_commit={commit}"}
+    crashes, events, channels = (10 if THOROUGH else 2), 200, 5
+    with ConsumerProcess(environment=environment) as process:
+        for _ in range(crashes):
+            send_events([(f"c{n % channels}", "message", n) for n in range(events)])
+            handled.wait("stock", handled.count("stock") + 20)
+            database.postgres.kill()
+            database.postgres.start()
+            django_connection.close()
+        handled.wait("stock", crashes * events, timeout=60)
+        assert "attempt" not in process.log
+    assert handled.eids("stock") == {
+        f"c{n}": [*range(1, crashes * events // channels + 1)] for n in range(channels)
+    }
