@@ -184,12 +184,7 @@ def test_process_that_runs_meanwhile_continues_or_says_what_is_wrong(
     happens, expected = WAYS[way]
     if way == "slots are emptied":
         expected = [*ALL, *NEXT]  # it needs none of what is stored there
-    own = declared()
-    with database.connect() as connection:
-        consumer_id = checkpoints.register(connection, own)
-    runner = Runner(own, consumer_id, "default", "here:1/a", LIMITS)
-    runner.grant(range(SLOTS))
-    prepare(database, lambda: handled_by(runner))
+    runner = prepared_runner(database)
     happens(database)
     step(runner)
     send(database, 1)
@@ -218,12 +213,7 @@ def test_process_that_runs_meanwhile_reads_all_of_the_new_stream(
     database: Database, handled: Handled, way: Way
 ) -> None:
     """Also in slots whose checkpoint is not ahead, though the process has read further."""
-    own = declared()
-    with database.connect() as connection:
-        consumer_id = checkpoints.register(connection, own)
-    runner = Runner(own, consumer_id, "default", "here:1/a", LIMITS)
-    runner.grant(range(SLOTS))
-    prepare(database, lambda: handled_by(runner))
+    runner = prepared_runner(database)
     way(database)
     send_events([("b", "message", n) for n in range(3)])
     database.execute("SELECT pg_eventstream_sequence()")
@@ -231,6 +221,17 @@ def test_process_that_runs_meanwhile_reads_all_of_the_new_stream(
     runner.close()
     django_connection.close()
     assert handled.eids("stock") == {"a": ALL, "b": [1, 2, 3]}
+
+
+def prepared_runner(database: Database) -> Runner:
+    """It has handled everything by itself."""
+    own = declared()
+    with database.connect() as connection:
+        consumer_id = checkpoints.register(connection, own)
+    runner = Runner(own, consumer_id, "default", "here:1/a", LIMITS)
+    runner.grant(range(SLOTS))
+    prepare(database, lambda: handled_by(runner))
+    return runner
 
 
 def handled_by(runner: Runner) -> int:
