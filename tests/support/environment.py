@@ -21,20 +21,21 @@ KEY = secrets.token_hex(24)
 THOROUGH = bool(os.environ.get("PG_EVENTSTREAM_TEST_THOROUGH"))
 #: Bytes of memory for the files of a run.
 _ENOUGH = 4 << 30
+_MEMORY = Path("/dev/shm")
 
 
 def _parent() -> str:
     """Memory, if there is enough of it: creating and dropping databases costs far less there."""
-    memory = Path("/dev/shm")
-    if THOROUGH or not memory.is_dir():
+    if THOROUGH or not _MEMORY.is_dir():
         return "/tmp"
-    found = os.statvfs(memory)
+    found = os.statvfs(_MEMORY)
     is_enough = found.f_bavail * found.f_frsize >= _ENOUGH
-    return str(memory) if is_enough and not found.f_flag & os.ST_NOEXEC else "/tmp"
+    return str(_MEMORY) if is_enough and not found.f_flag & os.ST_NOEXEC else "/tmp"
 
 
 directory = tempfile.TemporaryDirectory(prefix="pg_eventstream-", dir=_parent())
 DIRECTORY = Path(directory.name)
+IN_MEMORY = DIRECTORY.is_relative_to(_MEMORY)
 
 
 def child_environment(pushpin: Pushpin | None = None, **more: str) -> dict[str, str]:
