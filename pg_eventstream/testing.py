@@ -20,6 +20,7 @@ from .stream_event import parse_change
 
 if TYPE_CHECKING:
     from .consumers import Consumer
+    from .consumers.declaration import Declaration
     from .consumers.delivery import Delivery
 
 __all__ = ["SentEvent", "SentEvents", "captured_events"]
@@ -100,7 +101,7 @@ class SentEvents(Sequence[SentEvent]):
         """
         self._prepare().run()
 
-    def _deliver_for(self, consumer: Consumer) -> bool:
+    def _deliver_for(self, consumer: Declaration) -> bool:
         self.deliver()
         return consumer in self._prepare().consumers
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from pg_eventstream.consumers import ConsumedEvent, consumer
-from pg_eventstream.consumers.declare import Start
+from pg_eventstream.consumers.declaration import Start
 
 from .. import consuming
 

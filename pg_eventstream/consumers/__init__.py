@@ -1,5 +1,6 @@
 """Durable consumers: functions that handle each event once, in order.
 
+    declaration  what is declared about a consumer
     declare      the decorator, and the list of all consumers
     event        events as consumers get them; old versions of their data
     checkpoints  what is stored: how far each slot is, what fails
@@ -28,7 +29,8 @@ Imports neither `publisher`, `streams`, `grip` nor `operate`.
 """
 
 from ..errors import DoNotRetry
-from .declare import Consumer, Retry, consumer
+from .declaration import Retry
+from .declare import Consumer, consumer
 from .event import ConsumedEvent, upcast
 
 __all__ = ["ConsumedEvent", "Consumer", "DoNotRetry", "Retry", "consumer", "upcast"]

@@ -18,7 +18,7 @@ from ..postgres.connector import fetch_one
 from ..postgres.locks import LOCK_SPACE, PRUNE_LOCK
 from ..postgres.sequence import CURSOR
 from ..postgres.slots import CHECKPOINTS, SLOTS
-from .declare import Consumer
+from .declaration import Declaration
 
 Connection = psycopg.Connection[Any]
 
@@ -70,7 +70,7 @@ class SlotState:
     replay_to: int | None
 
 
-def register(connection: Connection, consumer: Consumer, *, create: bool = True) -> int:
+def register(connection: Connection, consumer: Declaration, *, create: bool = True) -> int:
     """Create the consumer's rows, unless they exist. Returns its id.
 
     Raises `UnknownConsumer` if the consumer has another name now, or if it does not exist and is
@@ -101,7 +101,7 @@ def register(connection: Connection, consumer: Consumer, *, create: bool = True)
         return int(row[0])
 
 
-def _create(connection: Connection, consumer: Consumer, create: bool) -> int:
+def _create(connection: Connection, consumer: Declaration, create: bool) -> int:
     renamed = connection.execute(
         "SELECT name FROM pg_eventstream_consumer WHERE %s = ANY(former_names)", [consumer.name]
     ).fetchone()
@@ -157,7 +157,7 @@ def lock_out_pruner(connection: Connection) -> None:
     connection.execute(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, {PRUNE_LOCK})")
 
 
-def _filters(consumer: Consumer) -> dict[str, Any]:
+def _filters(consumer: Declaration) -> dict[str, Any]:
     return {
         "name": consumer.name,
         "channels": list(consumer.channels),

@@ -3,89 +3,41 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, get_args
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import autodiscover_modules
 
-from ..channels import RESERVED, is_reliable, problem_of_name
-from ..postgres.slots import follows
-from .event import ConsumedEvent, place_of
+from ..channels import RESERVED, problem_of_name
+from .declaration import (
+    DAY_SECONDS,
+    Declaration,
+    Handler,
+    OnFailure,
+    Retry,
+    Start,
+    is_number,
+    is_whole,
+)
+from .event import ConsumedEvent
 
 #: The name of the module that is imported from each installed app.
 MODULE = "event_consumers"
 
-Handler = Callable[[ConsumedEvent], Any]
-Start = Literal["earliest", "latest"]
-OnFailure = Literal["park", "park-channel", "stop"]
-
-_MOST_ATTEMPTS, _MOST_BATCH, _DAY_SECONDS = 1000, 10_000, 86_400.0
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """How often an event is tried, and how long after a failure it is tried again.
-
-    ``attempts`` includes the first. The first delay is ``backoff`` seconds; each one is twice as
-    long as the one before it, up to ``longest`` seconds, and is shortened at random by up to half.
-    """
-
-    attempts: int = 5
-    backoff: float = 2.0
-    longest: float = 300.0
-
-    def __post_init__(self) -> None:
-        if not _is_whole(self.attempts) or not 1 <= self.attempts <= _MOST_ATTEMPTS:
-            raise ImproperlyConfigured(
-                f"Retry: attempts must be a whole number from 1 to {_MOST_ATTEMPTS:,}; it is"
-                f" {self.attempts!r}."
-            )
-        for name in ("backoff", "longest"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value <= _DAY_SECONDS:
-                raise ImproperlyConfigured(
-                    f"Retry: {name} must be a number of seconds from 0 to {_DAY_SECONDS:,.0f}; it"
-                    f" is {value!r}."
-                )
-
-    def delay(self, attempts: int) -> float:
-        """The seconds to wait after this many attempts failed."""
-        delay = min(self.backoff * 2.0 ** min(attempts - 1, 60), self.longest)
-        return delay * random.uniform(0.5, 1.0)  # noqa: S311
+_MOST_BATCH = 10_000
 
 
 @dataclass(eq=False)
-class Consumer:
+class Consumer(Declaration):
     """A function that handles each event of some channels once, in order. Made by `consumer`.
 
     Calling it calls the function, which is useful in tests.
     """
 
-    name: str
-    handler: Handler
-    channels: tuple[str, ...]
-    prefixes: tuple[str, ...]
-    start: Start
-    retry: Retry
-    on_failure: OnFailure
-    batch: int
-    timeout: float | None
-    _before_reset: Callable[[], object] | None = field(default=None, repr=False)
-
     def __call__(self, event: ConsumedEvent) -> Any:
         return self.handler(event)
-
-    @property
-    def place(self) -> str:
-        """Where its function is defined."""
-        return place_of(self.handler)
-
-    def follows(self, channel: str) -> bool:
-        """Whether it handles the events of the channel. Reserved and unreliable ones: never."""
-        return follows(channel, self.channels, self.prefixes) and is_reliable(channel)
 
     def before_reset(self, function: Callable[[], object]) -> Callable[[], object]:
         """Call ``function`` when the consumer is reset, in the same transaction: a decorator.
@@ -107,7 +59,7 @@ class Consumer:
         Raises `TransactionManagementError` inside ``transaction.atomic()``, whose events are not
         committed yet.
         """
-        from .waiting import wait
+        from .waiting import wait  # not before the apps are ready
 
         return wait(self, timeout)
 
@@ -120,18 +72,9 @@ class Consumer:
         Raises `TransactionManagementError` inside ``transaction.atomic()``, and `ConsumerStopped`
         if the consumer is paused.
         """
-        from .worker import drain
+        from .worker import drain  # not before the apps are ready
 
         return drain(self)
-
-    @property
-    def prepares_resets(self) -> bool:
-        """Whether there is a function for `before_reset`."""
-        return self._before_reset is not None
-
-    def prepare_reset(self) -> None:
-        if self._before_reset is not None:
-            self._before_reset()
 
 
 _declared: dict[str, Consumer] = {}
@@ -252,15 +195,15 @@ def _check(
             f'Consumer {name!r}: on_failure must be "park", "park-channel" or "stop", not'
             f" {on_failure!r}."
         )
-    if not _is_whole(batch) or not 1 <= batch <= _MOST_BATCH:
+    if not is_whole(batch) or not 1 <= batch <= _MOST_BATCH:
         raise ImproperlyConfigured(
             f"Consumer {name!r}: batch must be a whole number from 1 to {_MOST_BATCH:,}; it is"
             f" {batch!r}."
         )
-    if timeout is not None and (not _is_number(timeout) or not 0 < timeout <= _DAY_SECONDS):
+    if timeout is not None and (not is_number(timeout) or not 0 < timeout <= DAY_SECONDS):
         raise ImproperlyConfigured(
             f"Consumer {name!r}: timeout must be a number of seconds, greater than 0 and at most"
-            f" {_DAY_SECONDS:,.0f}, or None; it is {timeout!r}."
+            f" {DAY_SECONDS:,.0f}, or None; it is {timeout!r}."
         )
 
 
@@ -284,11 +227,3 @@ def _no_async(name: str) -> str:
         f"Consumer {name} is asynchronous, and a transaction of Django's cannot span awaits. Use a"
         " plain function; asgiref.sync.async_to_sync calls asynchronous code from it."
     )
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

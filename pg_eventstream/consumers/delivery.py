@@ -12,7 +12,7 @@ from ..errors import EventStreamError
 from ..events import get_current_event_id
 from ..sse import parse_id
 from .checkpoints import Connection
-from .declare import Consumer
+from .declaration import Declaration
 from .handling import check_transaction, raw_connection
 from .reader import make_event
 
@@ -50,7 +50,7 @@ class _Sent(NamedTuple):
 class Delivery:
     """Handles the events whose rows have an id after ``after`` once with each consumer."""
 
-    def __init__(self, alias: str, consumers: Iterable[Consumer], after: int) -> None:
+    def __init__(self, alias: str, consumers: Iterable[Declaration], after: int) -> None:
         self.consumers = list(consumers)
         self._alias = alias
         self._after = after
@@ -85,7 +85,7 @@ class Delivery:
         rows = map(_Sent._make, connection.execute(_SENT, {"after": self._after}).fetchall())
         return [row for row in rows if row.event > self._after]
 
-    def _handle(self, consumer: Consumer, sent: _Sent) -> None:
+    def _handle(self, consumer: Declaration, sent: _Sent) -> None:
         key = sent.event, consumer.name
         if key in self._handled:  # by `wait` in another handler
             return

@@ -10,7 +10,7 @@ import traceback
 from ..errors import DoNotRetry, EventStreamError
 from . import checkpoints, parked
 from .checkpoints import Connection
-from .declare import Consumer
+from .declaration import Declaration
 from .event import event_id
 from .handling import ENDED, SlotLost, describe
 from .held import Held, HeldSlots
@@ -33,7 +33,7 @@ class Failures:
     """
 
     def __init__(
-        self, consumer: Consumer, consumer_id: int, slots: HeldSlots, measures: Measures
+        self, consumer: Declaration, consumer_id: int, slots: HeldSlots, measures: Measures
     ) -> None:
         self._consumer = consumer
         self._consumer_id = consumer_id

@@ -14,7 +14,7 @@ from .. import tracing
 from ..errors import EventStreamError
 from . import checkpoints
 from .checkpoints import Connection, Move
-from .declare import Consumer
+from .declaration import Declaration
 from .event import ConsumedEvent
 
 #: What another transaction caused, so that trying again at once is right.
@@ -80,7 +80,7 @@ def moving(
         checkpoints.commit(connection)
 
 
-def call(consumer: Consumer, event: ConsumedEvent, *, traces: bool) -> None:
+def call(consumer: Declaration, event: ConsumedEvent, *, traces: bool) -> None:
     """Call the handler. Raises what it raises, and `HandlerError` if it is asynchronous.
 
     With ``traces`` the call is a span in the trace of the event.

@@ -15,7 +15,7 @@ from .. import tracing
 from ..postgres.connector import fetch_one
 from . import checkpoints
 from .checkpoints import Connection, Move, storable
-from .declare import Consumer
+from .declaration import Declaration
 from .event import event_id
 from .handling import (
     SlotLost,
@@ -67,7 +67,7 @@ class ParkedEvent:
 
 
 def requested(
-    connection: Connection, consumer: Consumer, consumer_id: int, slots: Collection[int]
+    connection: Connection, consumer: Declaration, consumer_id: int, slots: Collection[int]
 ) -> list[ParkedEvent]:
     """Events that a command has asked to try again, in order. Up to 100."""
     if consumer.on_failure == "park-channel":
@@ -109,7 +109,7 @@ def channels_of(
 
 def retry(
     alias: str,
-    consumer: Consumer,
+    consumer: Declaration,
     consumer_id: int,
     place: Move,
     event: ParkedEvent,
@@ -166,7 +166,7 @@ def retry(
 
 def _handle(
     alias: str,
-    consumer: Consumer,
+    consumer: Declaration,
     consumer_id: int,
     place: Move,
     event: ParkedEvent,
@@ -210,7 +210,7 @@ def note_hanging(connection: Connection, event: ParkedEvent, error: str) -> None
 
 def _still_parked(
     connection: Connection,
-    consumer: Consumer,
+    consumer: Declaration,
     consumer_id: int,
     event: ParkedEvent,
     error: BaseException,

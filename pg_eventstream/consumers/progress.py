@@ -18,7 +18,7 @@ from ..postgres.locks import CONSUMER_LOCKS, MEMBER, owner_of
 from ..postgres.report import consumer_report
 from ..postgres.sequence import CURSOR, WAITING
 from ..postgres.slots import CHECKPOINTS, SLOTS, follows, follows_sql, slot_of, slot_sql
-from .declare import Consumer
+from .declaration import Declaration
 from .event import event_id
 
 Connection = psycopg.Connection[Any]
@@ -276,7 +276,7 @@ class _Lag:
 
 
 def read_consumers(
-    connection: Connection, declared: Mapping[str, Consumer] | None, *, pruned: int = _LEAST
+    connection: Connection, declared: Mapping[str, Declaration] | None, *, pruned: int = _LEAST
 ) -> list[ConsumerState] | None:
     """How far all consumers are, by name: those with tables and those that are declared.
 
@@ -315,7 +315,7 @@ def _read_registered(
     connection: Connection,
     consumers: dict[int, _Consumer],
     slots: dict[int, list[_Slot]],
-    declared: Mapping[str, Consumer] | None,
+    declared: Mapping[str, Declaration] | None,
     pruned: int,
 ) -> Iterable[ConsumerState]:
     if not consumers:

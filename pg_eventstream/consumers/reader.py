@@ -14,7 +14,7 @@ from ..channels import reliable
 from ..postgres.sequence import Cursor
 from ..postgres.slots import SLOTS, slot_of
 from ..sse import INCARNATION
-from .declare import Consumer
+from .declaration import Declaration
 from .event import ConsumedEvent, event_id
 
 Connection = psycopg.Connection[Any]
@@ -98,7 +98,7 @@ class Page:
 
 def read_page(
     connection: Connection,
-    consumer: Consumer,
+    consumer: Declaration,
     consumer_id: int,
     after: int,
     slots: Collection[int],

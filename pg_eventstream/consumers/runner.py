@@ -26,7 +26,7 @@ from ..limits import Limits
 from ..postgres.sequence import UNKNOWN
 from . import checkpoints, parked
 from .checkpoints import Connection
-from .declare import Consumer
+from .declaration import Declaration
 from .failures import Failures
 from .handling import (
     SlotLost,
@@ -56,7 +56,7 @@ class Runner:
     """
 
     def __init__(
-        self, consumer: Consumer, consumer_id: int, alias: str, holder: str, limits: Limits
+        self, consumer: Declaration, consumer_id: int, alias: str, holder: str, limits: Limits
     ) -> None:
         self.consumer = consumer
         self.consumer_id = consumer_id

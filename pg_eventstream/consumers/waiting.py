@@ -15,7 +15,7 @@ from ..postgres.connector import fetch_one
 from ..postgres.sequence import reached
 from ..postgres.slots import HANDLED, SLOTS, follows_sql, slot_sql
 from .checkpoints import Connection
-from .declare import Consumer
+from .declaration import Declaration
 from .handling import raw_connection
 
 _FIRST, _LONGEST = 0.005, 0.1
@@ -39,7 +39,7 @@ _UNHANDLED = f"""
 """  # noqa: S608
 
 
-Deliver = Callable[[Consumer], bool]
+Deliver = Callable[[Declaration], bool]
 # Blocks of tests that deliver events themselves: the database, and what handles its events.
 _blocks: list[tuple[str, Deliver]] = []
 
@@ -58,7 +58,7 @@ def delivering(alias: str, deliver: Deliver) -> Iterator[None]:
         _blocks.remove(block)
 
 
-def wait(consumer: Consumer, timeout: float) -> bool:
+def wait(consumer: Declaration, timeout: float) -> bool:
     """See `Consumer.wait`."""
     alias = conf.database
     for of, deliver in reversed(_blocks):
@@ -81,7 +81,7 @@ def wait(consumer: Consumer, timeout: float) -> bool:
         time.sleep(min(backoff.next(), left))
 
 
-def unhandled(connection: Connection, consumer: Consumer, position: int) -> set[int]:
+def unhandled(connection: Connection, consumer: Declaration, position: int) -> set[int]:
     """The slots that have not handled all their events up to a position.
 
     All, if the consumer is not registered.

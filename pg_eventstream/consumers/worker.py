@@ -30,7 +30,7 @@ from ..postgres.report import consumer_report, write_report
 from ..postgres.sequence import reached
 from ..postgres.watchdog import WatchedConnection
 from . import checkpoints
-from .declare import Consumer
+from .declaration import Declaration
 from .event import event_id
 from .parked import is_requested
 from .runner import Runner
@@ -73,7 +73,7 @@ class Worker:
 
     def __init__(
         self,
-        consumers: Iterable[Consumer],
+        consumers: Iterable[Declaration],
         alias: str,
         connector: Connector | None = None,
         known: MutableSequence[int] | mmap | None = None,
@@ -346,7 +346,7 @@ def _notice_death(connection: BaseDatabaseWrapper, **kwargs: Any) -> None:
             cursor.execute("SET client_connection_check_interval = '1s'")
 
 
-def drain(consumer: Consumer) -> int:
+def drain(consumer: Declaration) -> int:
     """See `Consumer.drain`."""
     alias = conf.database
     refuse_in_transaction(alias, "drain()")
@@ -396,7 +396,7 @@ def _refuse_gone(runners: list[Runner]) -> None:
 
 
 def _refuse_stopped(
-    connection: WatchedConnection, consumers: list[Consumer], position: int
+    connection: WatchedConnection, consumers: list[Declaration], position: int
 ) -> None:
     """Raise `ConsumerStopped` if nothing but paused and stopped slots is left."""
     reasons: list[str] = []

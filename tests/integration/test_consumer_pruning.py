@@ -14,7 +14,7 @@ from django.db import connection as django_connection
 from django.test import override_settings
 
 from pg_eventstream import send_event, send_events
-from pg_eventstream.consumers import ConsumedEvent, checkpoints, consumer, declare
+from pg_eventstream.consumers import ConsumedEvent, Retry, checkpoints, consumer, declare
 from pg_eventstream.consumers.runner import Runner
 from pg_eventstream.consumers.worker import Worker
 from pg_eventstream.errors import ConsumerMissedEvents
@@ -220,7 +220,7 @@ def test_event_that_is_pruned_while_it_is_to_be_parked_is_not_skipped(
 ) -> None:
     """With one attempt, it is parked at once, from the stream."""
 
-    @consumer("stock", channels=["a"], start="earliest", retry=declare.Retry(1))
+    @consumer("stock", channels=["a"], start="earliest", retry=Retry(1))
     def fail(event: ConsumedEvent) -> None:
         make_older(database, WEEK.total_seconds() + 60)
         assert prune(database) == 1
@@ -243,7 +243,7 @@ def test_large_event_that_is_pruned_before_it_is_read_is_not_skipped(
     """Data of large events are read when they are handled."""
     done: list[int] = []
 
-    @consumer("stock", channels=["a"], start="earliest", retry=declare.Retry(1))
+    @consumer("stock", channels=["a"], start="earliest", retry=Retry(1))
     def handle(event: ConsumedEvent) -> None:
         done.append(event.eid)
         make_older(database, WEEK.total_seconds() + 60)

@@ -13,6 +13,7 @@ from django.db import connection as django_connection
 
 from pg_eventstream import send_events
 from pg_eventstream.consumers import Retry, checkpoints, consumer, declare
+from pg_eventstream.consumers.declaration import Start
 from pg_eventstream.consumers.operations import reset, skip
 from pg_eventstream.consumers.runner import Runner
 from pg_eventstream.consumers.waiting import wait
@@ -40,7 +41,7 @@ BEFORE, AFTER = 10, 5
 Way = Callable[[Database], None]
 
 
-def declared(start: declare.Start = "earliest") -> declare.Consumer:
+def declared(start: Start = "earliest") -> declare.Consumer:
     # An attempt that is counted wrongly would park an event.
     return consumer("stock", start=start, retry=Retry(1))(named(record, "stock"))
 
@@ -305,7 +306,7 @@ def test_restored_stream_is_noticed_after_a_failover(database: Database, handled
 
 
 def stopping() -> declare.Consumer:
-    retry = declare.Retry(1)
+    retry = Retry(1)
     return consumer("stock", start="earliest", on_failure="stop", retry=retry)(named(obey, "stock"))
 
 
@@ -349,7 +350,7 @@ def test_holder_that_a_backup_remembers_is_no_failed_attempt(
     database: Database, handled: Handled
 ) -> None:
     """With one attempt, an event that was never tried would be parked."""
-    own = consumer("stock", start="earliest", retry=declare.Retry(1))(named(record, "stock"))
+    own = consumer("stock", start="earliest", retry=Retry(1))(named(record, "stock"))
     send(database, BEFORE)
     assert own.drain() == BEFORE
     database.execute("UPDATE pg_eventstream_slot SET holder = 'host:1/a'")  # as while it runs
