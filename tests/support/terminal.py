@@ -39,7 +39,9 @@ class Terminal:
     def __enter__(self) -> Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, self._columns, 0, 0))
-        with open(self._stdin or os.ttyname(slave), "rb") as stdin:
+        # If this process has no terminal, one that it opened by name would become its own, and would
+        # end it when it is closed.
+        with open(self._stdin or os.dup(slave), "rb", buffering=0) as stdin:
             self._child = subprocess.Popen(
                 self._command,
                 stdin=stdin,
