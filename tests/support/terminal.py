@@ -39,8 +39,8 @@ class Terminal:
     def __enter__(self) -> Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, self._columns, 0, 0))
-        # If this process has no terminal, one that it opened by name would become its own, and would
-        # end it when it is closed.
+        # A process without a terminal must not open one by its name: that would become its own, and
+        # would end it when it is closed.
         with open(self._stdin or os.dup(slave), "rb", buffering=0) as stdin:
             self._child = subprocess.Popen(
                 self._command,
