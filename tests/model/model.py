@@ -239,6 +239,10 @@ class Model:
             self.waiting = [replace(event) for event in saved.waiting]
         if consumers:
             self.followers = {name: one.copy() for name, one in saved.followers.items()}
+        for follower in self.followers.values():
+            for slot, last in follower.replay_to.items():
+                # What comes after that was never handled.
+                follower.replay_to[slot] = min(last, self.common(follower, slot))
         if consumers and not stream:
             for follower in self.followers.values():
                 follower.untold += [e for e in self.log if e.pruned and self.lacks(follower, e)]
