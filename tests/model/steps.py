@@ -97,7 +97,6 @@ STEPS_TO_TAKE: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
         {
             "what": st.sampled_from(["everything", "stream", "stream", "consumers"]),
             "handled": st.booleans(),
-            "noticed": st.booleans(),
         },
     ),
     "read": (1, {"user": users, "where": channels, **start, "limit": st.integers(1, 4)}),
