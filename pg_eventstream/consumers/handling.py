@@ -90,7 +90,7 @@ def call(consumer: Declaration, event: ConsumedEvent, *, traces: bool) -> None:
             result = consumer.handler(event)
     else:
         result = consumer.handler(event)
-    if isinstance(result, Coroutine):
+    if result is not None and isinstance(result, Coroutine):
         result.close()
         raise HandlerError(
             "The handler returned a coroutine, which nobody awaits. Call asynchronous code with"

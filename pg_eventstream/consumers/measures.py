@@ -37,10 +37,10 @@ class Measures:
         """A page was read, which was asked for at ``asked_at``, by `time.monotonic`."""
         self._ahead = page.asked - asked_at
 
-    def called(self, seconds: float) -> None:
-        """The handler took this long."""
+    def called(self, seconds: Sequence[float]) -> None:
+        """How long the handler took, for each call."""
         if self._is_on:
-            self._calls.append(seconds)
+            self._calls += seconds
 
     def handled(self, rows: Sequence[Row]) -> None:
         """The transaction that handled these events is committed."""

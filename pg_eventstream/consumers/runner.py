@@ -27,6 +27,7 @@ from ..postgres.sequence import UNKNOWN
 from . import checkpoints, parked
 from .checkpoints import Connection
 from .declaration import Declaration
+from .event import ConsumedEvent
 from .failures import Failures
 from .handling import (
     SlotLost,
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 # The pause before a slot is read again that another process has moved.
 _LOST_SECONDS = 0.01
+# No event has this position.
+_BEYOND = 2**62
 
 
 class Runner:
@@ -356,9 +359,9 @@ class Runner:
         """Read the next page."""
         now = time.monotonic()
         ready = [held for held in self._slots if not held.is_blocked(now)]
+        front = max((held.read_to for held in ready), default=_BEYOND)
         # Where no slot is ready, the page only shows whether a command has changed something.
-        front = max(held.read_to for held in ready or self._slots)
-        after = min((held.read_to for held in ready), default=front)
+        after = min((held.read_to for held in ready), default=_BEYOND)
         reach = positions_of_page(len(ready))
         if self._serve_lagging or after + reach >= front:
             self._serve_lagging = False
@@ -488,10 +491,12 @@ class Runner:
 
     def _handle(self, rows: list[Row]) -> None:
         """Handle events in one transaction."""
+        # All at once: between the statements of handlers, this code would not be in the processor's
+        # caches any more.
+        events = [None if row.data is None else self._event(row, row.data) for row in rows]
         try:
             with self._slots.transaction(rows) as connection:
-                for row in rows:
-                    self._call(connection, self._slots[row.slot], row)
+                self._call(connection, rows, events)
         except SlotLost:
             raise
         except (Exception, SystemExit) as e:  # noqa: BLE001
@@ -502,24 +507,42 @@ class Runner:
             self.measures.handled(rows)
             self._slots.moved(rows)
 
-    def _call(self, connection: Connection, held: Held, row: Row) -> None:
-        data = row.data
-        if data is None:
-            data = read_data(connection, row.position)
-            if data is None:
-                raise SlotLost  # it is pruned, and the next page tells
-        event = row.event(
+    def _event(self, row: Row, data: str) -> ConsumedEvent:
+        held = self._slots[row.slot]
+        return row.event(
             data,
             replayed=row.position <= held.replay_to,
             attempt=held.attempts_at(row.position) + 1,
         )
+
+    def _call(
+        self, connection: Connection, rows: list[Row], events: list[ConsumedEvent | None]
+    ) -> None:
+        """Call the handler with each event. Where there is none, its data are large."""
+        seconds = []
         began = time.monotonic()
-        self.working = row, began
         try:
-            call(self.consumer, event, traces=self._traces)
+            for row, event in zip(rows, events, strict=True):
+                if event is None:
+                    event = self._read_large(connection, row)
+                    began = time.monotonic()
+                self.working = row, began
+                call(self.consumer, event, traces=self._traces)
+                ended = time.monotonic()
+                seconds.append(ended - began)
+                began = ended
+        except BaseException:
+            seconds.append(time.monotonic() - began)
+            raise
         finally:
             self.working = None
-            self.measures.called(time.monotonic() - began)
+            self.measures.called(seconds)
+
+    def _read_large(self, connection: Connection, row: Row) -> ConsumedEvent:
+        data = read_data(connection, row.position)
+        if data is None:
+            raise SlotLost  # it is pruned, and the next page tells
+        return self._event(row, data)
 
     def _write_progress(self, slots: Iterable[Held]) -> None:
         """Move checkpoints over events that this consumer does not handle."""

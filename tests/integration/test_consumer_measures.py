@@ -86,7 +86,7 @@ def test_age_of_a_handled_event_is_by_the_clock_of_the_database(
 def test_without_the_extra_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instruments, "INSTALLED", False)
     measures = Measures("nothing")
-    measures.called(1.0)
+    measures.called([1.0])
     measures.handled([])
     measures.flush()
     assert (measures._calls, measures._ages, measures._count) == ([], [], 0)
