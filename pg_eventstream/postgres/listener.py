@@ -38,6 +38,8 @@ class Listener:
         self._closing = threading.RLock()
         self._closed = False
         connection.add_notify_handler(self._on_notify)
+        #: Whether `wake` has ended the last wait.
+        self.woken = False
         #: A pooler shares this session with other clients: see `WatchedConnection.shared`.
         self.shared = getattr(connection, "shared", False)
         if not self.shared:
@@ -75,12 +77,13 @@ class Listener:
 
         Returns an empty set after ``timeout`` seconds (None means no limit), or when woken.
         """
+        self.woken = False
         if not self._rung:
             if self.deaf:
                 timeout = DEAF_POLL if timeout is None else min(timeout, DEAF_POLL)
             _wait_readable(timeout, self._connection.fileno(), self._wake_reader)
             with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_reader, 1024)
+                self.woken = bool(os.read(self._wake_reader, 1024))
             self._drain()
         rung, self._rung = self._rung, set()
         return rung

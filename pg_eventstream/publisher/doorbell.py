@@ -143,8 +143,10 @@ class Doorbell:
         while True:
             until = min(end, time.monotonic() + self._every)
             pause = None if until == math.inf else until - time.monotonic()
-            if self._listener.wait(pause) or until == end or time.monotonic() < until:
+            if self._listener.wait(pause) or self._listener.woken or until == end:
                 return
+            if time.monotonic() < until:
+                return  # it polls
             self._beat()
 
     def _busy(self, now: float) -> float:

@@ -77,3 +77,25 @@ def test_where_listen_does_not_work_the_publisher_says_so_and_polls(
         # One poll, and not the sleep without an end.
         assert waits == [DEAF_POLL]
         assert sequence(listener) == 1
+
+
+def test_wake_at_the_very_end_of_a_part_of_a_sleep_ends_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publisher that is stopped in this moment would sleep on, without a safety poll for ever."""
+
+    def wait_and_wake(timeout: float | None, *files: int) -> None:
+        assert timeout is not None
+        time.sleep(timeout)
+        doorbell.wake()
+
+    def beat() -> None:
+        pytest.fail("it sleeps on")
+
+    with (
+        database.connect() as connection,
+        database.connect() as locker,
+        closing(Doorbell(connection, locker, safety_poll=None, beat=beat, every=0.01)) as doorbell,
+    ):
+        monkeypatch.setattr(listener_module, "_wait_readable", wait_and_wake)
+        doorbell._sleep(time.monotonic())
