@@ -309,8 +309,8 @@ def _begin(connection: Connection, statement: str) -> bool:
 def _run(connection: Connection, statements: str) -> bool:
     """Run statements in one round trip. Returns whether the last has found or changed a row.
 
-    psycopg's cursors send BEGIN alone, and they wait in Python. That is a third of the processor
-    time of a transaction with one small statement. (Its pipelines take more time than they save.)
+    psycopg's cursors send BEGIN alone, and they wait in Python, which matters in a transaction with
+    one small statement. (Its pipelines take more time than they save.)
     """
     result = connection.pgconn.exec_(statements.encode())
     if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):

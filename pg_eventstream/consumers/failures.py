@@ -89,7 +89,7 @@ class Failures:
     def note_hanging(self, connection: Connection, row: Row | ParkedEvent, trace: str) -> None:
         """Count an attempt that does not end, on the connection of another thread.
 
-        Whoever takes over parks the event, if that was the last attempt.
+        If that was the last attempt, the process that takes over parks the event.
         """
         self._measures.failed()
         error = f"The handler had not returned after {self._consumer.timeout:g} seconds."

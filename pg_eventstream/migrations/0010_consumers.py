@@ -29,7 +29,7 @@ def consumer() -> Any:
 
 
 class Migration(placement.Migration):
-    # Only new tables and functions, for which nobody waits.
+    # It only creates tables and functions, so no other session has to wait.
 
     dependencies = [("pg_eventstream", "0009_stream_committed_at")]
 

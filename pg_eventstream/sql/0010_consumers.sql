@@ -102,8 +102,8 @@ BEGIN
 END
 $$;
 
--- Whoever runs consumers is granted them. They find their tables in the schema that they were
--- created in, as pg_eventstream_sequence() does.
+-- Only roles that run consumers may call them (grants.sql). Like pg_eventstream_sequence(), they
+-- find their tables in the schema in which they were created.
 DO $$
 DECLARE
     function regprocedure;

@@ -155,7 +155,7 @@ def test_remove_does_not_ask_without_a_terminal(database: Database, stdin: str) 
 @pytest.mark.thorough
 @pytest.mark.parametrize("command", [["reset", "stock", "--to", "latest"], ["skip", "stock", "1"]])
 def test_what_can_be_corrected_is_not_asked_for(database: Database, command: list[str]) -> None:
-    """A reset can be reset again; whoever skips an event has named it."""
+    """A reset can be repeated, and the event to skip is named in the command."""
     database.execute(CONSUMER)
     environment = child_environment(None, **declared({"name": "stock", "handler": "record"}))
     with Terminal("eventstream_consumers", *command, environment=environment) as terminal:

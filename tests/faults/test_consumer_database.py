@@ -65,7 +65,7 @@ def test_processes_continue_in_a_database_that_replaces_theirs(
         database.execute("UPDATE pg_eventstream_consumer SET paused = false")
         send(database, LOST)
         handled.wait("stock", len(CHANNELS) * (BEFORE + WAITING + LOST))
-        # Restored elsewhere, so that nobody sees a part of it.
+        # It is restored under another name, so that the processes do not see an incomplete copy.
         copy = restore(tmp_path / "dump", database.postgres, f"{database.name}_copy")
         copy.execute("UPDATE pg_eventstream_consumer SET paused = false")
         drop(database)

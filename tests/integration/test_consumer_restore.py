@@ -225,7 +225,7 @@ def test_process_that_runs_meanwhile_reads_all_of_the_new_stream(
 
 
 def prepared_runner(database: Database) -> Runner:
-    """It has handled everything by itself."""
+    """A runner that has handled all events itself."""
     own = declared()
     with database.connect() as connection:
         consumer_id = checkpoints.register(connection, own)

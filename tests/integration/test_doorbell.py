@@ -82,7 +82,7 @@ def test_where_listen_does_not_work_the_publisher_says_so_and_polls(
 def test_wake_at_the_very_end_of_a_part_of_a_sleep_ends_it(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A publisher that is stopped in this moment would sleep on, without a safety poll for ever."""
+    """Otherwise a publisher that is stopped at this moment would sleep on."""
 
     def wait_and_wake(timeout: float | None, *files: int) -> None:
         assert timeout is not None
